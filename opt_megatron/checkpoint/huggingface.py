@@ -1,0 +1,147 @@
+"""Reader of Hugging Face directories: safetensors or .bin, one file or shards with an index.
+
+Names come with the prefix `model.decoder.`, `decoder.` or none; the tied tensor under `embed_tokens`, under
+`lm_head`, or under both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import OPTConfig
+from ..errors import CheckpointError, shorten
+from .pickles import load_mapped
+from .table import EMBEDDING, PREFIX
+from .view import Block, Checkpoint, Source, tensor_source
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether the directory holds weights under one of Hugging Face's file names."""
+    return any((directory / name).is_file() for name in SINGLE_FILES + INDEX_FILES)
+
+
+def open_huggingface(directory: Path) -> Checkpoint:
+    """Open a directory lazily. Safetensors are preferred where both kinds are there.
+
+    Raises:
+        CheckpointError: no config, a shard is missing or damaged, or a name stands for two tensors.
+    """
+    config = OPTConfig.from_directory(directory)
+    files = weight_files(directory)
+    closer = contextlib.ExitStack()
+    stored: dict[str, Source] = {}
+    for file in files:
+        sources = _safetensors(file, closer) if file.suffix == ".safetensors" else _pickled(file)
+        twice = sorted(sources.keys() & stored.keys())
+        if twice:
+            raise CheckpointError(f"{file}: {shorten(twice)} stands in another shard too")
+        stored |= sources
+    kind = "safetensors" if files[0].suffix == ".safetensors" else "pytorch .bin"
+    shards = f", {len(files)} shards" if len(files) > 1 else ""
+    tensors = _canonical(directory, stored)
+    return Checkpoint(directory, f"Hugging Face {kind}{shards}", config, tensors, closer)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights, from the index where there is one.
+
+    Raises:
+        CheckpointError: the index cannot be read, or names files that are not there.
+    """
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if (directory / index).is_file():
+            return _indexed_files(directory / index)
+        if (directory / single).is_file():
+            return [directory / single]
+    raise CheckpointError(f"{directory}: there is none of {', '.join(SINGLE_FILES + INDEX_FILES)}")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: is not an index of shards ({error!r})") from None
+    strange = [repr(name) for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise CheckpointError(f"{index}: names files outside its directory: {shorten(strange)}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise CheckpointError(
+            f"{index.parent}: {len(missing)} of the {len(names)} shards in {index.name} are missing: "
+            f"{shorten(missing)}; fetch them"
+        )
+    return [index.parent / name for name in names]
+
+
+def _safetensors(file: Path, closer: contextlib.ExitStack) -> dict[str, Source]:
+    try:
+        handle = closer.enter_context(safe_open(file, framework="pt"))
+        return {name: _safetensors_source(handle, name, file) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file}: is damaged or incomplete ({error}); it has {size:,} bytes: fetch it again"
+        ) from None
+
+
+def _safetensors_source(handle: Any, name: str, file: Path) -> Source:
+    described = handle.get_slice(name)
+    dtype = described.get_dtype()
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: {name} is stored as {dtype}; OPT is stored as {', '.join(_DTYPES)}")
+    return Source(tuple(described.get_shape()), _DTYPES[dtype], lambda block: handle.get_slice(name)[block])
+
+
+def _pickled(file: Path) -> dict[str, Source]:
+    state = load_mapped(file)
+    if isinstance(state, dict) and isinstance(state.get("module"), dict):
+        state = state["module"]
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: holds a {type(state).__name__}, not tensors by name")
+    return {name: tensor_source(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _canonical(directory: Path, stored: dict[str, Source]) -> dict[str, Source]:
+    tensors: dict[str, Source] = {}
+    head = None
+    for name, source in stored.items():
+        if name.removeprefix("model.") == "lm_head.weight":
+            head = source
+            continue
+        short = name.removeprefix("model.").removeprefix("decoder.")
+        if PREFIX + short in tensors:
+            raise CheckpointError(f"{directory}: {short} is stored twice under different prefixes")
+        tensors[PREFIX + short] = source
+    if head is not None:
+        embedding = tensors.get(EMBEDDING)
+        tensors[EMBEDDING] = head if embedding is None else _tied(directory, embedding, head)
+    return tensors
+
+
+def _tied(directory: Path, embedding: Source, head: Source) -> Source:
+    # Both names are stored: what is read of one is compared with the other.
+    if embedding.shape != head.shape:
+        raise CheckpointError(
+            f"{directory}: lm_head.weight is {list(head.shape)} and embed_tokens.weight "
+            f"{list(embedding.shape)}; OPT ties the two"
+        )
+
+    def fetch(block: Block) -> Tensor:
+        rows = embedding.fetch(block)
+        if not torch.equal(rows, head.fetch(block)):
+            raise CheckpointError(f"{directory}: lm_head.weight differs from embed_tokens.weight; OPT ties the two")
+        return rows
+
+    return Source(embedding.shape, embedding.dtype, fetch)

@@ -1,0 +1,93 @@
+"""A checkpoint into a model: each rank reads only its own slices.
+
+The one module of this package that knows the model and the process groups.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import OPTConfig, check_dtype
+from ..errors import UserError
+from ..parallel import ParallelContext, on_all_ranks
+from .assemble import fill
+from .formats import open_checkpoint
+from .locate import locate
+from .table import layers_of_stage, stage_parameters
+from .view import Checkpoint
+
+
+def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:
+    """`locate` on every rank, one process of each machine first, so that a model is downloaded once."""
+    found = on_all_ranks(parallel, lambda: locate(name, revision) if parallel.local_rank == 0 else None)
+    return found or locate(name, revision)
+
+
+def load_model(
+    source: str | Path, config: OPTConfig | None, parallel: ParallelContext, dtype: str = "auto"
+) -> nn.Module:
+    """Build this rank's part of the model and read its weights.
+
+    Args:
+        source: a checkpoint directory.
+        config: by default the directory's.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: float32 on a CPU, the checkpoint's on a GPU.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit its config; raised on every rank.
+        UserError: the model does not divide by the layout.
+    """
+    from ..model.opt_model import build_model
+
+    config = config or OPTConfig.from_directory(Path(source))
+
+    def load() -> nn.Module:
+        model = build_model(config, parallel, resolve_dtype(dtype, config, parallel.device))
+        with open_checkpoint(Path(source)) as checkpoint:
+            read_into(model, checkpoint, parallel)
+        return model.requires_grad_(False)
+
+    return on_all_ranks(parallel, load)
+
+
+def read_into(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
+    """Fill every parameter of this rank's part of the model.
+
+    Raises:
+        CheckpointError: a tensor could not be read.
+        RuntimeError: the parameter table and the model disagree (a bug of this project).
+    """
+    parameters = dict(model.named_parameters())
+    stage, stages = parallel.pipeline_model_parallel_rank, parallel.pipeline_model_parallel_size
+    layers = layers_of_stage(checkpoint.config.num_layers, stages, stage)
+    table = stage_parameters(checkpoint.config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage)
+    if {row.megatron for row in table} != parameters.keys():
+        difference = sorted({row.megatron for row in table} ^ parameters.keys())
+        raise RuntimeError(f"the parameter table and the model differ in {difference}")
+    with torch.no_grad():
+        for row in table:
+            fill(
+                parameters[row.megatron],
+                checkpoint,
+                row,
+                parallel.tensor_model_parallel_rank,
+                parallel.tensor_model_parallel_size,
+            )
+
+
+def resolve_dtype(name: str, config: OPTConfig, device: torch.device) -> torch.dtype:
+    """The torch dtype for a user's word; `auto` is float32 on a CPU and the checkpoint's on a GPU.
+
+    Raises:
+        UserError: not one of the known names.
+    """
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else config.dtype
+    try:
+        check_dtype(name)
+    except UserError as error:
+        raise UserError(f"{error} (or auto)") from None
+    return getattr(torch, name)

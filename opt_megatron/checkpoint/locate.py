@@ -1,0 +1,78 @@
+"""From what a user writes after --load to a local directory: a path, a table name, or a Hub repository.
+
+`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` are honoured by huggingface_hub, which keeps the downloads.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..config import RELEASED_SIZES, released_name
+from ..errors import CheckpointError
+
+EMBEDDED_NAME = "story"
+EMBEDDED_DIRECTORY = Path(__file__).parent.parent / "assets" / "story-opt"
+_TEXT_FILES = ["*.json", "*.txt"]
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The directory for a path, `story`, a released size under any of its names, or `owner/repository`.
+
+    A directory that exists always wins. Anything else is looked up in the Hub's cache and downloaded when
+    it is not there.
+
+    Raises:
+        CheckpointError: there is no such directory and no such model, or it cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{name}: is a file; give the directory that it stands in")
+    if name == EMBEDDED_NAME:
+        return EMBEDDED_DIRECTORY
+    size = released_name(name)
+    if size == "opt-175b":
+        raise CheckpointError(
+            f"{name}: there is no such directory, and the weights of opt-175b are not on the Hub: "
+            "ask Meta for them and give their directory"
+        )
+    if size is not None:
+        return download(f"facebook/{size}", revision)
+    if _REPOSITORY.fullmatch(name):
+        return download(name, revision)
+    raise CheckpointError(
+        f"{name}: there is no such directory, and it is no model name; names are "
+        f"{EMBEDDED_NAME}, {', '.join(RELEASED_SIZES)} or a Hub repository as owner/name"
+    )
+
+
+def download(repository: str, revision: str | None = None) -> Path:
+    """The Hub repository's snapshot, from the cache or the network: config, tokenizer and one kind of weights.
+
+    Raises:
+        CheckpointError: not cached and not to be had, with the reason.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    def snapshot(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_TEXT_FILES + patterns))
+
+    try:
+        directory = snapshot(["*.safetensors"])
+        if not any(directory.glob("*.safetensors")):  # several facebook/opt repositories hold .bin only
+            directory = snapshot(["pytorch_model*.bin"])
+    except Exception as error:  # requests, httpx and the hub's own errors have no common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        offline = " and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise CheckpointError(
+            f"{repository}: there is no such directory, the Hub's cache ({constants.HF_HUB_CACHE}) does not "
+            f"hold it{offline}, and it could not be downloaded: {reason[:200]}"
+        ) from None
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+        raise CheckpointError(
+            f"{repository}: the snapshot {directory} holds no weights; download it again with HF_HUB_OFFLINE unset"
+        )
+    return directory

@@ -1,0 +1,91 @@
+"""The `opt-megatron` command: subcommands, and what happens when something goes wrong.
+
+A user's mistake is one line on stderr and exit code 2, a lost rank one line and exit code 1. Nothing heavy
+is imported before the arguments are known to be good, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from ..errors import UserError
+from ..version import __version__
+
+COMMANDS = ("generate", "convert")  # each is a module of this package with HELP, add_arguments and run
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as the other mistakes are reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage on every rank."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run a subcommand and end the process with its exit code."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        arguments.run(arguments)
+        code = 0
+    except UserError as error:
+        code = _report(str(error), 2)
+    except KeyboardInterrupt:
+        code = _report("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except RuntimeError as error:
+        if not _is_lost_rank(error):
+            raise
+        _end_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}")
+    sys.exit(code)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="opt-megatron", description="Meta's OPT language models on Megatron-core.")
+    parser.add_argument("--version", action="version", version=f"opt-megatron {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"{__name__}.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _report(message: str, code: int) -> int:
+    # All ranks find the same mistakes; the leader speaks for them.
+    if _rank() == 0:
+        print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
+    elif "torch" in sys.modules or code == 2:
+        from ..parallel import wait_for_leader_to_speak
+
+        wait_for_leader_to_speak()
+    return code
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    return any(sign in str(error) for sign in _LOST_RANK)
+
+
+def _end_now(message: str) -> NoReturn:
+    # Not sys.exit: the threads of a process group that has lost a member may never join.
+    print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

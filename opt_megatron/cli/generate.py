@@ -1,0 +1,152 @@
+"""opt-megatron generate: continue prompts with a model on any number of ranks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .arguments import add_load, add_runtime
+from .prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..config import OPTConfig
+    from ..generation.request import Request
+    from ..generation.sampling import SamplingParams
+    from ..parallel import ParallelContext
+    from ..tokenizer import OPTTokenizer
+
+HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    add_load(parser, required=False)
+    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer's files are; default: --load")
+    source = parser.add_argument_group("prompts (default: standard input, read like --prompt-file)")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
+    source.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, or JSON lines with 'prompt'")
+    source.add_argument(
+        "--prompt-tokens",
+        action="append",
+        metavar='"2 15 7"',
+        help="token ids, used as they are; repeatable; needs no tokenizer",
+    )
+    options = parser.add_argument_group("sampling")
+    options.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    options.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: 1")
+    options.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all; default: 0")
+    options.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
+    options.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
+    options.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    options.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    options.add_argument("--max-batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each prompt, nothing else")
+    output.add_argument("--stream", action="store_true", help="print as it is generated")
+    add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, generate, print.
+
+    Raises:
+        UserError: of any kind; the same one on every rank.
+    """
+    from ..parallel import check_layout, world_size_from_environment
+
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
+    parameters = _sampling_params(args)  # before torch.distributed starts: mistakes are told at once
+    _check_dtype(args.dtype)
+
+    from ..checkpoint.load import load_model, locate_on_all_ranks
+    from ..config import OPTConfig
+    from ..generation.engine import Engine
+    from ..parallel import init_parallel, on_all_ranks, shut_down
+    from .output import show
+
+    parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
+    directory = locate_on_all_ranks(_model_name(args, parallel), parallel, args.revision)
+    config = on_all_ranks(parallel, lambda: OPTConfig.from_directory(directory))
+    check_layout(config, tp, pp, parallel.world_size)
+    prompts, requests = on_all_ranks(
+        parallel, lambda: _requests(args, parameters, directory, config) if parallel.is_leader else ([], [])
+    )
+    model = load_model(directory, config, parallel, args.dtype)
+    engine = Engine(model, parallel, max_batch_size=args.max_batch_size)
+    show(engine.generate(requests), prompts, as_json=args.json, stream=args.stream)
+    shut_down()
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    from ..generation.sampling import SamplingParams
+    from ..parallel import check_seed
+
+    check_seed(args.seed)
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def _model_name(args: argparse.Namespace, parallel: ParallelContext) -> str:
+    from ..checkpoint.locate import EMBEDDED_NAME
+
+    if args.load is None and parallel.is_leader:
+        print(
+            f"opt-megatron: no --load: using the embedded model {EMBEDDED_NAME!r}, a toy of 4.3 million parameters "
+            "trained on fairy tales (not one of Meta's; good for trying things out)",
+            file=sys.stderr,
+        )
+    return args.load or EMBEDDED_NAME
+
+
+def _requests(
+    args: argparse.Namespace, params: SamplingParams, directory: Path, config: OPTConfig
+) -> tuple[list[Prompt], list[Request]]:
+    """Read and encode the prompts, and check that the model can run them."""
+    from ..generation.request import Request, check_request
+
+    prompts = read_prompts(args.prompt, args.prompt_file, args.prompt_tokens)
+    tokenizer = _tokenizer(args, directory, config, needed=prompts[0].text is not None)
+    requests = []
+    for number, prompt in enumerate(prompts, 1):
+        tokens = prompt.tokens if prompt.text is None else tuple(tokenizer.encode(prompt.text))
+        requests.append(Request(tokens, params, tokenizer and tokenizer.stream()))
+        check_request(requests[-1], config, f"prompt {number}")
+    return prompts, requests
+
+
+def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, needed: bool) -> OPTTokenizer | None:
+    from ..checkpoint.locate import locate
+    from ..tokenizer import OPTTokenizer
+
+    try:
+        tokenizer = OPTTokenizer.from_directory(locate(args.tokenizer) if args.tokenizer else directory)
+    except UserError:
+        if needed or args.tokenizer:
+            raise
+        return None  # ids go in, and ids come out
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size} rows: "
+            "it is another model's; give --tokenizer DIR"
+        )
+    return tokenizer
+
+
+def _check_dtype(name: str) -> None:
+    from ..config import check_dtype
+
+    if name != "auto":
+        check_dtype(name)

@@ -1,0 +1,104 @@
+"""Where prompts come from: arguments, a file, standard input; text or token ids."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the user gave it: text, or token ids that are used as they are."""
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+
+    @property
+    def as_given(self) -> str | list[int]:
+        """For the JSON output."""
+        return self.text if self.text is not None else list(self.tokens or ())
+
+
+def read_prompts(texts: list[str] | None, file: str | None, token_lists: list[str] | None) -> list[Prompt]:
+    """The prompts of --prompt, --prompt-file and --prompt-tokens, or of standard input where none is given.
+
+    Raises:
+        UserError: more than one kind is given, there is no prompt, one is empty, or one cannot be read.
+    """
+    given = [
+        name
+        for name, value in (("--prompt", texts), ("--prompt-file", file), ("--prompt-tokens", token_lists))
+        if value
+    ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are given; use one of them")
+    if token_lists:
+        return [Prompt(tokens=_tokens(text, number)) for number, text in enumerate(token_lists, 1)]
+    if texts:
+        prompts = [Prompt(text=text) for text in texts]
+    elif file:
+        prompts = _lines(_read_file(Path(file)), file)
+    else:
+        prompts = _lines(_read_standard_input(), "standard input")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.text:
+            raise UserError(f'prompt {number} is empty; to start from nothing, use --prompt-tokens "2" (BOS alone)')
+    return prompts
+
+
+def _tokens(text: str, number: int) -> tuple[int, ...]:
+    try:
+        tokens = tuple(int(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        raise UserError(f"--prompt-tokens {number}: {text[:60]!r} is not a list of whole numbers") from None
+    if not tokens:
+        raise UserError(f"--prompt-tokens {number}: is empty; give at least one id")
+    return tokens
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: cannot be read: {error.strerror}") from None
+
+
+def _read_standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or pipe one into standard input")
+    return sys.stdin.buffer.read()
+
+
+def _lines(content: bytes, where: str) -> list[Prompt]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 (byte {error.start} cannot be read)") from None
+    # Not splitlines(): that would also cut at characters like U+2028, which are part of a prompt.
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{where}: holds no prompt")
+    if _json_prompt(lines[0][1]) is None:
+        return [Prompt(text=line) for _, line in lines]
+    return [Prompt(text=_required_json_prompt(line, number, where)) for number, line in lines]
+
+
+def _json_prompt(line: str) -> str | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    return prompt if isinstance(prompt, str) else None
+
+
+def _required_json_prompt(line: str, number: int, where: str) -> str:
+    prompt = _json_prompt(line)
+    if prompt is None:
+        raise UserError(f"{where}: line {number} is not a JSON object with a string 'prompt', as line 1 is")
+    return prompt

@@ -1,0 +1,102 @@
+"""The only patches of Megatron-core's CUDA assumptions, and the quiet, late import of it.
+
+Every patch names what it replaces and why. On a machine with CUDA none of them is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+_prepared = False
+
+
+def prepare_megatron() -> None:
+    """Import Megatron-core once, without its import warnings, and patch it when there is no CUDA.
+
+    It warns that apex and TransformerEngine are absent and that its own fallbacks are used. That is the
+    intended state on a CPU, and nothing a user can act on.
+    """
+    global _prepared
+    if _prepared:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.models.gpt  # noqa: F401  (brings in all that this project uses)
+    # Core's own default for cuda_graph_scope triggers its own deprecation warning, once per config.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Core still calls a collective under the name that torch is about to drop.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated")
+    # Advice for overlapping communication on a GPU, given once per process in training.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    if not torch.cuda.is_available():
+        _place_on_cpu()
+        _track_cpu_random_state()
+    _prepared = True
+
+
+def _place_on_cpu() -> None:
+    """`torch.cuda.current_device` -> the CPU.
+
+    Core passes its result as `device=` in tensor_parallel/mappings.py (gathers and reduce-scatters),
+    utils.GlobalMemoryBuffer and pipeline receives. Without CUDA the call raises; no caller wants a number.
+    """
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def _track_cpu_random_state() -> None:
+    """Core's RNG tracker saves and restores CUDA generator states; on a CPU, dropout draws from torch's
+    default generator, so the tracker must save and restore that one."""
+    from megatron.core.tensor_parallel import random as core_random
+
+    class CPURNGStatesTracker(core_random.CudaRNGStatesTracker):
+        """Named random states of the CPU generator, with core's interface (add, fork, get_states)."""
+
+        def add(self, name: str, seed: int) -> None:
+            """Remember the state that `seed` gives under `name`, leaving the current state alone."""
+            if name in self.states_ or seed in self.seeds_:
+                raise ValueError(f"random state {name!r} or seed {seed} exists already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = core_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            """Draw from the named state inside the block, and from the former one after it."""
+            if name not in self.states_:
+                raise ValueError(f"random state {name!r} was not added: call init_parallel first")
+            outer_name, outer_state = self._current_state_name, torch.get_rng_state()
+            if outer_name != "default-rng":  # a fork inside a fork: the outer one goes on from here
+                self.states_[outer_name] = outer_state
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(self.states_.get(outer_name, outer_state))
+                self._current_state_name = outer_name
+
+    core_random._CUDA_RNG_STATE_TRACKER = CPURNGStatesTracker()
+    core_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+@contextlib.contextmanager
+def cuda_calls_stay_on_cpu() -> Iterator[None]:
+    """Inside the block, and only without CUDA, `Tensor.cuda()` returns the tensor itself.
+
+    `LanguageModule.setup_embeddings_and_output_layer` calls `.cuda()` on the last stage's tied weight
+    before it all-reduces it.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = original

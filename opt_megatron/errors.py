@@ -1,0 +1,15 @@
+"""The exceptions that mean "the user can mend this": one clear line, no traceback, exit code 2."""
+
+
+class UserError(ValueError):
+    """Bad input. The message says what is wrong, with the numbers, and what to do about it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, incomplete or not what its config says."""
+
+
+def shorten(items: list[str], limit: int = 8) -> str:
+    """Join names for a message, naming at most `limit` of them and counting the rest."""
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -1,0 +1,101 @@
+"""OPT's self-attention on Megatron-core: its projections, torch's attention kernel, our KV cache.
+
+Shapes: s = tokens of this step, t = keys, b = rows of the batch, n = attention heads of this tensor
+parallel rank, d = head_dim. Megatron's order is [s, b, n, d], the kernel's is [b, n, s, d].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class OPTSelfAttention(SelfAttention):
+    """Megatron's SelfAttention, except that keys and values pass through our cache, not through core's.
+
+    Core's static cache has one length for the whole batch and its dynamic one needs flash-attention on
+    CUDA. Ours (`generation/kv_cache.py`) has a length per row and any device.
+    """
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
+        if inference_context is not None:
+            key, value = inference_context.update(self.layer_number, key, value)
+        return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+
+
+class OPTCoreAttention(MegatronModule):
+    """softmax(q d**-0.5 k^T) v by `scaled_dot_product_attention`, for the heads of this rank.
+
+    The query is scaled before the product, as transformers' OPTAttention does, so that the two agree to
+    the bit. Built with Megatron's `core_attention` arguments; those that OPT has no use for are ignored.
+    """
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float, **unused: Any) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        **unused: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, n, d]; key and value: [t, b, n, d].
+            attention_mask: bool, True where a query may look, broadcastable to [b, n, s, t]. None means
+                causal when s > 1 (then s = t), and everything when s = 1.
+
+        Returns:
+            [s, b, n * d]
+        """
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, n, s|t, d]
+        output = scaled_dot_product_attention(
+            q * self.softmax_scale,
+            k,
+            v,
+            attn_mask=attention_mask,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            is_causal=attention_mask is None and q.size(2) > 1,
+            scale=1.0,
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)  # [s, b, n * d]
+
+
+def padding_mask_to_inputs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and attention mask of a padded batch, by the rule of transformers' OPT.
+
+    Args:
+        attention_mask: [b, s], 1 for tokens and 0 for padding on either side.
+
+    Returns:
+        positions [b, s] (-1 for padding, which the offset turns into the table's padding row) and a
+        bool mask [b, 1, s, s]. A padding query looks at itself, so that no row of the softmax is empty
+        (an empty one gives NaN in half precision).
+    """
+    real = attention_mask.to(torch.bool)
+    positions = real.long().cumsum(dim=1) * real - 1
+    size = real.size(1)
+    causal = torch.ones(size, size, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(size, dtype=torch.bool, device=real.device)
+    return positions, ((causal & real[:, None, :]) | itself)[:, None]

@@ -1,0 +1,55 @@
+"""OPTConfig -> Megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from ..config import OPTConfig
+from ..parallel import ParallelContext
+
+LAYERNORM_EPSILON = 1e-5
+
+
+def transformer_config(
+    config: OPTConfig, parallel: ParallelContext, dtype: torch.dtype, **overrides: Any
+) -> TransformerConfig:
+    """Megatron-core's view of an OPT, on this context's layout, without initialised weights.
+
+    Args:
+        dtype: of the parameters and of what passes between pipeline stages.
+        overrides: any field of TransformerConfig, for training (dropout stays OPT's unless named).
+    """
+    values: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "kv_channels": config.head_dim,
+        # Megatron-LM's command line cannot say ReLU; the config can.
+        "activation_func": torch.nn.functional.relu,
+        "add_bias_linear": True,
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": LAYERNORM_EPSILON,
+        "hidden_dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        # Core's attention divides by sqrt(d) itself; ours scales the query, as transformers does.
+        "softmax_scale": config.head_dim**-0.5,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "fp16": dtype == torch.float16,
+        "bf16": dtype == torch.bfloat16,
+        # Weights are loaded into empty memory; on CUDA it is allocated where it is used.
+        "use_cpu_initialization": parallel.device.type == "cpu",
+        "perform_initialization": False,
+        # Fusions that are jit-compiled for CUDA and change rounding.
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**(values | overrides))

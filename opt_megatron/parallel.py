@@ -1,0 +1,306 @@
+"""Starting torch.distributed and Megatron's groups: the one module that asks what device and backend there is.
+
+    parallel = init_parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, seed=1234)
+
+Everything else receives the frozen `ParallelContext` that it returns. Rank order is Megatron's: tensor
+parallel ranks are neighbours, pipeline stages are farthest apart.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .core_compat import prepare_megatron
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .config import OPTConfig
+
+T = TypeVar("T")
+LEADER = 0  # the rank that reads the input, plans, samples and prints
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands among the ranks, and what it computes on.
+
+    `control_group` connects all ranks over gloo, so that plans and messages never pass through a GPU.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tensor_model_parallel_size: int
+    tensor_model_parallel_rank: int
+    pipeline_model_parallel_size: int
+    pipeline_model_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_rank: int
+    device: torch.device
+    control_group: dist.ProcessGroup
+
+    @property
+    def is_leader(self) -> bool:
+        """This rank reads, plans, samples and prints."""
+        return self.rank == LEADER
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the embedding."""
+        return self.pipeline_model_parallel_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the output head."""
+        return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
+
+    @property
+    def pipeline_stride(self) -> int:
+        """Difference of rank between one pipeline stage and the next."""
+        return self.world_size // self.pipeline_model_parallel_size
+
+    @property
+    def logits_rank(self) -> int:
+        """The rank of the last stage that sends the logits to the leader (its tensor rank 0)."""
+        return self.pipeline_stride * (self.pipeline_model_parallel_size - 1)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The leader's picklable `value`, on every rank."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=LEADER, group=self.control_group)
+        return holder[0]
+
+    def broadcast_integers(self, values: torch.Tensor) -> None:
+        """Fill the int64 CPU tensor `values` on every rank with the leader's."""
+        dist.broadcast(values, src=LEADER, group=self.control_group)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control_group)
+
+
+def world_size_from_environment() -> int:
+    """The number of processes that torchrun (or another launcher) says it started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_layout(
+    config: OPTConfig | None,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    world_size: int,
+    *,
+    data_parallel: bool = True,
+) -> None:
+    """Check that the sizes fit the number of processes and, with a config, the model.
+
+    Raises:
+        UserError: one line with the numbers. With `data_parallel=False` the processes must be exactly
+            tensor x pipeline; otherwise what remains of the world is data parallel.
+    """
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    if tp < 1 or pp < 1:
+        raise UserError(f"tensor x pipeline parallel size is {tp} x {pp}; both must be at least 1")
+    _check_world(tp, pp, world_size, data_parallel)
+    if config is None:
+        return
+    for size, what in (
+        (config.num_attention_heads, "attention heads"),
+        (config.ffn_hidden_size, "ffn_hidden_size"),
+        (config.vocab_size, "vocabulary rows"),
+    ):
+        if size % tp:
+            raise UserError(
+                f"tensor parallel size {tp} does not divide the model's {size} {what}: use one of {_divisors(config)}"
+            )
+    if config.num_layers % pp:
+        fitting = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
+        raise UserError(
+            f"pipeline parallel size {pp} does not divide the model's {config.num_layers} layers: "
+            f"use one of {', '.join(map(str, fitting))}"
+        )
+
+
+def _check_world(tp: int, pp: int, world_size: int, data_parallel: bool) -> None:
+    product = f"tensor {tp} x pipeline {pp} = {tp * pp} processes"
+    if world_size % (tp * pp) == 0 and (data_parallel or world_size == tp * pp):
+        return
+    if "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{product} are needed, but this is one process alone: start it with torchrun --nproc-per-node {tp * pp}"
+        )
+    if data_parallel:
+        raise UserError(f"{world_size} processes cannot be divided into groups of {product}")
+    raise UserError(
+        f"{product} are needed, but {world_size} were started: set "
+        f"--tensor-model-parallel-size and --pipeline-model-parallel-size so that their product is {world_size}"
+    )
+
+
+def _divisors(config: OPTConfig) -> str:
+    sizes = (config.num_attention_heads, config.ffn_hidden_size, config.vocab_size)
+    return ", ".join(str(n) for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes))
+
+
+def init_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    *,
+    seed: int = 1234,
+    device: str | None = None,
+    timeout_minutes: float = 30,
+) -> ParallelContext:
+    """Start torch.distributed and Megatron's model-parallel groups, and seed every generator.
+
+    Under torchrun the environment tells rank and address; alone, a group of one is made without a port.
+    A torch.distributed that is already running is used as it is; groups of another layout are replaced.
+
+    Args:
+        seed: for Python, numpy, torch and Megatron's model-parallel random states; from 0 to 2**32 - 1.
+        device: "cpu" or "cuda"; by default CUDA where there is one.
+
+    Raises:
+        UserError: the sizes do not fit the number of processes, or there are fewer GPUs than local ranks.
+    """
+    check_seed(seed)
+    world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
+    check_layout(None, tensor_model_parallel_size, pipeline_model_parallel_size, world_size)
+    prepare_megatron()
+    place = _choose_device(device)
+    _start_distributed(place, timedelta(minutes=timeout_minutes))
+
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+    )
+    seed_everything(seed)
+    return current_context(place)
+
+
+def current_context(device: torch.device | None = None) -> ParallelContext:
+    """The context of groups that Megatron has already initialised (by init_parallel or by the caller)."""
+    from megatron.core import parallel_state
+
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=_local_rank(),
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        device=device or _choose_device(None),
+        control_group=_control_group(),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's model-parallel random states (different per tensor rank)."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless numpy accepts `seed` too (0 to 2**32 - 1, room for Megatron's offsets left)."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} is not from 0 to {2**32 - 1}")
+
+
+def shut_down() -> None:
+    """Leave the process groups, so that the process ends without torch's warning."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails with a UserError on any, raise that error on all of them.
+
+    Without this, the ranks that succeed would wait for ever for those that gave up.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * parallel.world_size
+    dist.all_gather_object(messages, message, group=parallel.control_group)
+    for rank, text in enumerate(messages):
+        if text is not None:
+            others = f" (on rank {rank})" if rank else ""
+            raise UserError(text + others)
+    return result  # type: ignore[return-value]
+
+
+def wait_for_leader_to_speak(seconds: float = 10.0) -> None:
+    """Give the leader time to print the error that all ranks have found, before this rank ends.
+
+    torchrun ends every rank as soon as one fails; a silent rank that fails first would silence the leader.
+    """
+    if int(os.environ.get("RANK", "0")) != LEADER:
+        time.sleep(seconds)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def _choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch finds no CUDA GPU: use --device cpu")
+    if _local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {_local_rank()} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+            "start that many processes, or use --device cpu"
+        )
+    torch.cuda.set_device(_local_rank())
+    return torch.device("cuda", _local_rank())
+
+
+def _start_distributed(device: torch.device, timeout: timedelta) -> None:
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+_control_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def _control_group() -> dist.ProcessGroup:
+    # Made once per process group: a new gloo group costs a rendezvous.
+    world = dist.group.WORLD
+    if id(world) not in _control_groups:
+        _control_groups.clear()
+        is_gloo = dist.get_backend() == "gloo"
+        _control_groups[id(world)] = world if is_gloo else dist.new_group(backend="gloo")
+    return _control_groups[id(world)]

@@ -1,0 +1,153 @@
+"""OPT's byte-level BPE: text to ids with exactly one BOS, ids to text, and text from a stream of ids.
+
+The BPE itself is the `tokenizers` library's. Special tokens are deliberately not registered with it: a
+`</s>` in a user's text is four characters of text, never an end of sequence.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer as BPETokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from .errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+BOS_TOKEN = "</s>"  # OPT begins every sequence with the token that also ends one
+UNKNOWN_TOKEN = "<unk>"
+
+
+class OPTTokenizer:
+    """Byte-level BPE with OPT's rules.
+
+    Args:
+        vocab: token string to id.
+        merges: pairs of token strings, best first.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        self._bpe = BPETokenizer(models.BPE(vocab=vocab, merges=merges))
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._bpe.decoder = decoders.ByteLevel()
+        if BOS_TOKEN not in vocab:
+            raise CheckpointError(f"the vocabulary has no {BOS_TOKEN!r}, with which every OPT sequence begins")
+        self._vocab = vocab
+        self.bos_token_id = self.eos_token_id = vocab[BOS_TOKEN]
+        self.unk_token_id = vocab.get(UNKNOWN_TOKEN)
+        self._special_ids = {vocab[token] for token in _SPECIAL_TOKENS if token in vocab}
+        self._bytes = _token_bytes(vocab)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> OPTTokenizer:
+        """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing.
+
+        Raises:
+            CheckpointError: none of them is there, or they cannot be read.
+        """
+        directory = Path(directory)
+        try:
+            if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+                vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+                merges = _read_merges(directory / "merges.txt")
+            elif (directory / "tokenizer.json").is_file():
+                model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+                vocab = model["vocab"]
+                merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+            else:
+                raise CheckpointError(
+                    f"{directory}: there is no tokenizer (vocab.json and merges.txt, or tokenizer.json); "
+                    "copy the model's there, or give --tokenizer DIR"
+                )
+            return cls(vocab, merges)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception for a vocabulary it cannot use
+            raise CheckpointError(f"{directory}: the tokenizer files cannot be used: {error}") from None
+
+    def __len__(self) -> int:
+        """One more than the highest id."""
+        return max(self._vocab.values()) + 1
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Ids of `text`, after exactly one BOS unless `add_bos` is False."""
+        ids = self._bpe.encode(text, add_special_tokens=False).ids
+        return [self.bos_token_id, *ids] if add_bos else ids
+
+    def encode_batch(self, texts: Iterable[str], *, add_bos: bool = True) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text, add_bos=add_bos) for text in texts]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; padding rows of the vocabulary give nothing."""
+        decoder = self.stream(skip_special_tokens=skip_special_tokens)
+        return "".join([decoder.push(token) for token in ids]) + decoder.flush()
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self._bytes, self._special_ids if skip_special_tokens else set())
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token string to id (a copy)."""
+        return dict(self._vocab)
+
+
+class StreamDecoder:
+    """Text from ids one at a time, never half a character.
+
+    Every token of a byte-level BPE is a run of bytes, so text is what an incremental UTF-8 decoder gives.
+    """
+
+    def __init__(self, token_bytes: dict[int, bytes], skipped: set[int]) -> None:
+        self._token_bytes = token_bytes
+        self._skipped = skipped
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that is complete once `token` has arrived; empty in the middle of a character."""
+        if token in self._skipped:
+            return ""
+        return self._utf8.decode(self._token_bytes.get(token, b""))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise CheckpointError(f"{path}: merge {number} is not a pair of tokens: {' '.join(pair)!r}")
+    return pairs  # type: ignore[return-value]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    # GPT-2's table (openai/gpt-2, encoder.py, bytes_to_unicode): printable Latin-1 characters stand for
+    # themselves, the other 68 byte values for the characters from U+0100 on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [value for value in range(256) if value not in printable]
+    alphabet = {chr(value): value for value in printable}
+    return alphabet | {chr(0x100 + n): value for n, value in enumerate(others)}
+
+
+def _token_bytes(vocab: dict[str, int]) -> dict[int, bytes]:
+    alphabet = _byte_alphabet()
+
+    def to_bytes(token: str) -> bytes:
+        if all(character in alphabet for character in token):
+            return bytes(alphabet[character] for character in token)
+        return token.encode("utf-8")  # an added token, stored as plain text
+
+    return {index: to_bytes(token) for token, index in vocab.items()}

@@ -1,0 +1,37 @@
+"""Packaging of opt_megatron (ruff and pytest are configured in pyproject.toml)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
+
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "ruff>=0.6"]
+
+setup(
+    name="opt-megatron",
+    version=VERSION,
+    description="Run, convert, study and train Meta's OPT language models on Megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),
+    package_data={"opt_megatron": ["assets/*/*"]},
+    # The registry's package named "apex" is unrelated to NVIDIA's and must never stand here: NVIDIA's
+    # Apex is found at run time when the user has built it (README, "On a GPU").
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "regex",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",
+        "huggingface_hub>=0.25",
+        "psutil",
+        "tqdm",
+    ],
+    extras_require={"test": TEST},
+    entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},
+)

@@ -1,0 +1,8 @@
+"""Reshard a checkpoint: `python tools/convert_checkpoint.py ...` is `opt-megatron convert ...` (see --help)."""
+
+import sys
+
+from opt_megatron.cli import main
+
+if __name__ == "__main__":
+    main(["convert", *sys.argv[1:]])
