@@ -8,6 +8,7 @@ parallel ranks are neighbours, pipeline stages are farthest apart.
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import time
@@ -187,6 +188,7 @@ def init_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
     )
+    shut_down_at_exit()
     seed_everything(seed)
     return current_context(place)
 
@@ -205,7 +207,7 @@ def current_context(device: torch.device | None = None) -> ParallelContext:
         pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        device=device or _choose_device(None),
+        device=device or _device_in_use(),
         control_group=_control_group(),
     )
 
@@ -226,8 +228,14 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed {seed} is not from 0 to {2**32 - 1}")
 
 
+def shut_down_at_exit() -> None:
+    """Leave the process groups when the interpreter ends: gloo's threads abort a process that forgets to."""
+    atexit.unregister(shut_down)
+    atexit.register(shut_down)
+
+
 def shut_down() -> None:
-    """Leave the process groups, so that the process ends without torch's warning."""
+    """Leave the process groups."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -281,6 +289,11 @@ def _choose_device(name: str | None) -> torch.device:
         )
     torch.cuda.set_device(_local_rank())
     return torch.device("cuda", _local_rank())
+
+
+def _device_in_use() -> torch.device:
+    # Whoever started torch.distributed has also chosen the device.
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _start_distributed(device: torch.device, timeout: timedelta) -> None:

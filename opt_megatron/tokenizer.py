@@ -37,11 +37,10 @@ class OPTTokenizer:
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        _check_vocabulary(vocab, merges)
         self._bpe = BPETokenizer(models.BPE(vocab=vocab, merges=merges))
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._bpe.decoder = decoders.ByteLevel()
-        if BOS_TOKEN not in vocab:
-            raise CheckpointError(f"the vocabulary has no {BOS_TOKEN!r}, with which every OPT sequence begins")
         self._vocab = vocab
         self.bos_token_id = self.eos_token_id = vocab[BOS_TOKEN]
         self.unk_token_id = vocab.get(UNKNOWN_TOKEN)
@@ -66,12 +65,12 @@ class OPTTokenizer:
                 merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
             else:
                 raise CheckpointError(
-                    f"{directory}: there is no tokenizer (vocab.json and merges.txt, or tokenizer.json); "
+                    "there is no tokenizer (vocab.json and merges.txt, or tokenizer.json); "
                     "copy the model's there, or give --tokenizer DIR"
                 )
             return cls(vocab, merges)
-        except CheckpointError:
-            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error}") from None
         except Exception as error:  # the library raises bare Exception for a vocabulary it cannot use
             raise CheckpointError(f"{directory}: the tokenizer files cannot be used: {error}") from None
 
@@ -124,13 +123,22 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    # The library panics on a merge that leads out of the vocabulary, which no `except` here could hold.
+    if not isinstance(vocab, dict) or not all(type(index) is int and index >= 0 for index in vocab.values()):
+        raise CheckpointError("the vocabulary is not a table of tokens and their ids")
+    if BOS_TOKEN not in vocab:
+        raise CheckpointError(f"the vocabulary has no {BOS_TOKEN!r}, with which every OPT sequence begins")
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise CheckpointError(
+                f"the merge {' '.join(pair)!r} leads out of the vocabulary; the files do not belong together"
+            )
+
+
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     lines = path.read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
-            raise CheckpointError(f"{path}: merge {number} is not a pair of tokens: {' '.join(pair)!r}")
-    return pairs  # type: ignore[return-value]
+    return [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -52,6 +52,8 @@ def open_megatron(directory: Path) -> Checkpoint:
     tp, pp = len(grid[0]), len(grid)
     stages = [[_model_of(file) for file in row] for row in grid]
     counts = [_count_layers(row[0], grid[stage][0]) for stage, row in enumerate(stages)]
+    if sum(counts) != config.num_layers:
+        raise CheckpointError(f"{directory}: the stages hold {sum(counts)} layers, the config says {config.num_layers}")
     tensors: dict[str, Source] = {}
     first_layer = 0
     for stage, models in enumerate(stages):

@@ -1,0 +1,176 @@
+"""FlagAI's interface to OPT, so that its scripts run with their imports changed and nothing else.
+
+    from opt_megatron.flagai import AutoLoader, Predictor, mpu
+
+The semantics are FlagAI's (one prompt, the continuation alone is returned, the filters in its order), but
+for what were defects there: an integer or zero temperature, a sequence longer than the positions, ranks
+that sample each for itself, and a first token that was lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .checkpoint.formats import is_checkpoint
+from .checkpoint.load import load_model, locate_on_all_ranks
+from .core_compat import prepare_megatron
+from .errors import UserError
+from .generation.engine import Engine
+from .generation.request import Request
+from .generation.sampling import SamplingParams
+from .parallel import ParallelContext, current_context, init_parallel, seed_everything, shut_down_at_exit
+from .tokenizer import OPTTokenizer
+
+__all__ = ["AutoLoader", "Predictor", "mpu"]
+
+
+class mpu:
+    """The functions of FlagAI's `mpu` that its OPT scripts call, over Megatron-core's parallel state."""
+
+    @staticmethod
+    def initialize_model_parallel(model_parallel_size: int) -> None:
+        """Make tensor parallel groups of this size in a torch.distributed that is already running."""
+        if not dist.is_initialized():
+            raise UserError("call torch.distributed.init_process_group before mpu.initialize_model_parallel")
+        prepare_megatron()
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=model_parallel_size)
+        shut_down_at_exit()  # FlagAI's scripts do not
+
+    @staticmethod
+    def model_parallel_cuda_manual_seed(seed: int) -> None:
+        """Seed Python, numpy, torch and Megatron's model-parallel random states."""
+        seed_everything(seed)
+
+    @staticmethod
+    def get_model_parallel_group() -> dist.ProcessGroup:
+        """The tensor parallel group of this rank."""
+        return _parallel_state().get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """This process's rank in it."""
+        return _parallel_state().get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """The size of it."""
+        return _parallel_state().get_tensor_model_parallel_world_size()
+
+
+class AutoLoader:
+    """Finds a model by name and loads this rank's part of it.
+
+    Args:
+        task_name: "lm", the only task of OPT.
+        model_name: a released size as FlagAI writes it (`opt-125m-en`), or anything that --load takes.
+        model_dir: where to look first: `model_dir/model_name`, or `model_dir` itself where it is a checkpoint.
+
+    Raises:
+        UserError: another task, or no such model.
+    """
+
+    def __init__(
+        self,
+        task_name: str = "lm",
+        model_name: str = "opt-125m-en",
+        model_dir: str | None = None,
+        **unused: Any,
+    ) -> None:
+        if task_name != "lm":
+            raise UserError(f"task {task_name!r}: OPT is a language model, its task is 'lm'")
+        self._parallel = _context()
+        self._directory = locate_on_all_ranks(_local_name(model_name, model_dir), self._parallel)
+        self._model: nn.Module | None = None
+
+    def get_model(self) -> nn.Module:
+        """The model, loaded on the first call: float32 on a CPU, the checkpoint's dtype on a GPU."""
+        if self._model is None:
+            self._model = load_model(self._directory, None, self._parallel)
+        return self._model
+
+    def get_tokenizer(self) -> OPTTokenizer:
+        """The tokenizer that lies beside the weights."""
+        return OPTTokenizer.from_directory(self._directory)
+
+
+class Predictor:
+    """Continues text with a model and tokenizer of AutoLoader."""
+
+    def __init__(self, model: nn.Module, tokenizer: OPTTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._config = model.opt_config
+        self._engine = Engine(model, current_context(), max_batch_size=1)
+
+    def predict_generate_randomsample(
+        self,
+        text: str,
+        input_max_length: int = 256,
+        out_max_length: int = 200,
+        top_k: int = 30,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1.0,
+    ) -> str:
+        """The continuation of `text`, the same on every rank; called on every rank.
+
+        The random numbers come from torch's generator, so `torch.manual_seed` repeats a result.
+
+        Args:
+            input_max_length: tokens of the text that are used; what is beyond is dropped at its end.
+            out_max_length: new tokens at the most, fewer where the model has no more positions.
+        """
+        prompt = self._tokenizer.encode(text, add_bos=False)[:input_max_length]
+        prompt = [self._tokenizer.bos_token_id, *prompt]
+        unknown = self._tokenizer.unk_token_id
+        params = SamplingParams(
+            max_new_tokens=self._within_positions(len(prompt), out_max_length),
+            temperature=float(temperature),
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=float(repetition_penalty),
+            seed=int(torch.randint(2**63 - 1, ())),
+            log_probabilities=True,
+            banned_tokens=() if unknown is None else (unknown,),
+        )
+        request = Request(tuple(prompt), params, self._tokenizer.stream())
+        return self._engine.complete([request])[0].text
+
+    def _within_positions(self, prompt_length: int, out_max_length: int) -> int:
+        room = self._config.max_position_embeddings - prompt_length
+        if room < 1:
+            raise UserError(
+                f"the text has {prompt_length} tokens and the model {self._config.max_position_embeddings} "
+                f"positions: lower input_max_length to {self._config.max_position_embeddings - 2} or less"
+            )
+        if out_max_length > room and dist.get_rank() == 0:
+            print(f"opt-megatron: out_max_length {out_max_length} is cut to the {room} positions left", file=sys.stderr)
+        return min(out_max_length, room)
+
+
+def _parallel_state() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def _context() -> ParallelContext:
+    """The groups that the script made, or a group of one."""
+    prepare_megatron()
+    if _parallel_state().model_parallel_is_initialized():
+        return current_context()
+    return init_parallel()
+
+
+def _local_name(model_name: str, model_dir: str | None) -> str:
+    for directory in (Path(model_dir) / model_name, Path(model_dir)) if model_dir else ():
+        if directory.is_dir() and is_checkpoint(directory):
+            return str(directory)
+    return model_name

@@ -1,0 +1,44 @@
+"""Loading: each rank reads its share and no more."""
+
+import pytest
+import rank_jobs
+import torch
+
+from opt_megatron.checkpoint.convert import convert
+from opt_megatron.checkpoint.load import load_model, resolve_dtype
+from opt_megatron.config import OPTConfig
+from opt_megatron.errors import UserError
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("converted", [False, True])
+def test_each_rank_reads_only_its_own_slices(models, ranks, tmp_path, tp, pp, converted):
+    directory = models["pre-norm"][0]
+    if converted:  # to another layout than the one that reads
+        convert(directory, tmp_path / "c", 6, 3)
+        directory = tmp_path / "c"
+    config = OPTConfig.from_directory(directory)
+    everything = config.num_parameters * 4
+    read = ranks(tp * pp).run(rank_jobs.bytes_read_by_rank, directory, tp, pp)
+    # Beyond its share, a rank reads what is replicated: norms, positions, row-parallel biases, and the head's
+    # copy of the embedding on the last stage.
+    h = config.hidden_size
+    replicated = 4 * (config.num_layers * 6 * h + 2 * h + config.num_position_rows * h)
+    embedding = 4 * config.vocab_size * config.word_embed_proj_dim / tp
+    for number in read:
+        assert number <= everything / (tp * pp) + replicated + embedding
+    assert sum(read) <= everything + tp * pp * replicated + (tp * embedding if pp > 1 else 0)
+
+
+def test_weights_are_cast_to_the_asked_dtype_and_frozen(models, alone):
+    model = load_model(models["story"][0], None, alone, "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_auto_dtype_is_float32_on_a_cpu_and_the_checkpoints_on_a_gpu():
+    config = OPTConfig(1, 4, 1, 4, 4, dtype="bfloat16")
+    assert resolve_dtype("auto", config, torch.device("cpu")) is torch.float32
+    assert resolve_dtype("auto", config, torch.device("cuda")) is torch.bfloat16
+    with pytest.raises(UserError, match=r"'fp7' is not one of .* \(or auto\)"):
+        resolve_dtype("fp7", config, torch.device("cpu"))

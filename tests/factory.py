@@ -1,0 +1,66 @@
+"""Small random OPT models, made by transformers, whose every parameter matters to the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig as HFConfig
+from transformers import OPTForCausalLM
+
+# Divisible by tensor parallel 1, 2, 3, 4 and 6 (12 heads, 516 = 4 * 3 * 43 rows) and by 1, 2, 3, 4 stages.
+SMALL = {
+    "vocab_size": 516,
+    "hidden_size": 48,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "ffn_dim": 96,
+    "max_position_embeddings": 256,
+    "dropout": 0.0,
+}
+OPT_125M = {
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "ffn_dim": 3072,
+    "max_position_embeddings": 2048,
+}
+
+
+def random_model(seed: int = 0, scale: float = 0.12, **overrides: object) -> OPTForCausalLM:
+    """A model with random biases and norms too, in float32; SMALL with `overrides`.
+
+    Args:
+        scale: standard deviation of the parameters; the default spreads the logits of a narrow model.
+    """
+    values = SMALL | overrides
+    values.setdefault("word_embed_proj_dim", values["hidden_size"])
+    torch.manual_seed(seed)
+    model = OPTForCausalLM(HFConfig(**values)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter) * scale
+            parameter.copy_(noise + 1 if name.endswith("layer_norm.weight") else noise)
+    return model
+
+
+def save(model: OPTForCausalLM, directory: Path) -> Path:
+    """Write it as a Hugging Face directory."""
+    model.save_pretrained(directory)
+    return directory
+
+
+def oracle_greedy(model: OPTForCausalLM, prompt: list[int], new_tokens: int) -> tuple[int, ...]:
+    """transformers' greedy continuation, not stopping at the end-of-sequence token."""
+    with torch.no_grad():
+        ids = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=1,
+        )
+    return tuple(ids[0, len(prompt) :].tolist())

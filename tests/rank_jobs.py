@@ -1,0 +1,137 @@
+"""What tests let every rank do (importable by the rank processes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from opt_megatron.checkpoint.load import load_model
+from opt_megatron.errors import UserError
+from opt_megatron.generation.engine import Engine
+from opt_megatron.generation.plan import Kind, Step
+from opt_megatron.generation.request import Completion, Request
+from opt_megatron.generation.runner import ModelRunner
+from opt_megatron.generation.sampling import SamplingParams
+from opt_megatron.parallel import ParallelContext, init_parallel, on_all_ranks
+
+
+def start(tp: int, pp: int) -> ParallelContext:
+    """Groups of this layout on the running world."""
+    return init_parallel(tp, pp, seed=1234)
+
+
+def generate(directory: Path, tp: int, pp: int, requests: list[Request], max_batch_size: int = 8) -> list[Completion]:
+    """Load and complete the requests."""
+    parallel = start(tp, pp)
+    model = load_model(directory, None, parallel)
+    return Engine(model, parallel, max_batch_size=max_batch_size).complete(requests)
+
+
+def cached_logits(directory: Path, tp: int, pp: int, tokens: list[int], prefill: int) -> torch.Tensor | None:
+    """Logits after the first `prefill` tokens and after each later one, through the KV cache: [n, vocabulary]."""
+    parallel = start(tp, pp)
+    runner = ModelRunner(load_model(directory, None, parallel), parallel)
+    runner.do(Kind.ALLOCATE, [1, len(tokens)])
+    steps = [Step(0, (0,), (prefill,), (tuple(tokens[:prefill]),))]
+    steps += [Step(0, (n,), (1,), ((tokens[n],),)) for n in range(prefill, len(tokens))]
+    rows = [runner.do(Kind.FORWARD, step.to_numbers()) for step in steps]
+    return torch.cat(rows) if parallel.is_leader else None
+
+
+def full_logits(directory: Path, tp: int, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a plain forward pass, gathered: [b, s, vocabulary] on every rank."""
+    model = load_model(directory, None, start(tp, 1))
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask)
+
+
+def sampled_tokens(directory: Path, tp: int, pp: int) -> list[tuple[int, ...]]:
+    """Three sampled continuations with one seed."""
+    params = SamplingParams(max_new_tokens=40, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True)
+    requests = [Request((2, 9, 30, *range(40, 40 + n)), params) for n in (1, 5, 9)]
+    return [completion.tokens for completion in generate(directory, tp, pp, requests)]
+
+
+def bytes_read_by_rank(directory: Path, tp: int, pp: int) -> int:
+    """Bytes that this rank's load read from the checkpoint."""
+    from opt_megatron.checkpoint.formats import open_checkpoint
+    from opt_megatron.checkpoint.load import read_into
+    from opt_megatron.model.opt_model import build_model
+
+    parallel = start(tp, pp)
+    with open_checkpoint(directory) as checkpoint:
+        read_into(build_model(checkpoint.config, parallel, torch.float32), checkpoint, parallel)
+        return checkpoint.bytes_read
+
+
+def error_of_rank(failing_rank: int) -> str:
+    """The message that every rank gets when one of them finds a user's mistake."""
+    parallel = start(1, 1)
+
+    def action() -> None:
+        if parallel.rank == failing_rank:
+            raise UserError("no such thing")
+
+    try:
+        on_all_ranks(parallel, action)
+    except UserError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def random_draws(tp: int, pp: int) -> tuple[float, float, float]:
+    """One number from torch's generator, and two from Megatron's tensor parallel state, forked twice."""
+    start(tp, pp)
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    before = torch.get_rng_state()
+    with get_cuda_rng_tracker().fork():
+        first = torch.rand(()).item()
+    with get_cuda_rng_tracker().fork():
+        second = torch.rand(()).item()
+    assert torch.equal(torch.get_rng_state(), before)
+    return torch.rand(()).item(), first, second
+
+
+def leader_error_of_bad_request(directory: Path, tp: int) -> str:
+    """A request that cannot run raises on the leader and ends the others; then a good one still runs."""
+    parallel = start(tp, 1)
+    engine = Engine(load_model(directory, None, parallel), parallel)
+    message = ""
+    try:
+        list(engine.generate([Request(tuple(range(3, 300)))]))
+    except UserError as error:
+        message = str(error)
+    good = engine.complete([Request((2, 5), SamplingParams(max_new_tokens=3, temperature=0))])
+    assert len(good[0].tokens) == 3
+    return message
+
+
+def abandoned_stream(directory: Path, tp: int) -> list[int]:
+    """The caller stops listening after two events; the ranks stay together and can generate again."""
+    parallel = start(tp, 1)
+    engine = Engine(load_model(directory, None, parallel), parallel)
+    request = Request((2, 5), SamplingParams(max_new_tokens=30, temperature=0, ignore_eos=True))
+    events = engine.generate([request])
+    first = []
+    for event in events:
+        first.append(event.token)
+        if len(first) == 2:
+            break
+    events.close()
+    again = engine.complete([request])[0].tokens
+    assert not first or list(again[:2]) == first
+    return first
+
+
+def context_facts(tp: int, pp: int) -> tuple[int, int, bool, bool, int]:
+    """Tensor rank, stage, is it the first, the last, and who sends the logits."""
+    context = start(tp, pp)
+    return (
+        context.tensor_model_parallel_rank,
+        context.pipeline_model_parallel_rank,
+        context.is_first_stage,
+        context.is_last_stage,
+        context.logits_rank,
+    )

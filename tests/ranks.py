@@ -1,0 +1,79 @@
+"""Real ranks for tests: processes that stay, connected over gloo, and run one function after another.
+
+    results = ranks(2).run(function, argument, ...)       # a list with what each rank returned
+
+Functions must be importable (`rank_jobs.py`). A world is started once per session: importing Megatron-core
+takes seconds, a job milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT = 180  # seconds a job may take
+
+
+class RankFailure(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+class RankPool:
+    """`world_size` processes, each a rank of one torch.distributed world on gloo."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._store = tempfile.mktemp(prefix="ranks-")
+        self._processes, self._pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, self._store, theirs), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on every rank at once and return what each gave."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = [self._answer(rank, pipe) for rank, pipe in enumerate(self._pipes)]
+        failures = [text for kind, text in results if kind == "error"]
+        if failures:
+            raise RankFailure("\n".join(failures))
+        return [value for _, value in results]
+
+    def _answer(self, rank: int, pipe: Any) -> tuple[str, Any]:
+        if not pipe.poll(TIMEOUT):
+            self.close()
+            raise RankFailure(f"rank {rank} did not answer within {TIMEOUT} s")
+        return pipe.recv()
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        if os.path.exists(self._store):
+            os.unlink(self._store)
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("value", function(*args)))
+        except Exception:
+            pipe.send(("error", f"rank {rank}: {traceback.format_exc()}"))

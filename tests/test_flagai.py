@@ -1,0 +1,96 @@
+"""FlagAI's two scripts for OPT, each in processes of its own, and the semantics of its predictor."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.errors import UserError
+from opt_megatron.flagai import AutoLoader, Predictor
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def start(script: str, *args: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPTS / script), *args]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output
+
+
+def test_quick_start_script():
+    output = finish(start("flagai_quick_start.py", str(EMBEDDED_DIRECTORY)))
+    head, _, continuation = output.partition("\n out is ")
+    assert head == "input is The trophy doesn’t fit in the suitcase because I think "
+    assert len(continuation.split()) > 20
+
+
+def test_model_parallel_script_on_two_ranks():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        start("flagai_model_parallel.py", "--local_rank", rank, str(EMBEDDED_DIRECTORY), MASTER_PORT=port)
+        for rank in "01"
+    ]
+    first, second = (finish(process) for process in processes)
+    assert first.startswith("building model...\npred is ") and len(first.split()) > 20
+    assert second == "building model...\n"  # rank 0 alone prints
+
+
+@pytest.fixture(scope="module")
+def predictor(alone):
+    loader = AutoLoader("lm", model_name="opt-125m-en", model_dir=str(EMBEDDED_DIRECTORY))
+    return Predictor(loader.get_model(), loader.get_tokenizer())
+
+
+def test_torchs_seed_repeats_a_result_and_calls_differ(predictor):
+    def run():
+        return predictor.predict_generate_randomsample("The king", out_max_length=20)
+
+    torch.manual_seed(123)
+    first, second = run(), run()
+    torch.manual_seed(123)
+    assert run() == first != second
+
+
+def test_integer_and_zero_temperature_are_no_errors(predictor):
+    options = {"out_max_length": 12, "repetition_penalty": 2}
+    greedy = [predictor.predict_generate_randomsample("The king", temperature=t, **options) for t in (0, 0)]
+    assert greedy[0] == greedy[1]
+    assert predictor.predict_generate_randomsample("The king", temperature=1, **options)
+
+
+def test_the_prompts_end_is_dropped_beyond_input_max_length(predictor):
+    def run(text, length):
+        return predictor.predict_generate_randomsample(text, input_max_length=length, out_max_length=9, temperature=0)
+
+    tokenizer = predictor._tokenizer
+    text = "The king had a daughter who was as beautiful as the day"
+    kept = tokenizer.decode(tokenizer.encode(text, add_bos=False)[:4])
+    assert run(text, 4) == run(kept, 256) != run(text, 256)
+
+
+def test_the_continuation_ends_where_the_positions_do(predictor, capfd):
+    text = "word " * 300
+    out = predictor.predict_generate_randomsample(text, input_max_length=500, out_max_length=300, temperature=0)
+    assert out and "is cut to the" in capfd.readouterr().err
+    with pytest.raises(UserError, match="lower input_max_length to 510"):
+        predictor.predict_generate_randomsample("word " * 600, input_max_length=600)
+
+
+def test_other_tasks_are_refused():
+    with pytest.raises(UserError, match="'seq2seq'"):
+        AutoLoader("seq2seq", model_name="opt-125m-en")

@@ -1,0 +1,81 @@
+"""The tokenizer: ids equal to transformers', one BOS, and streams that never show half a character."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.errors import CheckpointError
+from opt_megatron.tokenizer import OPTTokenizer
+
+TOKENIZER = OPTTokenizer.from_directory(EMBEDDED_DIRECTORY)
+ORACLE = AutoTokenizer.from_pretrained(EMBEDDED_DIRECTORY)
+TEXTS = ["Once upon a time", "  two  spaces\n\nand\ttabs", "naïve — “quotes” 日本語 😀👩‍👩‍👧", "x" * 300, "don't 12345"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_transformers(text):
+    assert TOKENIZER.encode(text) == ORACLE(text)["input_ids"]
+
+
+def test_exactly_one_bos():
+    ids = TOKENIZER.encode("a king")
+    assert ids[0] == 2 and ids.count(2) == 1
+    assert TOKENIZER.encode("a king", add_bos=False) == ids[1:]
+    assert TOKENIZER.encode("") == [2]
+
+
+def test_special_tokens_in_user_text_are_plain_text():
+    ids = TOKENIZER.encode("</s><pad>", add_bos=False)
+    assert not {0, 1, 2, 3} & set(ids)
+    assert TOKENIZER.decode(ids) == "</s><pad>"
+
+
+def test_special_tokens_of_the_model_are_not_text():
+    king = TOKENIZER.encode("king", add_bos=False)
+    assert TOKENIZER.decode([2, *king, 2, 1]) == "king"
+    assert TOKENIZER.decode([2, *king], skip_special_tokens=False) == "</s>king"
+    assert TOKENIZER.decode([*king, 999_999]) == "king"  # a padding row of the vocabulary
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_text_survives_encoding_and_streaming(text):
+    stream = TOKENIZER.stream()
+    pieces = [stream.push(token) for token in TOKENIZER.encode(text)]
+    assert "".join(pieces) + stream.flush() == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_half_a_character_is_held_back_until_it_is_whole():
+    ids = TOKENIZER.encode("😀", add_bos=False)
+    assert len(ids) > 1
+    stream = TOKENIZER.stream()
+    assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["😀"]
+    unfinished = TOKENIZER.stream()
+    assert unfinished.push(ids[0]) == "" and unfinished.flush() == "\ufffd"
+
+
+def test_tokenizer_json_alone_is_enough(tmp_path):
+    ORACLE.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert OPTTokenizer.from_directory(tmp_path).encode(TEXTS[2]) == TOKENIZER.encode(TEXTS[2])
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no tokenizer"):
+        OPTTokenizer.from_directory(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    for vocab, message in (
+        ({"a": 0, "b": 1}, "has no '</s>'"),
+        ({"a": 0, "b": 1, "</s>": 2}, "the merge 'a b' leads out of the vocabulary"),
+        ({"a": "0", "</s>": 2}, "not a table of tokens"),
+        ({"a": {}}, "not a table of tokens"),
+    ):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+        with pytest.raises(CheckpointError, match=message):
+            OPTTokenizer.from_directory(tmp_path)
