@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from ..config import OPTConfig
     from ..generation.request import Request
     from ..generation.sampling import SamplingParams
-    from ..parallel import ParallelContext
     from ..tokenizer import OPTTokenizer
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
+
+TOY_NOTICE = (
+    "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
+    "tales (not one of Meta's; good for trying things out)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,25 +65,27 @@ def run(args: argparse.Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
     parameters = _sampling_params(args)  # before torch.distributed starts: mistakes are told at once
-    _check_dtype(args.dtype)
+    _check_options(args)
 
     from ..checkpoint.load import load_model, locate_on_all_ranks
+    from ..checkpoint.locate import EMBEDDED_NAME
     from ..config import OPTConfig
     from ..generation.engine import Engine
-    from ..parallel import init_parallel, on_all_ranks, shut_down
+    from ..parallel import init_parallel, on_all_ranks
     from .output import show
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
-    directory = locate_on_all_ranks(_model_name(args, parallel), parallel, args.revision)
+    directory = locate_on_all_ranks(args.load or EMBEDDED_NAME, parallel, args.revision)
     config = on_all_ranks(parallel, lambda: OPTConfig.from_directory(directory))
     check_layout(config, tp, pp, parallel.world_size)
     prompts, requests = on_all_ranks(
         parallel, lambda: _requests(args, parameters, directory, config) if parallel.is_leader else ([], [])
     )
+    if args.load is None and parallel.is_leader:
+        print(TOY_NOTICE, file=sys.stderr)
     model = load_model(directory, config, parallel, args.dtype)
     engine = Engine(model, parallel, max_batch_size=args.max_batch_size)
     show(engine.generate(requests), prompts, as_json=args.json, stream=args.stream)
-    shut_down()
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -97,18 +103,6 @@ def _sampling_params(args: argparse.Namespace) -> SamplingParams:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
-
-
-def _model_name(args: argparse.Namespace, parallel: ParallelContext) -> str:
-    from ..checkpoint.locate import EMBEDDED_NAME
-
-    if args.load is None and parallel.is_leader:
-        print(
-            f"opt-megatron: no --load: using the embedded model {EMBEDDED_NAME!r}, a toy of 4.3 million parameters "
-            "trained on fairy tales (not one of Meta's; good for trying things out)",
-            file=sys.stderr,
-        )
-    return args.load or EMBEDDED_NAME
 
 
 def _requests(
@@ -145,8 +139,10 @@ def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, 
     return tokenizer
 
 
-def _check_dtype(name: str) -> None:
+def _check_options(args: argparse.Namespace) -> None:
     from ..config import check_dtype
 
-    if name != "auto":
-        check_dtype(name)
+    if args.dtype != "auto":
+        check_dtype(args.dtype)
+    if args.max_batch_size < 1:
+        raise UserError(f"--max-batch-size is {args.max_batch_size}, but must be at least 1")

@@ -1,0 +1,46 @@
+"""opt-megatron convert as a user calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.cli import main
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", *arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_the_tool_writes_what_its_last_line_says(tmp_path):
+    target = tmp_path / "tp2"
+    sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    command = [sys.executable, str(TOOL), "--load", "story", "--save", str(target), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"wrote {target}: Megatron TP2 x PP2, ")
+    assert (target / "release" / "mp_rank_01_001" / "model_optim_rng.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load", "story"], "--save"),
+        (["--load", "story", "--save", "{}/new", "--tensor-model-parallel-size", "3"], "8 attention heads"),
+        (["--load", "story", "--save", "{}/new", "--pipeline-model-parallel-size", "3"], "4 layers"),
+        (["--load", "story", "--save", "{}/new", "--dtype", "int8"], "'int8' is not one of"),
+        (["--load", "/nowhere", "--save", "{}/new"], "there is no such directory"),
+        (["--load", "story", "--save", str(EMBEDDED_DIRECTORY), "--force"], "is the source"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(capsys, tmp_path, arguments, message):
+    code, out, err = run(capsys, *[argument.format(tmp_path) for argument in arguments])
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith("opt-megatron: error: ") and message in err and len(err.splitlines()) == 1

@@ -1,0 +1,176 @@
+"""opt-megatron generate as a user calls it: output, input, mistakes, several ranks, a rank that dies."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from factory import oracle_greedy
+
+from opt_megatron.checkpoint.convert import convert
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.cli import main
+from opt_megatron.tokenizer import OPTTokenizer
+
+TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
+TOKENIZER = OPTTokenizer.from_directory(EMBEDDED_DIRECTORY)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a call in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", *arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_json_has_the_continuation_alone_and_the_oracles_tokens(models, capsys):
+    _, oracle = models["story"]
+    arguments = ("--prompt", "Once upon a time", "--prompt", "The king", "--temperature", "0", "--ignore-eos")
+    code, out, err = run(capsys, *arguments, "--json", "--max-new-tokens", "30")
+    assert code == 0 and "no --load" in err and "toy" in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["Once upon a time", "The king"]
+    for line in lines:
+        assert tuple(line["tokens"]) == oracle_greedy(oracle, TOKENIZER.encode(line["prompt"]), 30)
+        assert line["text"] == TOKENIZER.decode(line["tokens"])
+        assert line["finish_reason"] == "length"
+
+
+def test_text_output_is_prompt_and_continuation_streamed_or_not(capsys):
+    arguments = ("--prompt", "Once", "--prompt", "The king", "--temperature", "0", "--max-new-tokens", "9")
+    _, plain, _ = run(capsys, *arguments)
+    _, streamed, _ = run(capsys, *arguments, "--stream")
+    assert plain == streamed
+    assert plain.startswith("=== prompt 1 of 2 ===\nOnce") and "\n\n=== prompt 2 of 2 ===\nThe king" in plain
+    _, alone, _ = run(capsys, *arguments[2:])
+    assert plain.endswith("===\n" + alone) and alone.startswith("The king")
+
+
+def test_token_ids_need_no_tokenizer_and_get_no_bos(models, capsys):
+    directory, oracle = models["pre-norm"]  # it has no tokenizer files
+    base = ("--load", str(directory), "--temperature", "0", "--ignore-eos", "--max-new-tokens", "8")
+    code, out, _ = run(capsys, *base, "--prompt-tokens", "2 15 7", "--prompt-tokens", "40,41", "--json")
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert code == 0 and first["prompt"] == [2, 15, 7] and first["text"] == ""
+    assert tuple(first["tokens"]) == oracle_greedy(oracle, [2, 15, 7], 8)
+    assert tuple(second["tokens"]) == oracle_greedy(oracle, [40, 41], 8)
+    _, out, _ = run(capsys, *base, "--prompt-tokens", "40,41")
+    assert out == "40 41 " + " ".join(map(str, second["tokens"])) + "\n"
+    code, _, err = run(capsys, *base, "--prompt", "text")
+    assert code == 2 and "there is no tokenizer" in err
+
+
+@pytest.mark.parametrize(
+    "content", ["Once\n\nThe king\n", '{"prompt": "Once"}\n{"prompt": "The king", "id": 3}\n', "\ufeffOnce\r\nThe king"]
+)
+def test_prompt_files_in_lines_and_json_lines(capsys, tmp_path, content):
+    path = tmp_path / "prompts"
+    path.write_bytes(content.encode("utf-8"))
+    _, out, _ = run(capsys, "--prompt-file", str(path), "--json", "--max-new-tokens", "2")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["Once", "The king"]
+
+
+def test_stop_string_and_seed(capsys):
+    base = ("--prompt", "Once upon a time", "--json", "--max-new-tokens", "40", "--seed", "5", "--top-k", "50")
+    _, first, _ = run(capsys, *base)
+    _, second, _ = run(capsys, *base)
+    assert first == second
+    text = json.loads(first)["text"]
+    _, stopped, _ = run(capsys, *base, "--stop", text[15:22])
+    assert json.loads(stopped)["text"] == text[:15]
+    assert json.loads(stopped)["finish_reason"] == "stop"
+    assert run(capsys, *base[:-3], "6", "--top-k", "50")[1] != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load", "/nowhere", "--prompt", "x"], "there is no such directory"),
+        (["--prompt", "x", "--dtype", "float17"], "'float17' is not one of"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "word " * 3000], "has 3001 tokens|has 300. tokens"),
+        (["--prompt", "x", "--max-new-tokens", "600"], "would pass the model's 512 positions: ask for 510"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "x", "--top-p", "2"], "top_p is 2"),
+        (["--prompt", "x", "--top-k", "many"], "invalid int value"),
+        (["--prompt", "x", "--tensor-model-parallel-size", "3"], "torchrun --nproc-per-node 3"),
+        (["--prompt", "x", "--max-batch-size", "0"], "max-batch-size is 0"),
+        (["--prompt", "x", "--prompt-tokens", "2"], "use one of them"),
+        (["--prompt-tokens", "2 4096"], "holds the id 4096"),
+        (["--prompt-tokens", "two"], "not a list of whole numbers"),
+        (["--prompt-file", "/nowhere"], "No such file"),
+        ([], "there is no prompt|holds no prompt|cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, monkeypatch, arguments, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("sys.stdin", None)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.startswith("opt-megatron: error: ")
+    assert re.search(message, err)
+
+
+def test_bad_lines_of_a_prompt_file_are_named(capsys, tmp_path):
+    (tmp_path / "p").write_bytes(b'{"prompt": "a"}\nplain\n')
+    assert "line 2 is not a JSON object" in run(capsys, "--prompt-file", str(tmp_path / "p"))[2]
+    (tmp_path / "p").write_bytes(b"a\xff")
+    assert "is not UTF-8 (byte 1" in run(capsys, "--prompt-file", str(tmp_path / "p"))[2]
+
+
+def torchrun(world_size: int, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return subprocess.run(
+        [*command, str(TOOL), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_torchrun_tool_and_standard_input_give_one_process_output(capsys, tmp_path):
+    convert(EMBEDDED_DIRECTORY, tmp_path / "tp4", 4, 1)
+    options = ("--load", str(tmp_path / "tp4"), "--json", "--temperature", "0", "--max-new-tokens", "12")
+    done = torchrun(2, *options, "--tensor-model-parallel-size", "2", input="Once upon a time\nThe king\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    _, alone, _ = run(capsys, *options, "--prompt", "Once upon a time", "--prompt", "The king")
+    assert done.stdout == alone
+
+
+def test_a_mistake_on_several_ranks_is_told_once_and_ends_them_all():
+    done = torchrun(3, "--prompt", "x", "--pipeline-model-parallel-size", "3")
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("opt-megatron: error:") == 1
+    assert "3 does not divide the model's 4 layers: use one of 1, 2, 4" in done.stderr
+
+
+@pytest.mark.parametrize(("victim", "sizes"), [(1, (2, 1)), (0, (1, 2))])
+def test_when_a_rank_is_killed_the_other_ends(victim, sizes):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    tp, pp = map(str, sizes)
+    options = ["--prompt", "Once", "--max-new-tokens", "500", "--ignore-eos", "--stream"]
+    options += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
+    processes = []
+    for rank in "01":
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(TOOL), *options],
+                env=ENVIRONMENT | world,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    assert processes[0].stdout.read(20).startswith("Once")  # generation is under way
+    processes[victim].kill()
+    processes[victim].communicate()
+    _, errors = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 1
+    assert "lost the connection to another rank" in errors and "Traceback" not in errors
