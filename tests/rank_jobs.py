@@ -60,9 +60,9 @@ def bytes_read_by_rank(directory: Path, tp: int, pp: int) -> int:
     from opt_megatron.model.opt_model import build_model
 
     parallel = start(tp, pp)
-    with open_checkpoint(directory) as checkpoint:
-        read_into(build_model(checkpoint.config, parallel, torch.float32), checkpoint, parallel)
-        return checkpoint.bytes_read
+    checkpoint = open_checkpoint(directory)
+    read_into(build_model(checkpoint.config, parallel, torch.float32), checkpoint, parallel)
+    return checkpoint.bytes_read
 
 
 def error_of_rank(failing_rank: int) -> str:

@@ -26,4 +26,5 @@ def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int
     for part, name in enumerate(parameter.canonical):
         block = rank_block(checkpoint.tensors[name].shape, parameter.split, rank, ranks)
         view = part_view(target, part, parts, checkpoint.config.head_dim)
-        view.copy_(checkpoint.read(name, block).view(view.shape))
+        view.copy_(checkpoint.read(name, block).reshape(view.shape))
+        checkpoint.tensors[name].release()

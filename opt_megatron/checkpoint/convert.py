@@ -50,17 +50,17 @@ def convert(
     if dtype is not None:
         check_dtype(dtype)
     check_target(source, target, force)
-    with open_checkpoint(source) as checkpoint:
-        # Imported here: it is the same check that the ranks make, and the module needs torch.distributed.
-        from ..parallel import check_layout
+    checkpoint = open_checkpoint(source)
+    # Imported here: it is the same check that the ranks make, and the module needs torch.distributed.
+    from ..parallel import check_layout
 
-        tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-        check_layout(checkpoint.config, tp, pp, tp * pp)
-        with _appearing_at(target, force) as directory:
-            for stage in range(pp):
-                for rank in range(tp):
-                    _write_rank(checkpoint, directory, (tp, pp), (rank, stage), dtype, progress)
-            _write_rest(checkpoint.config, source, directory, dtype)
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    check_layout(checkpoint.config, tp, pp, tp * pp)
+    with _appearing_at(target, force) as directory:
+        for stage in range(pp):
+            for rank in range(tp):
+                _write_rank(checkpoint, directory, (tp, pp), (rank, stage), dtype, progress)
+        _write_rest(checkpoint.config, source, directory, dtype)
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:

@@ -28,11 +28,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for recognise, open_format in _FORMATS:
         if recognise(directory):
             checkpoint = open_format(directory)
-            try:
-                checkpoint.check_tensors()
-            except CheckpointError:
-                checkpoint.close()
-                raise
+            checkpoint.check_tensors()
             return checkpoint
     raise CheckpointError(f"{directory}: {what_is_there(directory)}")
 

@@ -6,24 +6,21 @@ Names come with the prefix `model.decoder.`, `decoder.` or none; the tied tensor
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .pickles import load_mapped
+from .mapped import map_safetensors
+from .pickles import MappedTensors
 from .table import EMBEDDING, PREFIX
-from .view import Block, Checkpoint, Source, tensor_source
+from .view import Block, Checkpoint, Source
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -39,10 +36,9 @@ def open_huggingface(directory: Path) -> Checkpoint:
     """
     config = OPTConfig.from_directory(directory)
     files = weight_files(directory)
-    closer = contextlib.ExitStack()
     stored: dict[str, Source] = {}
     for file in files:
-        sources = _safetensors(file, closer) if file.suffix == ".safetensors" else _pickled(file)
+        sources = map_safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         twice = sorted(sources.keys() & stored.keys())
         if twice:
             raise CheckpointError(f"{file}: {shorten(twice)} stands in another shard too")
@@ -50,7 +46,7 @@ def open_huggingface(directory: Path) -> Checkpoint:
     kind = "safetensors" if files[0].suffix == ".safetensors" else "pytorch .bin"
     shards = f", {len(files)} shards" if len(files) > 1 else ""
     tensors = _canonical(directory, stored)
-    return Checkpoint(directory, f"Hugging Face {kind}{shards}", config, tensors, closer)
+    return Checkpoint(directory, f"Hugging Face {kind}{shards}", config, tensors)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -85,32 +81,14 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _safetensors(file: Path, closer: contextlib.ExitStack) -> dict[str, Source]:
-    try:
-        handle = closer.enter_context(safe_open(file, framework="pt"))
-        return {name: _safetensors_source(handle, name, file) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
-        raise CheckpointError(
-            f"{file}: is damaged or incomplete ({error}); it has {size:,} bytes: fetch it again"
-        ) from None
-
-
-def _safetensors_source(handle: Any, name: str, file: Path) -> Source:
-    described = handle.get_slice(name)
-    dtype = described.get_dtype()
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{file}: {name} is stored as {dtype}; OPT is stored as {', '.join(_DTYPES)}")
-    return Source(tuple(described.get_shape()), _DTYPES[dtype], lambda block: handle.get_slice(name)[block])
-
-
 def _pickled(file: Path) -> dict[str, Source]:
-    state = load_mapped(file)
+    mapped = MappedTensors(file)
+    state = mapped.content
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
         state = state["module"]
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: holds a {type(state).__name__}, not tensors by name")
-    return {name: tensor_source(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name: mapped.source(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _canonical(directory: Path, stored: dict[str, Source]) -> dict[str, Source]:
@@ -144,4 +122,8 @@ def _tied(directory: Path, embedding: Source, head: Source) -> Source:
             raise CheckpointError(f"{directory}: lm_head.weight differs from embed_tokens.weight; OPT ties the two")
         return rows
 
-    return Source(embedding.shape, embedding.dtype, fetch)
+    def release() -> None:
+        embedding.release()
+        head.release()
+
+    return Source(embedding.shape, embedding.dtype, fetch, release)

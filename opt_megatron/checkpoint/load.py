@@ -46,8 +46,7 @@ def load_model(
 
     def load() -> nn.Module:
         model = build_model(config, parallel, resolve_dtype(dtype, config, parallel.device))
-        with open_checkpoint(Path(source)) as checkpoint:
-            read_into(model, checkpoint, parallel)
+        read_into(model, open_checkpoint(Path(source)), parallel)
         return model.requires_grad_(False)
 
     return on_all_ranks(parallel, load)

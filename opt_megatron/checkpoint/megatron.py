@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .pickles import load_mapped
+from .pickles import MappedTensors
 from .table import Parameter, part_view, stage_parameters
-from .view import Block, Checkpoint, Source, concatenated, tensor_source
+from .view import Block, Checkpoint, Source, concatenated
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
@@ -95,23 +95,28 @@ def _rank_files(directory: Path) -> list[list[Path]]:
     return [[found[pp, tp] for tp in range(ranks)] for pp in range(stages)]
 
 
-def _model_of(file: Path) -> dict[str, Tensor]:
-    content = load_mapped(file)
+def _model_of(file: Path) -> dict[str, Source]:
+    mapped = MappedTensors(file)
+    content = mapped.content
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise CheckpointError(f"{file}: has no 'model' dictionary, so it is not a Megatron checkpoint")
     # Transformer Engine's bookkeeping may be stored beside the weights.
-    return {name: value for name, value in model.items() if isinstance(value, Tensor) and "_extra_state" not in name}
+    return {
+        name: mapped.source(value)
+        for name, value in model.items()
+        if isinstance(value, Tensor) and "_extra_state" not in name
+    }
 
 
-def _count_layers(model: dict[str, Tensor], file: Path) -> int:
+def _count_layers(model: dict[str, Source], file: Path) -> int:
     numbers = {int(match[1]) for match in map(_LAYER.match, model) if match}
     if numbers != set(range(len(numbers))):
         raise CheckpointError(f"{file}: layers {sorted(numbers)} are not numbered 0 to {len(numbers) - 1}")
     return len(numbers)
 
 
-def _check_names(parameters: list[Parameter], models: list[dict[str, Tensor]], files: list[Path]) -> None:
+def _check_names(parameters: list[Parameter], models: list[dict[str, Source]], files: list[Path]) -> None:
     wanted = {parameter.megatron for parameter in parameters}
     for model, file in zip(models, files, strict=True):
         missing, unknown = sorted(wanted - model.keys()), sorted(model.keys() - wanted)
@@ -122,30 +127,29 @@ def _check_names(parameters: list[Parameter], models: list[dict[str, Tensor]], f
             )
 
 
-def _assembled(parameter: Parameter, part: int, shards: list[Tensor], head_dim: int) -> Source:
+def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: int) -> Source:
     """One canonical tensor out of the tensor parallel ranks' shards."""
     parts = len(parameter.canonical)
-    pieces = [
-        tensor_source(shard) if parts == 1 else _interleaved_part(shard, part, parts, head_dim) for shard in shards
-    ]
+    pieces = [shard if parts == 1 else _interleaved_part(shard, part, parts, head_dim) for shard in shards]
     if parameter.split.value is None:
         return pieces[0]
     return concatenated(pieces, parameter.split.value)
 
 
-def _interleaved_part(shard: Tensor, part: int, parts: int, head_dim: int) -> Source:
-    if shard.size(0) % (parts * head_dim):
-        # Left to check_tensors, which names the tensor: its rows cannot be whole heads.
-        return tensor_source(shard)
-    view = part_view(shard, part, parts, head_dim)  # [heads, d, ...]
+def _interleaved_part(shard: Source, part: int, parts: int, head_dim: int) -> Source:
+    rows, others = shard.shape[0], shard.shape[1:]
+    if rows % (parts * head_dim):
+        return shard  # left to check_tensors, which names the tensor: its rows cannot be whole heads
 
     def fetch(block: Block) -> Tensor:
-        rows, others = block[0], block[1:]
-        first, stop = rows.start // head_dim, -(-rows.stop // head_dim)  # the heads that hold these rows
-        flat = view[first:stop].flatten(0, 1)
-        return flat[(slice(rows.start - first * head_dim, rows.stop - first * head_dim), *others)]
+        wanted, rest = block[0], block[1:]
+        first, stop = wanted.start // head_dim, -(-wanted.stop // head_dim)  # the heads that hold these rows
+        per_head = parts * head_dim
+        heads = shard.fetch((slice(first * per_head, stop * per_head), *rest))
+        flat = part_view(heads, part, parts, head_dim).flatten(0, 1)
+        return flat[wanted.start - first * head_dim : wanted.stop - first * head_dim]
 
-    return Source((view.size(0) * head_dim, *shard.shape[1:]), shard.dtype, fetch)
+    return Source((rows // parts, *others), shard.dtype, fetch, shard.release)
 
 
 def write_rank(

@@ -134,7 +134,7 @@ def part_view(parameter: Tensor, part: int, parts: int, head_dim: int) -> Tensor
     """
     if parts == 1:
         return parameter
-    return parameter.view(-1, parts, head_dim, *parameter.shape[1:])[:, part]
+    return parameter.unflatten(0, (-1, parts, head_dim))[:, part]
 
 
 def _parameters(module: Module, megatron_prefix: str, canonical_prefix: str) -> Iterator[Parameter]:

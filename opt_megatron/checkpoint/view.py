@@ -6,9 +6,8 @@ for. Readers make sources; conversion, loading and verification read from them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,11 +23,17 @@ Fetch = Callable[[Block], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor that can be read in blocks."""
+    """One tensor that can be read in blocks.
+
+    Attributes:
+        fetch: gives a block, often as a view of a mapped file; it must not be written to.
+        release: lets go of the memory that fetched blocks have touched; called when they are no longer used.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fetch: Fetch
+    release: Callable[[], None] = lambda: None
 
     def read(self, block: Block | None = None) -> Tensor:
         """The elements in `block` (all of them by default), as a tensor of the block's shape."""
@@ -42,7 +47,6 @@ class Checkpoint:
     Attributes:
         tensors: canonical name to source.
         format: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
-        closer: releases the files.
         bytes_read: bytes handed out so far, counted after slicing.
     """
 
@@ -50,7 +54,6 @@ class Checkpoint:
     format: str
     config: OPTConfig
     tensors: dict[str, Source]
-    closer: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     bytes_read: int = 0
 
     def read(self, name: str, block: Block | None = None) -> Tensor:
@@ -67,16 +70,6 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
-
-    def close(self) -> None:
-        """Release the files."""
-        self.closer.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def check_tensors(self) -> None:
         """Compare names and shapes with the config.
@@ -136,7 +129,11 @@ def concatenated(pieces: list[Source], dim: int) -> Source:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
-    return Source(tuple(shape), pieces[0].dtype, fetch)
+    def release() -> None:
+        for piece in pieces:
+            piece.release()
+
+    return Source(tuple(shape), pieces[0].dtype, fetch, release)
 
 
 def _overlap(block: Block, dim: int, start: int, size: int) -> Iterator[Block]:
@@ -146,6 +143,6 @@ def _overlap(block: Block, dim: int, start: int, size: int) -> Iterator[Block]:
         yield (*block[:dim], slice(first - start, stop - start), *block[dim + 1 :])
 
 
-def tensor_source(tensor: Tensor) -> Source:
+def tensor_source(tensor: Tensor, release: Callable[[], None] = lambda: None) -> Source:
     """A source over a tensor that is in memory, or mapped from a file and read when touched."""
-    return Source(tuple(tensor.shape), tensor.dtype, lambda block: tensor[block])
+    return Source(tuple(tensor.shape), tensor.dtype, lambda block: tensor[block], release)

@@ -17,8 +17,8 @@ from opt_megatron.errors import CheckpointError, UserError
 
 
 def contents(directory) -> dict[str, torch.Tensor]:
-    with open_checkpoint(directory) as checkpoint:
-        return {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
+    checkpoint = open_checkpoint(directory)
+    return {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

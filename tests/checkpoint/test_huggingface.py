@@ -46,11 +46,11 @@ def write(directory, tensors, *, kind="safetensors", shards=1):
 
 
 def check_equal(directory):
-    with open_checkpoint(directory) as checkpoint:
-        expected = canonical()
-        assert checkpoint.tensors.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(checkpoint.read(name), tensor), name
+    checkpoint = open_checkpoint(directory)
+    expected = canonical()
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
 
 
 @pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
@@ -74,16 +74,17 @@ def test_tied_tensor_under_either_name_or_both(tmp_path, stored):
 
 def test_head_that_differs_from_the_embedding_is_refused(tmp_path):
     write(tmp_path, canonical() | {HEAD: torch.zeros(12, 8)})
-    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=r"OPT ties the two"):
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"OPT ties the two"):
         checkpoint.read(EMBEDDING)
 
 
 def test_a_block_reads_only_its_bytes(tmp_path):
     write(tmp_path, canonical())
-    with open_checkpoint(tmp_path) as checkpoint:
-        block = checkpoint.read("model.decoder.layers.1.fc2.weight", (slice(0, 8), slice(4, 8)))
-        assert torch.equal(block, canonical()["model.decoder.layers.1.fc2.weight"][:, 4:8])
-        assert checkpoint.bytes_read == 8 * 4 * 4
+    checkpoint = open_checkpoint(tmp_path)
+    block = checkpoint.read("model.decoder.layers.1.fc2.weight", (slice(0, 8), slice(4, 8)))
+    assert torch.equal(block, canonical()["model.decoder.layers.1.fc2.weight"][:, 4:8])
+    assert checkpoint.bytes_read == 8 * 4 * 4
 
 
 def drop(tensors, name):
@@ -139,14 +140,13 @@ def test_index_cannot_name_files_elsewhere(tmp_path, name):
         open_checkpoint(tmp_path)
 
 
-def test_bin_that_runs_code_is_refused_unrun(tmp_path):
+def test_bin_that_would_run_code_runs_none(tmp_path):
     class Hostile:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
     write(tmp_path, canonical() | {"x": Hostile()}, kind="bin")
-    with pytest.raises(CheckpointError, match="cannot be read safely"):
-        open_checkpoint(tmp_path)
+    check_equal(tmp_path)  # what is not a tensor is passed over
     assert not (tmp_path / "ran").exists()
 
 
