@@ -182,15 +182,37 @@ def init_parallel(
 
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-    )
+    if not _has_layout(tensor_model_parallel_size, pipeline_model_parallel_size):
+        _leave_model_parallel_groups()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+        )
     shut_down_at_exit()
     seed_everything(seed)
     return current_context(place)
+
+
+def _has_layout(tp: int, pp: int) -> bool:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.model_parallel_is_initialized()
+        and parallel_state.get_tensor_model_parallel_world_size() == tp
+        and parallel_state.get_pipeline_model_parallel_world_size() == pp
+    )
+
+
+def _leave_model_parallel_groups() -> None:
+    """Forget Megatron's groups and end them, which core's destroy_model_parallel leaves to nobody: about
+    twenty groups, and over gloo several threads for each."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD and group not in _control_groups.values():
+                dist.destroy_process_group(group)
 
 
 def current_context(device: torch.device | None = None) -> ParallelContext:

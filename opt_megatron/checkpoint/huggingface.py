@@ -16,8 +16,9 @@ from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .mapped import map_safetensors
 from .pickles import MappedTensors
+from .sources import Block, Source
 from .table import EMBEDDING, PREFIX
-from .view import Block, Checkpoint, Source
+from .view import Checkpoint
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

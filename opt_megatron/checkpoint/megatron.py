@@ -22,8 +22,9 @@ from torch import Tensor
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .pickles import MappedTensors
+from .sources import Block, Source, concatenated
 from .table import Parameter, part_view, stage_parameters
-from .view import Block, Checkpoint, Source, concatenated
+from .view import Checkpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"

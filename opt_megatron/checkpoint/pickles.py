@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .mapped import MappedFile
-from .view import Source
+from .sources import Source
 
 _MAX_PICKLE_BYTES = 256 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
 _DTYPES = {

@@ -3,8 +3,9 @@
 import torch
 
 from opt_megatron.checkpoint.assemble import fill, rank_shape
+from opt_megatron.checkpoint.sources import concatenated, tensor_source, whole
 from opt_megatron.checkpoint.table import Split, canonical_shapes, part_view, stage_parameters
-from opt_megatron.checkpoint.view import Checkpoint, concatenated, rank_block, tensor_source, whole
+from opt_megatron.checkpoint.view import Checkpoint, rank_block
 from opt_megatron.config import RELEASED_SIZES, OPTConfig
 
 
