@@ -31,6 +31,7 @@ setup(
         "huggingface_hub>=0.25",
         "psutil",
         "tqdm",
+        "xxhash>=3",
     ],
     extras_require={"test": TEST},
     entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},

@@ -6,6 +6,7 @@ Every patch names what it replaces and why. On a machine with CUDA none of them 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -23,6 +24,10 @@ def prepare_megatron() -> None:
     global _prepared
     if _prepared:
         return
+    # Advice to developers of Megatron-core (0.19: that GPTModel will be replaced, how to spell specs), and a
+    # remark of torch's on CUDA_HOME where there is a toolkit and no GPU.
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt  # noqa: F401  (brings in all that this project uses)

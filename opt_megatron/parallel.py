@@ -15,17 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from .config import OPTConfig, check_model_divides, check_sizes
 from .core_compat import prepare_megatron
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .config import OPTConfig
 
 T = TypeVar("T")
 LEADER = 0  # the rank that reads the input, plans, samples and prints
@@ -110,26 +108,10 @@ def check_layout(
             tensor x pipeline; otherwise what remains of the world is data parallel.
     """
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    if tp < 1 or pp < 1:
-        raise UserError(f"tensor x pipeline parallel size is {tp} x {pp}; both must be at least 1")
+    check_sizes(tp, pp)
     _check_world(tp, pp, world_size, data_parallel)
-    if config is None:
-        return
-    for size, what in (
-        (config.num_attention_heads, "attention heads"),
-        (config.ffn_hidden_size, "ffn_hidden_size"),
-        (config.vocab_size, "vocabulary rows"),
-    ):
-        if size % tp:
-            raise UserError(
-                f"tensor parallel size {tp} does not divide the model's {size} {what}: use one of {_divisors(config)}"
-            )
-    if config.num_layers % pp:
-        fitting = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
-        raise UserError(
-            f"pipeline parallel size {pp} does not divide the model's {config.num_layers} layers: "
-            f"use one of {', '.join(map(str, fitting))}"
-        )
+    if config is not None:
+        check_model_divides(config, tp, pp)
 
 
 def _check_world(tp: int, pp: int, world_size: int, data_parallel: bool) -> None:
@@ -146,11 +128,6 @@ def _check_world(tp: int, pp: int, world_size: int, data_parallel: bool) -> None
         f"{product} are needed, but {world_size} were started: set "
         f"--tensor-model-parallel-size and --pipeline-model-parallel-size so that their product is {world_size}"
     )
-
-
-def _divisors(config: OPTConfig) -> str:
-    sizes = (config.num_attention_heads, config.ffn_hidden_size, config.vocab_size)
-    return ", ".join(str(n) for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes))
 
 
 def init_parallel(

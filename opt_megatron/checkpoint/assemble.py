@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .table import Parameter, part_view
-from .view import Checkpoint, rank_block
-
-
-def rank_shape(checkpoint: Checkpoint, parameter: Parameter, ranks: int) -> tuple[int, ...]:
-    """Shape of a Megatron parameter on one of `ranks` tensor parallel ranks."""
-    shape = list(checkpoint.tensors[parameter.canonical[0]].shape)
-    if parameter.split.value is not None:
-        shape[parameter.split.value] //= ranks
-    shape[0] *= len(parameter.canonical)
-    return tuple(shape)
+from .table import Parameter, part_view, rank_block
+from .view import Checkpoint
 
 
 def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:

@@ -1,70 +1,152 @@
-"""Conversion: any checkpoint that can be read, to Megatron-LM's layout at any TP x PP."""
+"""Conversion: any checkpoint that can be read, to any format that can be written, whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..config import OPTConfig, check_dtype
-from ..errors import UserError
+from ..config import OPTConfig, check_dtype, check_model_divides, check_sizes
+from ..errors import CheckpointError, UserError
 from ..tokenizer import TOKENIZER_FILES
-from .assemble import fill, rank_shape
+from .atomic import PartialDirectory
 from .formats import is_checkpoint, open_checkpoint
-from .megatron import TRACKER, write_rank
-from .table import layers_of_stage, stage_parameters
+from .manifest import write_manifest
+from .megatron import TRACKER
+from .scatter import create_files, fill_files
 from .view import Checkpoint
+from .writers import (
+    DtypeOf,
+    OutputFile,
+    flagai_files,
+    huggingface_files,
+    megatron_files,
+    metaseq_files,
+    pipeline_stages,
+)
 
+FORMATS = ("megatron", "hf", "metaseq", "flagai")
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write.
+
+    Attributes:
+        to: one of FORMATS.
+        tensor_model_parallel_size: ranks of Megatron, parts of metaseq and FlagAI.
+        first_stage_layers, last_stage_layers: Megatron's uneven pipeline; None for as many as the others.
+        dtype: cast to this; None keeps every tensor's bits.
+        max_shard_bytes: of Hugging Face's files.
+
+    Raises:
+        UserError: a value is out of its range, or does not belong to the format.
+    """
+
+    to: str = "megatron"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    dtype: str | None = None
+    max_shard_bytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.to not in FORMATS:
+            raise UserError(f"--to {self.to} is not one of {', '.join(FORMATS)}")
+        if self.dtype is not None:
+            check_dtype(self.dtype)
+        check_sizes(self.tensor_model_parallel_size, self.pipeline_model_parallel_size)
+        if self.to != "megatron" and self.pipeline_model_parallel_size > 1:
+            raise UserError(f"--to {self.to} has no pipeline stages; leave --pipeline-model-parallel-size at 1")
+        if self.to == "hf" and self.tensor_model_parallel_size > 1:
+            raise UserError("--to hf has whole tensors; leave --tensor-model-parallel-size at 1")
+        if self.max_shard_bytes < 1:
+            raise UserError(f"the largest shard is {self.max_shard_bytes} bytes, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did: sizes in bytes; `derived` as in Checkpoint."""
+
+    source_format: str
+    num_bytes: int
+    num_files: int
+    derived: list[str]
 
 
 def convert(
     source: Path,
     target: Path,
-    tensor_model_parallel_size: int,
-    pipeline_model_parallel_size: int,
+    options: Options,
     *,
-    dtype: str | None = None,
+    config: OPTConfig | None = None,
     force: bool = False,
+    resume: bool = False,
+    workers: int = 2,
+    fsync: bool = True,
+    on_start: Callable[[int], None] = lambda total: None,
     progress: Callable[[int], None] = lambda num_bytes: None,
-) -> None:
-    """Write `source` to `target` as a Megatron directory with `config.json` and the tokenizer beside it.
-
-    The target appears whole or not at all: it is written under a temporary name beside it and renamed.
+) -> Summary:
+    """Convert.
 
     Args:
-        dtype: cast to this; by default every tensor's bits stay as they are.
+        config: instead of the source's own.
         force: replace a target that is a checkpoint already.
-        progress: called with the number of bytes written since the last call.
+        resume: go on from what an interrupted run with the same source and options has written.
+        fsync: flush everything to the disk before the target appears.
+        on_start: called with the bytes that will be written; progress: with those written since its last call.
 
     Raises:
-        UserError: the model does not divide by the sizes, the target exists, or the disk is full.
+        UserError: the model does not divide by the sizes, the target exists, or it cannot be written.
         CheckpointError: the source cannot be read.
     """
-    if dtype is not None:
-        check_dtype(dtype)
     check_target(source, target, force)
-    checkpoint = open_checkpoint(source)
-    # Imported here: it is the same check that the ranks make, and the module needs torch.distributed.
-    from ..parallel import check_layout
+    checkpoint = open_checkpoint(source, config)
+    dtypes = {name: options.dtype or _name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+    files = output_files(checkpoint.config, options, lambda name: getattr(torch, dtypes[name]))
+    total = sum(_num_bytes(file) for file in files)
+    on_start(total)
+    with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
+        fill_files(
+            checkpoint,
+            create_files(partial.path, files),
+            workers=workers,
+            done=dict(partial.done),
+            on_tensor=partial.record,
+            progress=progress,
+        )
+        _write_rest(checkpoint, source, partial.path, options, files)
+        write_manifest(partial.path, checkpoint, asdict(options), dtypes, partial.done)
+        partial.publish(replace=force)
+    return Summary(checkpoint.format, total, len(files), checkpoint.derived)
 
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    check_layout(checkpoint.config, tp, pp, tp * pp)
-    with _appearing_at(target, force) as directory:
-        for stage in range(pp):
-            for rank in range(tp):
-                _write_rank(checkpoint, directory, (tp, pp), (rank, stage), dtype, progress)
-        _write_rest(checkpoint.config, source, directory, dtype)
+
+def output_files(config: OPTConfig, options: Options, dtype_of: DtypeOf) -> list[OutputFile]:
+    """The files that a conversion writes.
+
+    Raises:
+        UserError: the model does not divide by the sizes.
+    """
+    if options.to == "hf":
+        return huggingface_files(config, dtype_of, options.max_shard_bytes)
+    tp, pp = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    check_model_divides(config, tp, 1)
+    if options.to == "metaseq":
+        return metaseq_files(config, dtype_of, tp)
+    if options.to == "flagai":
+        return flagai_files(config, dtype_of, tp)
+    stages = pipeline_stages(config.num_layers, pp, options.first_stage_layers, options.last_stage_layers)
+    return megatron_files(config, dtype_of, tp, stages)
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raise UserError unless `target` may be written: it is new, empty, or a checkpoint and `force` is set."""
+    """Raise UserError unless `target` may be written: new, empty, or a checkpoint and `force` is set."""
     resolved = target.resolve()
     if resolved == source.resolve() or resolved in source.resolve().parents:
         raise UserError(f"{target}: is the source or holds it; give another directory to --save")
@@ -78,67 +160,38 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise UserError(f"{target}: is a checkpoint already; --force replaces it")
 
 
-def _write_rank(
-    checkpoint: Checkpoint,
-    directory: Path,
-    layout: tuple[int, int],
-    rank: tuple[int, int],
-    dtype: str | None,
-    progress: Callable[[int], None],
+def _write_rest(
+    checkpoint: Checkpoint, source: Path, directory: Path, options: Options, files: list[OutputFile]
 ) -> None:
-    (tp, pp), (tp_rank, stage) = layout, rank
-    layers = layers_of_stage(checkpoint.config.num_layers, pp, stage)
-    model: dict[str, Tensor] = {}
-    for parameter in stage_parameters(checkpoint.config, layers, first=stage == 0, last=stage == pp - 1):
-        stored = checkpoint.tensors[parameter.canonical[0]].dtype
-        tensor = torch.empty(rank_shape(checkpoint, parameter, tp), dtype=getattr(torch, dtype) if dtype else stored)
-        fill(tensor, checkpoint, parameter, tp_rank, tp)
-        model[parameter.megatron] = tensor
-        progress(tensor.numel() * tensor.element_size())
-    write_rank(directory, model, checkpoint.config, next(iter(model.values())).dtype, layout, rank)
-
-
-def _write_rest(config: OPTConfig, source: Path, directory: Path, dtype: str | None) -> None:
-    values = config.replace(dtype=dtype or config.dtype).to_hf()
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Everything beside the weights: config, tokenizer, and the format's own small files."""
+    config = checkpoint.config.replace(dtype=options.dtype or _name(next(iter(checkpoint.tensors.values())).dtype))
+    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+    origin = source if source.is_dir() else source.parent
     for name in _COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    (directory / TRACKER).write_text("release\n", encoding="utf-8")
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, directory / name)
+    if options.to == "megatron":
+        (directory / TRACKER).write_text("release\n", encoding="utf-8")
+    if options.to == "hf" and len(files) > 1:
+        weight_map = {stored.name: file.path.name for file in files for stored in file.tensors}
+        index = {"metadata": {"total_size": sum(map(_num_bytes, files))}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _appearing_at(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name when the block succeeds, else vanishes."""
-    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _flush(path)
-        _replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict:
+    """What must be the same for an interrupted run to go on."""
+    path = checkpoint.path
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if not files:
+        raise CheckpointError(f"{path}: is empty")
+    stamps = [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {"source": str(path.resolve()), "files": stamps, "config": asdict(checkpoint.config), **asdict(options)}
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        _flush(target.parent)
-        return
-    former = target.parent / f".{target.name}.old-{os.getpid()}"
-    target.rename(former)
-    temporary.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(former)
+def _num_bytes(file: OutputFile) -> int:
+    return sum(torch.Size(stored.shape).numel() * stored.dtype.itemsize for stored in file.tensors)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

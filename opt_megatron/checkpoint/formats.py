@@ -1,16 +1,25 @@
-"""Which format a directory is in, told by its files and never by a flag."""
+"""Which format a checkpoint is in, told by its files and never by a flag."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
+from .flagai_files import is_flagai, open_flagai
 from .huggingface import is_huggingface, open_huggingface
 from .megatron import is_megatron, open_megatron
+from .metaseq import is_metaseq, open_metaseq
 from .view import Checkpoint
 
-# Megatron first: a converted directory may have been written into one with Hugging Face's files.
-_FORMATS = ((is_megatron, open_megatron), (is_huggingface, open_huggingface))
+# In this order: a Megatron directory may hold Hugging Face's files beside its own, FlagAI's names are more
+# special than Hugging Face's, and metaseq's are any .pt.
+_FORMATS = (
+    (is_megatron, open_megatron),
+    (is_flagai, open_flagai),
+    (is_huggingface, open_huggingface),
+    (is_metaseq, open_metaseq),
+)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -18,26 +27,36 @@ def is_checkpoint(directory: Path) -> bool:
     return any(recognise(directory) for recognise, _ in _FORMATS)
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Open a checkpoint directory lazily and compare its tensors with its config.
+def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
+    """Open a checkpoint lazily and compare its tensors with its config.
+
+    Args:
+        path: a directory, or one file that is a whole model.
+        config: instead of the one that the files carry or that is derived from them.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is incomplete, damaged or not what its config says.
     """
-    directory = Path(directory)
-    for recognise, open_format in _FORMATS:
-        if recognise(directory):
-            checkpoint = open_format(directory)
-            checkpoint.check_tensors()
-            return checkpoint
-    raise CheckpointError(f"{directory}: {what_is_there(directory)}")
+    path = Path(path)
+    checkpoint = _open(path, config)
+    checkpoint.check_tensors()
+    return checkpoint
 
 
-def what_is_there(directory: Path) -> str:
-    """A sentence for a directory that cannot be read as a checkpoint."""
-    if not directory.exists():
+def _open(path: Path, config: OPTConfig | None) -> Checkpoint:
+    if path.is_file() and path.suffix == ".pt":
+        return open_metaseq(path, config)
+    if path.is_dir():
+        for recognise, open_format in _FORMATS:
+            if recognise(path):
+                return open_format(path, config)
+    raise CheckpointError(f"{path}: {_what_is_there(path)}")
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
         return "there is no such directory; give a checkpoint directory or a model name"
-    if not directory.is_dir():
-        return "is a file; give the directory that it stands in"
-    names = sorted(child.name for child in directory.iterdir())
+    if path.is_file():
+        return "is a file, and not one that is a whole model by itself; give the directory that it stands in"
+    names = sorted(child.name for child in path.iterdir())
     return f"holds no weights that are known here; it holds {shorten(names) if names else 'nothing'}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
+from .derive import Hints, derive_config
 from .mapped import map_safetensors
 from .pickles import MappedTensors
 from .sources import Block, Source
@@ -29,25 +30,32 @@ def is_huggingface(directory: Path) -> bool:
     return any((directory / name).is_file() for name in SINGLE_FILES + INDEX_FILES)
 
 
-def open_huggingface(directory: Path) -> Checkpoint:
+def open_huggingface(directory: Path, config: OPTConfig | None = None) -> Checkpoint:
     """Open a directory lazily. Safetensors are preferred where both kinds are there.
 
+    Args:
+        config: instead of the directory's; where both are missing, one is derived from the shapes.
+
     Raises:
-        CheckpointError: no config, a shard is missing or damaged, or a name stands for two tensors.
+        CheckpointError: a shard is missing or damaged, or a name stands for two tensors.
     """
-    config = OPTConfig.from_directory(directory)
     files = weight_files(directory)
     stored: dict[str, Source] = {}
     for file in files:
-        sources = map_safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        sources = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
         twice = sorted(sources.keys() & stored.keys())
         if twice:
             raise CheckpointError(f"{file}: {shorten(twice)} stands in another shard too")
         stored |= sources
     kind = "safetensors" if files[0].suffix == ".safetensors" else "pytorch .bin"
     shards = f", {len(files)} shards" if len(files) > 1 else ""
-    tensors = _canonical(directory, stored)
-    return Checkpoint(directory, f"Hugging Face {kind}{shards}", config, tensors)
+    tensors = canonical_names(directory, stored)
+    derived: list[str] = []
+    if config is None and (directory / "config.json").is_file():
+        config = OPTConfig.from_directory(directory)
+    elif config is None:
+        config, derived = derive_config(tensors, Hints("nowhere"))
+    return Checkpoint(directory, f"Hugging Face {kind}{shards}", config, tensors, derived)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -82,7 +90,8 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _pickled(file: Path) -> dict[str, Source]:
+def pickled_tensors(file: Path) -> dict[str, Source]:
+    """The tensors of a .bin file by name, those under FlagAI's 'module' where it has one."""
     mapped = MappedTensors(file)
     state = mapped.content
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
@@ -92,7 +101,12 @@ def _pickled(file: Path) -> dict[str, Source]:
     return {name: mapped.source(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _canonical(directory: Path, stored: dict[str, Source]) -> dict[str, Source]:
+def canonical_names(directory: Path, stored: dict[str, Source]) -> dict[str, Source]:
+    """Hugging Face's names in any of their forms to canonical ones; the tied tensor becomes one.
+
+    Raises:
+        CheckpointError: a name stands for two tensors.
+    """
     tensors: dict[str, Source] = {}
     head = None
     for name, source in stored.items():

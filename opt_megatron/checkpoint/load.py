@@ -27,13 +27,13 @@ def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | No
 
 
 def load_model(
-    source: str | Path, config: OPTConfig | None, parallel: ParallelContext, dtype: str = "auto"
+    source: str | Path | Checkpoint, config: OPTConfig | None, parallel: ParallelContext, dtype: str = "auto"
 ) -> nn.Module:
     """Build this rank's part of the model and read its weights.
 
     Args:
-        source: a checkpoint directory.
-        config: by default the directory's.
+        source: a checkpoint in any format, opened or not.
+        config: by default the checkpoint's own.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: float32 on a CPU, the checkpoint's on a GPU.
 
     Raises:
@@ -42,11 +42,10 @@ def load_model(
     """
     from ..model.opt_model import build_model
 
-    config = config or OPTConfig.from_directory(Path(source))
-
     def load() -> nn.Module:
-        model = build_model(config, parallel, resolve_dtype(dtype, config, parallel.device))
-        read_into(model, open_checkpoint(Path(source)), parallel)
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source), config)
+        model = build_model(checkpoint.config, parallel, resolve_dtype(dtype, checkpoint.config, parallel.device))
+        read_into(model, checkpoint, parallel)
         return model.requires_grad_(False)
 
     return on_all_ranks(parallel, load)

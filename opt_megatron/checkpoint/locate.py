@@ -18,19 +18,17 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(name: str, revision: str | None = None) -> Path:
-    """The directory for a path, `story`, a released size under any of its names, or `owner/repository`.
+    """The place for a path, `story`, a released size under any of its names, or `owner/repository`.
 
-    A directory that exists always wins. Anything else is looked up in the Hub's cache and downloaded when
-    it is not there.
+    A path that exists always wins; one weight file of Hugging Face's means the directory that it stands in.
+    Anything else is looked up in the Hub's cache and downloaded when it is not there.
 
     Raises:
         CheckpointError: there is no such directory and no such model, or it cannot be downloaded.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise CheckpointError(f"{name}: is a file; give the directory that it stands in")
+    if path.exists():
+        return path.parent if path.suffix in (".safetensors", ".bin") else path
     if name == EMBEDDED_NAME:
         return EMBEDDED_DIRECTORY
     size = released_name(name)

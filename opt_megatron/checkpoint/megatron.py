@@ -1,4 +1,4 @@
-"""Megatron-LM's directory layout: reader at any TP x PP, and writer.
+"""Reader of Megatron-LM's directory layout, at any TP x PP: this project's and plain GPT checkpoints of OPT.
 
     DIR/latest_checkpointed_iteration.txt       "release", or an iteration's number
     DIR/release/mp_rank_{tp:02d}/model_optim_rng.pt               without pipeline parallelism
@@ -6,7 +6,8 @@
     DIR/config.json and the tokenizer's files                     this project's addition
 
 A file holds {"args": Namespace, "checkpoint_version": 3.0, "iteration": int, "model": {name: tensor}}
-(Megatron-LM, megatron/training/checkpointing.py).
+(Megatron-LM, megatron/training/checkpointing.py). Plain Megatron-LM pads the vocabulary, may have left out
+the position table's two unused rows, and names norms differently with TransformerEngine.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import OPTConfig
+from ..config import POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ..errors import CheckpointError, shorten
+from .derive import Hints, derive_config, integer, namespace_values
 from .pickles import MappedTensors
-from .sources import Block, Source, concatenated
-from .table import Parameter, part_view, stage_parameters
+from .sources import Block, Source, concatenated, row_range, rows_of_zeros
+from .table import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
 from .view import Checkpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
 _RANK_DIRECTORY = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+# TransformerEngine's fused modules hold the norm that stands before them.
+_TE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 
 def is_megatron(directory: Path) -> bool:
@@ -42,32 +49,32 @@ def rank_directory(tp_rank: int, pp_rank: int, pipeline_stages: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pipeline_stages > 1 else "")
 
 
-def open_megatron(directory: Path) -> Checkpoint:
-    """Open a directory lazily, whatever layout it was written for.
+def open_megatron(directory: Path, config: OPTConfig | None = None) -> Checkpoint:
+    """Open a directory lazily, whatever layout it was written for, even pipeline stages or not.
+
+    Args:
+        config: instead of the directory's config.json; where both are missing, one is derived from the
+            shapes and Megatron-LM's `args`.
 
     Raises:
         CheckpointError: a rank's file is missing or damaged, or the ranks do not fit each other.
     """
-    config = OPTConfig.from_directory(directory)
+    if config is None and (directory / "config.json").is_file():
+        config = OPTConfig.from_directory(directory)
     grid = _rank_files(_iteration_directory(directory))
     tp, pp = len(grid[0]), len(grid)
-    stages = [[_model_of(file) for file in row] for row in grid]
+    opened = [[MappedTensors(file) for file in row] for row in grid]
+    stages = [[_model_of(m, f) for m, f in zip(ms, fs, strict=True)] for ms, fs in zip(opened, grid, strict=True)]
+    arguments = namespace_values(opened[0][0].content.get("args"))
     counts = [_count_layers(row[0], grid[stage][0]) for stage, row in enumerate(stages)]
-    if sum(counts) != config.num_layers:
+    if config is not None and sum(counts) != config.num_layers:
         raise CheckpointError(f"{directory}: the stages hold {sum(counts)} layers, the config says {config.num_layers}")
-    tensors: dict[str, Source] = {}
-    first_layer = 0
-    for stage, models in enumerate(stages):
-        layers = range(first_layer, first_layer + counts[stage])
-        first_layer += counts[stage]
-        parameters = stage_parameters(config, layers, first=stage == 0, last=stage == pp - 1)
-        _check_names(parameters, models, grid[stage])
-        for parameter in parameters:
-            shards = [model[parameter.megatron] for model in models]
-            for part, name in enumerate(parameter.canonical):
-                source = _assembled(parameter, part, shards, config.head_dim)
-                tensors.setdefault(name, source)  # the last stage's copy of the embedding comes second
-    return Checkpoint(directory, f"Megatron TP{tp} x PP{pp}", config, tensors)
+    tensors = _canonical(grid, stages, counts, _shape_of_model(stages, counts, arguments, config))
+    derived: list[str] = []
+    if config is None:
+        config, derived = _derive(tensors, arguments)
+    _fit_vocabulary_and_positions(tensors, config)
+    return Checkpoint(directory, f"Megatron TP{tp} x PP{pp}", config, tensors, derived)
 
 
 def _iteration_directory(directory: Path) -> Path:
@@ -86,7 +93,10 @@ def _rank_files(directory: Path) -> list[list[Path]]:
     for child in sorted(directory.iterdir()):
         match = _RANK_DIRECTORY.fullmatch(child.name)
         if match and (child / RANK_FILE).is_file():
-            found[int(match[2] or 0), int(match[1])] = child / RANK_FILE
+            place = int(match[2] or 0), int(match[1])
+            if place in found:
+                raise CheckpointError(f"{directory}: {found[place].parent.name} and {child.name} are the same rank")
+            found[place] = child / RANK_FILE
     if not found:
         raise CheckpointError(f"{directory}: holds no mp_rank_*/{RANK_FILE}")
     stages, ranks = 1 + max(pp for pp, _ in found), 1 + max(tp for _, tp in found)
@@ -96,18 +106,22 @@ def _rank_files(directory: Path) -> list[list[Path]]:
     return [[found[pp, tp] for tp in range(ranks)] for pp in range(stages)]
 
 
-def _model_of(file: Path) -> dict[str, Source]:
-    mapped = MappedTensors(file)
+def _model_of(mapped: MappedTensors, file: Path) -> dict[str, Source]:
     content = mapped.content
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise CheckpointError(f"{file}: has no 'model' dictionary, so it is not a Megatron checkpoint")
-    # Transformer Engine's bookkeeping may be stored beside the weights.
     return {
-        name: mapped.source(value)
+        _local_name(name): mapped.source(value)
         for name, value in model.items()
-        if isinstance(value, Tensor) and "_extra_state" not in name
+        if isinstance(name, str) and isinstance(value, Tensor) and "_extra_state" not in name
     }
+
+
+def _local_name(name: str) -> str:
+    for theirs, ours in _TE_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _count_layers(model: dict[str, Source], file: Path) -> int:
@@ -115,6 +129,46 @@ def _count_layers(model: dict[str, Source], file: Path) -> int:
     if numbers != set(range(len(numbers))):
         raise CheckpointError(f"{file}: layers {sorted(numbers)} are not numbered 0 to {len(numbers) - 1}")
     return len(numbers)
+
+
+def _shape_of_model(
+    stages: list[list[dict[str, Source]]], counts: list[int], arguments: dict[str, Any], config: OPTConfig | None
+) -> OPTConfig:
+    """What decides which parameters there are: the config, or a stand-in for one that is derived later."""
+    if config is not None:
+        return config
+    heads, hidden = integer(arguments, "num_attention_heads"), integer(arguments, "hidden_size")
+    if not heads or not hidden or hidden % heads:
+        raise CheckpointError("there is no config.json, and args does not say the heads: give one with --config")
+    has_norm = "decoder.final_layernorm.weight" in stages[-1][0]
+    projected = "embedding.word_embeddings.project_in.weight" in stages[0][0]
+    return OPTConfig(
+        num_layers=sum(counts),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=1,
+        word_embed_proj_dim=hidden - 1 if projected else hidden,
+        do_layer_norm_before=has_norm,
+        has_final_layer_norm=has_norm,
+    )
+
+
+def _canonical(
+    grid: list[list[Path]], stages: list[list[dict[str, Source]]], counts: list[int], config: OPTConfig
+) -> dict[str, Source]:
+    tensors: dict[str, Source] = {}
+    first_layer = 0
+    for stage, models in enumerate(stages):
+        layers = range(first_layer, first_layer + counts[stage])
+        first_layer += counts[stage]
+        parameters = stage_parameters(config, layers, first=stage == 0, last=stage == len(stages) - 1)
+        _check_names(parameters, models, grid[stage])
+        for parameter in parameters:
+            shards = [model[parameter.megatron] for model in models]
+            for part, name in enumerate(parameter.canonical):
+                source = _assembled(parameter, part, shards, config.head_dim)
+                tensors.setdefault(name, source)  # the last stage's copy of the embedding comes second
+    return tensors
 
 
 def _check_names(parameters: list[Parameter], models: list[dict[str, Source]], files: list[Path]) -> None:
@@ -132,9 +186,7 @@ def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: 
     """One canonical tensor out of the tensor parallel ranks' shards."""
     parts = len(parameter.canonical)
     pieces = [shard if parts == 1 else _interleaved_part(shard, part, parts, head_dim) for shard in shards]
-    if parameter.split.value is None:
-        return pieces[0]
-    return concatenated(pieces, parameter.split.value)
+    return pieces[0] if parameter.split is Split.REPLICATED else concatenated(pieces, parameter.split.value)
 
 
 def _interleaved_part(shard: Source, part: int, parts: int, head_dim: int) -> Source:
@@ -153,30 +205,27 @@ def _interleaved_part(shard: Source, part: int, parts: int, head_dim: int) -> So
     return Source((rows // parts, *others), shard.dtype, fetch, shard.release)
 
 
-def write_rank(
-    directory: Path,
-    model: dict[str, Tensor],
-    config: OPTConfig,
-    dtype: torch.dtype,
-    layout: tuple[int, int],
-    rank: tuple[int, int],
-) -> None:
-    """Write one rank's file under `directory/release`.
+def _derive(tensors: dict[str, Source], arguments: dict[str, Any]) -> tuple[OPTConfig, list[str]]:
+    hints = Hints("args", integer(arguments, "num_attention_heads"))
+    hints.dropout, hints.attention_dropout = arguments.get("hidden_dropout"), arguments.get("attention_dropout")
+    config, derived = derive_config(tensors, hints)
+    positions = integer(arguments, "max_position_embeddings")
+    if positions == tensors[POSITIONS].shape[0] and positions & (positions - 1) == 0:
+        # 2048 rows for 2048 positions: a table without the two rows that OPT never uses.
+        config = config.replace(max_position_embeddings=positions)
+        derived.append(f"{positions} positions, since the table has no rows for OPT's offset; two of zeros are added")
+    if RELEASED_VOCAB_SIZE < config.vocab_size < RELEASED_VOCAB_SIZE + 128 * 64:
+        derived.append(f"vocabulary {RELEASED_VOCAB_SIZE}; {config.vocab_size - RELEASED_VOCAB_SIZE} rows are padding")
+        config = config.replace(vocab_size=RELEASED_VOCAB_SIZE)
+    return config, derived
 
-    Args:
-        layout: tensor and pipeline parallel size.
-        rank: tensor and pipeline parallel rank.
-    """
-    (tp, pp), (tp_rank, pp_rank) = layout, rank
-    folder = directory / "release" / rank_directory(tp_rank, pp_rank, pp)
-    folder.mkdir(parents=True)
-    content = {
-        "args": megatron_args(config, dtype, tp, pp),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "model": model,
-    }
-    torch.save(content, folder / RANK_FILE)
+
+def _fit_vocabulary_and_positions(tensors: dict[str, Source], config: OPTConfig) -> None:
+    embedding, positions = tensors[EMBEDDING], tensors[POSITIONS]
+    if embedding.shape[0] > config.vocab_size:  # padded to a multiple of 128 x TP
+        tensors[EMBEDDING] = row_range(embedding, 0, config.vocab_size)
+    if positions.shape[0] == config.max_position_embeddings:
+        tensors[POSITIONS] = concatenated([rows_of_zeros(POSITION_OFFSET, positions), positions], 0)
 
 
 def megatron_args(config: OPTConfig, dtype: torch.dtype, tp: int, pp: int) -> argparse.Namespace:

@@ -19,9 +19,11 @@ from enum import Enum
 from torch import Tensor
 
 from ..config import OPTConfig
+from .sources import Block, whole
 
 PREFIX = "model.decoder."
 EMBEDDING = PREFIX + "embed_tokens.weight"
+POSITIONS = PREFIX + "embed_positions.weight"
 
 
 class Split(Enum):
@@ -77,6 +79,16 @@ _PROJECT_OUT = Module("output_layer.project_out", ("project_out",), Split.REPLIC
 _TIED_OUTPUT = Module("output_layer", ("embed_tokens",), Split.COLUMN, None)
 # fmt: on
 
+_SPLITS = {
+    (name, kind): split
+    for module in (*_FIRST_STAGE, *_LAYER)
+    for name in module.canonical
+    for kind, split in (("weight", module.weight), ("bias", module.bias))
+    if split is not None
+}
+# What metaseq calls modules whose canonical name differs; it also fuses k, v and q into qkv_proj.
+METASEQ_NAMES = {"layer_norm": "final_layer_norm", "project_in_dim": "project_in", "project_out_dim": "project_out"}
+
 
 def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: bool) -> list[Parameter]:
     """The parameters of one pipeline stage, under Megatron's names (layer numbers start at 0 in a stage).
@@ -121,10 +133,25 @@ def canonical_shapes(config: OPTConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape(name) for parameter in whole for name in parameter.canonical}
 
 
+def split_of(name: str) -> Split:
+    """How model-parallel formats cut a canonical tensor, metaseq's and FlagAI's parts as Megatron's ranks."""
+    module, _, kind = name.removeprefix(PREFIX).rpartition(".")
+    return _SPLITS.get((module.split(".", 2)[2] if module.startswith("layers.") else module, kind), Split.REPLICATED)
+
+
 def layers_of_stage(num_layers: int, stages: int, stage: int) -> range:
     """The layers of pipeline stage `stage` when all stages hold equally many."""
     per_stage = num_layers // stages
     return range(stage * per_stage, (stage + 1) * per_stage)
+
+
+def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> Block:
+    """The block of a canonical tensor that belongs to tensor parallel rank `rank` of `ranks`."""
+    block = list(whole(shape))
+    if split.value is not None:
+        size = shape[split.value] // ranks
+        block[split.value] = slice(rank * size, (rank + 1) * size)
+    return tuple(block)
 
 
 def part_view(parameter: Tensor, part: int, parts: int, head_dim: int) -> Tensor:

@@ -5,15 +5,15 @@ Readers make it; conversion, loading and verification read from it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .sources import Block, Source, whole
-from .table import Split, canonical_shapes
+from .sources import Block, Source
+from .table import canonical_shapes
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Checkpoint:
     Attributes:
         tensors: canonical name to source.
         format: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
+        derived: sentences about what of the config was derived because the files do not carry it.
         bytes_read: bytes handed out so far, counted after slicing.
     """
 
@@ -30,6 +31,7 @@ class Checkpoint:
     format: str
     config: OPTConfig
     tensors: dict[str, Source]
+    derived: list[str] = field(default_factory=list)
     bytes_read: int = 0
 
     def read(self, name: str, block: Block | None = None) -> Tensor:
@@ -71,12 +73,3 @@ class Checkpoint:
                 f"{self.path}: the tensors do not fit config.json ({'; '.join(problems)}); "
                 "use the files and the config of one model"
             )
-
-
-def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> Block:
-    """The block of a canonical tensor that belongs to tensor parallel rank `rank` of `ranks`."""
-    block = list(whole(shape))
-    if split.value is not None:
-        size = shape[split.value] // ranks
-        block[split.value] = slice(rank * size, (rank + 1) * size)
-    return tuple(block)

@@ -16,7 +16,13 @@ from typing import NoReturn
 from ..errors import UserError
 from ..version import __version__
 
-COMMANDS = ("generate", "convert")  # each is a module of this package with HELP, add_arguments and run
+COMMANDS = (
+    "generate",
+    "convert",
+    "inspect",
+    "verify",
+    "plan",
+)  # each is a module of this package with HELP, add_arguments and run
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
 
 

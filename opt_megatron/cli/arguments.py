@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..config import OPTConfig
 
 
 def add_load(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -11,7 +17,7 @@ def add_load(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--load",
         required=required,
         metavar="CHECKPOINT",
-        help="a checkpoint directory (Hugging Face or Megatron), a name (opt-125m ... opt-66b, story) "
+        help="a checkpoint in any format (Hugging Face, Megatron, metaseq, FlagAI), a name (opt-125m ... story) "
         "or a Hub repository (owner/name)" + ("" if required else "; default: the embedded toy model, story"),
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
@@ -33,3 +39,28 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """--config."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config.json (or its directory) instead of what the checkpoint says of itself",
+    )
+
+
+def config_argument(args: argparse.Namespace) -> OPTConfig | None:
+    """The config that --config names, or None."""
+    if args.config is None:
+        return None
+    from ..config import OPTConfig
+
+    path = Path(args.config).expanduser()
+    return OPTConfig.from_file(path if path.is_file() else path / "config.json")
+
+
+def say_derived(notes: list[str]) -> None:
+    """Tell what of the config was derived because the files do not carry it."""
+    for note in notes:
+        print(f"opt-megatron: no config.json: {note}", file=sys.stderr)

@@ -1,24 +1,54 @@
-"""opt-megatron convert: write a checkpoint for a tensor x pipeline parallel layout."""
+"""opt-megatron convert: any checkpoint to any format and layout."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import add_layout, add_load
+from ..errors import UserError
+from .arguments import add_config, add_layout, add_load, config_argument, say_derived
 
-HELP = "write a checkpoint in Megatron-LM's layout for any tensor x pipeline parallel size"
+if TYPE_CHECKING:
+    from ..checkpoint.convert import Options
+
+HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     add_load(parser, required=True)
     parser.add_argument("--save", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument(
+        "--to", default="megatron", metavar="FORMAT", help="megatron, hf, metaseq or flagai; default: megatron"
+    )
     add_layout(parser)
+    parser.add_argument(
+        "--decoder-first-pipeline-num-layers",
+        type=int,
+        metavar="N",
+        help="layers of the first stage, if not as the others",
+    )
+    parser.add_argument(
+        "--decoder-last-pipeline-num-layers",
+        type=int,
+        metavar="N",
+        help="layers of the last stage, if not as the others",
+    )
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: every tensor stays as it is stored")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with --to hf; default: 5GB")
+    add_config(parser)
     parser.add_argument("--force", action="store_true", help="replace --save where it is a checkpoint already")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run of the same command stopped"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that copy; default: 2")
+    parser.add_argument(
+        "--no-fsync", action="store_true", help="do not wait for the disk; a power failure may then leave holes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,22 +62,69 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.convert import convert
     from ..checkpoint.locate import locate
 
-    started, written = time.monotonic(), 0
+    options = _options(args)
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}, but must be at least 1")
+    started = time.monotonic()
     with tqdm(desc="writing", unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
-        def progress(num_bytes: int) -> None:
-            nonlocal written
-            written += num_bytes
-            bar.update(num_bytes)
+        def on_start(total: int) -> None:
+            bar.total = total
+            bar.refresh()
 
-        convert(
+        summary = convert(
             locate(args.load, args.revision),
             Path(args.save).expanduser(),
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            dtype=args.dtype,
+            options,
+            config=config_argument(args),
             force=args.force,
-            progress=progress,
+            resume=args.resume,
+            workers=args.workers,
+            fsync=not args.no_fsync,
+            on_start=on_start,
+            progress=bar.update,
         )
-    layout = f"TP{args.tensor_model_parallel_size} x PP{args.pipeline_model_parallel_size}"
-    print(f"wrote {args.save}: Megatron {layout}, {written / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
+    say_derived(summary.derived)
+    seconds = time.monotonic() - started
+    files = f"{summary.num_files} file" + ("s" if summary.num_files > 1 else "")
+    print(
+        f"wrote {args.save}: {_layout(options)} from {summary.source_format}, {files}, "
+        f"{summary.num_bytes / 1e6:,.1f} MB in {seconds:.1f} s"
+    )
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from ..checkpoint.convert import Options
+
+    return Options(
+        to=args.to,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        first_stage_layers=args.decoder_first_pipeline_num_layers,
+        last_stage_layers=args.decoder_last_pipeline_num_layers,
+        dtype=args.dtype,
+        max_shard_bytes=size_in_bytes(args.max_shard_size),
+    )
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size as people write it: 500MB, 5GB (powers of ten), 2GiB (powers of two), or a plain number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise UserError(f"{text!r} is not a size; write it as 500MB, 5GB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+def _layout(options: Options) -> str:
+    if options.to == "megatron":
+        return f"Megatron TP{options.tensor_model_parallel_size} x PP{options.pipeline_model_parallel_size}"
+    if options.to == "hf":
+        return "Hugging Face"
+    name = {"metaseq": "metaseq", "flagai": "FlagAI"}[options.to]
+    return f"{name}, {options.tensor_model_parallel_size} part" + (
+        "s" if options.tensor_model_parallel_size > 1 else ""
+    )

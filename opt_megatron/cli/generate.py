@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .arguments import add_load, add_runtime
+from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
 from .prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ TOY_NOTICE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     add_load(parser, required=False)
+    add_config(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer's files are; default: --load")
     source = parser.add_argument_group("prompts (default: standard input, read like --prompt-file)")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
@@ -67,23 +68,26 @@ def run(args: argparse.Namespace) -> None:
     parameters = _sampling_params(args)  # before torch.distributed starts: mistakes are told at once
     _check_options(args)
 
+    from ..checkpoint.formats import open_checkpoint
     from ..checkpoint.load import load_model, locate_on_all_ranks
     from ..checkpoint.locate import EMBEDDED_NAME
-    from ..config import OPTConfig
     from ..generation.engine import Engine
     from ..parallel import init_parallel, on_all_ranks
     from .output import show
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
     directory = locate_on_all_ranks(args.load or EMBEDDED_NAME, parallel, args.revision)
-    config = on_all_ranks(parallel, lambda: OPTConfig.from_directory(directory))
+    checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config_argument(args)))
+    config = checkpoint.config
     check_layout(config, tp, pp, parallel.world_size)
     prompts, requests = on_all_ranks(
         parallel, lambda: _requests(args, parameters, directory, config) if parallel.is_leader else ([], [])
     )
     if args.load is None and parallel.is_leader:
         print(TOY_NOTICE, file=sys.stderr)
-    model = load_model(directory, config, parallel, args.dtype)
+    if parallel.is_leader:
+        say_derived(checkpoint.derived)
+    model = load_model(checkpoint, config, parallel, args.dtype)
     engine = Engine(model, parallel, max_batch_size=args.max_batch_size)
     show(engine.generate(requests), prompts, as_json=args.json, stream=args.stream)
 

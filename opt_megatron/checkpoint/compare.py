@@ -1,0 +1,107 @@
+"""Proof: a checkpoint against its manifest, and two checkpoints of any formats against each other."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .manifest import read_manifest
+from .scatter import row_blocks, tensor_hash
+from .view import Checkpoint
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that is not what it should be, and how."""
+
+    name: str
+    what: str
+
+
+def differences_from_manifest(
+    checkpoint: Checkpoint, *, workers: int = 2, progress: Callable[[int], None] = lambda n: None
+) -> list[Difference]:
+    """Hash every canonical tensor again and compare with the manifest beside the files.
+
+    Args:
+        progress: called with the bytes read since the last call.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is damaged.
+    """
+    entries = read_manifest(checkpoint.path)
+
+    def check(name: str) -> Difference | None:
+        source, entry = checkpoint.tensors.get(name), entries.get(name)
+        if source is None or entry is None:
+            return Difference(name, "is only in the manifest" if source is None else "is not in the manifest")
+        found = list(source.shape), str(source.dtype).removeprefix("torch.")
+        if found != (entry["shape"], entry["dtype"]):
+            return Difference(name, f"is {found[1]} {found[0]}, the manifest says {entry['dtype']} {entry['shape']}")
+        digest = tensor_hash(checkpoint, name)
+        progress(num_bytes(checkpoint, name))
+        return None if digest == entry["xxh3_128"] else Difference(name, "has other bytes than the manifest says")
+
+    return _in_parallel(check, dict.fromkeys([*checkpoint.tensors, *entries]), workers)
+
+
+def differences_between(
+    left: Checkpoint, right: Checkpoint, *, workers: int = 2, progress: Callable[[int], None] = lambda n: None
+) -> list[Difference]:
+    """Compare two checkpoints tensor by tensor, to the bit.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+
+    def check(name: str) -> Difference | None:
+        a, b = left.tensors.get(name), right.tensors.get(name)
+        if a is None or b is None:
+            return Difference(name, "is only in the first" if b is None else "is only in the second")
+        if a.shape != b.shape:
+            return Difference(name, f"is {list(a.shape)} in the first and {list(b.shape)} in the second")
+        difference = _difference_of_values(left, right, name)
+        progress(num_bytes(left, name))
+        return difference
+
+    return _in_parallel(check, dict.fromkeys([*left.tensors, *right.tensors]), workers)
+
+
+def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Difference | None:
+    count, largest = 0, 0.0
+    same_dtype = left.tensors[name].dtype == right.tensors[name].dtype
+    for a, b in _pairs_of_blocks(left, right, name):
+        if same_dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            continue
+        gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf)
+        count += int((gap > 0).sum())
+        largest = max(largest, float(gap.max()))
+    for checkpoint in (left, right):
+        checkpoint.tensors[name].release()
+    dtypes = [str(c.tensors[name].dtype).removeprefix("torch.") for c in (left, right)]
+    cast = "" if same_dtype else f"is {dtypes[0]} in the first and {dtypes[1]} in the second"
+    if count:
+        total = torch.Size(left.tensors[name].shape).numel()
+        values = f"differs in {count:,} of {total:,} values, by at most {largest:.3g}"
+        return Difference(name, f"{cast}, and {values}" if cast else values)
+    return Difference(name, cast + ", with equal values") if cast else None
+
+
+def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for first, values in row_blocks(left, name):
+        block = tuple(slice(0, size) for size in values.shape[1:])
+        yield values, right.read(name, (slice(first, first + len(values)), *block)).contiguous()
+
+
+def num_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Size of a canonical tensor."""
+    source = checkpoint.tensors[name]
+    return torch.Size(source.shape).numel() * source.dtype.itemsize
+
+
+def _in_parallel(check: Callable[[str], Difference | None], names: Iterable[str], workers: int) -> list[Difference]:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return [difference for difference in pool.map(check, names) if difference is not None]

@@ -1,0 +1,66 @@
+"""opt-megatron inspect: what a checkpoint is, without reading its weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from .arguments import add_config, config_argument, say_derived
+
+HELP = "print a checkpoint's format, layout, config, dtype, parameter count and size per rank"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("checkpoint", help="a checkpoint in any format, or a name as --load takes it")
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what is known from the files' headers.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is incomplete or damaged.
+    """
+    import torch
+
+    from ..checkpoint.compare import num_bytes
+    from ..checkpoint.formats import open_checkpoint
+    from ..checkpoint.locate import locate
+    from ..checkpoint.manifest import MANIFEST
+
+    checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
+    config = checkpoint.config
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values())
+    elements = sum(torch.Size(tensor.shape).numel() for tensor in checkpoint.tensors.values())
+    total = sum(num_bytes(checkpoint, name) for name in checkpoint.tensors)
+    norm = "pre-norm" if config.do_layer_norm_before else "post-norm"
+    embedding = f", embedding {config.word_embed_proj_dim}" if config.has_embedding_projection else ""
+    say_derived(checkpoint.derived)
+    for name, value in (
+        ("checkpoint", checkpoint.path),
+        ("format", checkpoint.format),
+        ("layers", f"{config.num_layers}, {norm}"),
+        (
+            "hidden",
+            f"{config.hidden_size}, {config.num_attention_heads} heads, ffn {config.ffn_hidden_size}{embedding}",
+        ),
+        ("vocabulary", f"{config.vocab_size} rows, {config.num_tokens} tokens"),
+        ("positions", config.max_position_embeddings),
+        ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items())),
+        ("parameters", f"{elements:,} in {len(checkpoint.tensors)} tensors, {total / 1e6:,.1f} MB"),
+        ("manifest", "yes" if (checkpoint.path / MANIFEST).is_file() else "no"),
+    ):
+        print(f"{name:12}{value}")
+    _print_ranks(config, next(iter(checkpoint.tensors.values())).dtype)
+
+
+def _print_ranks(config: object, dtype: object) -> None:
+    from ..checkpoint.planning import Workload, plan_ranks
+    from ..config import tensor_parallel_sizes
+
+    sizes = []
+    for tp in [n for n in tensor_parallel_sizes(config) if n <= 16]:
+        ranks = plan_ranks(config, tp, 1, Workload(1, 1, dtype), dtype)
+        sizes.append(f"TP{tp} {ranks[0].weights / 1e6:,.1f} MB")
+    print(f"{'per rank':12}{', '.join(sizes)}")

@@ -1,0 +1,83 @@
+"""opt-megatron verify: a checkpoint against its manifest, or against another one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .arguments import add_config, config_argument
+
+if TYPE_CHECKING:
+    from ..checkpoint.view import Checkpoint
+
+HELP = "compare a converted checkpoint with its manifest, or two checkpoints of any formats tensor by tensor"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("checkpoint", metavar="A", help="a checkpoint in any format, or a name as --load takes it")
+    parser.add_argument("other", metavar="B", nargs="?", help="another; without it, A is compared with its manifest")
+    parser.add_argument("--logits", action="store_true", help="compare the logits of a forward pass as well (needs B)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read; default: 2")
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Name every difference; end with exit code 1 if there is one.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or there is nothing to compare with.
+    """
+    from tqdm import tqdm
+
+    from ..checkpoint.compare import differences_between, differences_from_manifest, num_bytes
+    from ..checkpoint.formats import open_checkpoint
+    from ..checkpoint.locate import locate
+
+    if args.logits and args.other is None:
+        raise UserError("--logits compares two checkpoints; name a second one")
+    first = open_checkpoint(locate(args.checkpoint), config_argument(args))
+    second = open_checkpoint(locate(args.other), config_argument(args)) if args.other else None
+    total = sum(num_bytes(first, name) for name in first.tensors)
+    quiet = not sys.stderr.isatty()
+    with tqdm(
+        total=total, desc="reading", unit="B", unit_scale=True, file=sys.stderr, disable=quiet, leave=False
+    ) as bar:
+        options = {"workers": args.workers, "progress": bar.update}
+        found = differences_between(first, second, **options) if second else differences_from_manifest(first, **options)
+    for difference in found:
+        print(f"{difference.name} {difference.what}")
+    with_what = f"{second.path} ({second.format})" if second else "its manifest"
+    verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
+    print(f"{first.path} ({first.format}) and {with_what} {verdict} {len(first.tensors)} tensors")
+    failed = bool(found)
+    if args.logits:
+        failed |= not _compare_logits(first, second)
+    if failed:
+        sys.exit(1)
+
+
+def _compare_logits(first: Checkpoint, second: Checkpoint) -> bool:
+    """Print how far the logits of both are apart, in float32 on 64 fixed tokens; whether they agree to 1e-4."""
+    import torch
+
+    from ..checkpoint.load import load_model
+    from ..parallel import init_parallel
+
+    parallel = init_parallel(device="cpu")
+    length = min(64, first.config.max_position_embeddings, second.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    rows = min(first.config.num_tokens, second.config.num_tokens)
+    tokens = torch.randint(rows, (1, length), generator=generator)
+    with torch.no_grad():
+        logits = [load_model(checkpoint, None, parallel, "float32")(tokens) for checkpoint in (first, second)]
+    if logits[0].shape != logits[1].shape:
+        print(f"logits have {logits[0].shape[-1]} and {logits[1].shape[-1]} columns")
+        return False
+    gap = float((logits[0] - logits[1]).abs().max())
+    print(
+        f"logits over {length} tokens differ by at most {gap:.3g}" if gap else f"logits over {length} tokens are equal"
+    )
+    return gap <= 1e-4
