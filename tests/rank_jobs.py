@@ -135,3 +135,16 @@ def context_facts(tp: int, pp: int) -> tuple[int, int, bool, bool, int]:
         context.is_last_stage,
         context.logits_rank,
     )
+
+
+def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: int) -> tuple[int, int, int]:
+    """Bytes of this rank's parameters and KV cache, and bytes that loading read."""
+    from opt_megatron.checkpoint.formats import open_checkpoint
+
+    parallel = start(tp, pp)
+    checkpoint = open_checkpoint(directory)
+    model = load_model(checkpoint, None, parallel)
+    runner = ModelRunner(model, parallel)
+    runner.do(Kind.ALLOCATE, [batch, context])
+    cache = runner._cache._keys.nbytes + runner._cache._values.nbytes
+    return sum(parameter.nbytes for parameter in model.parameters()), cache, checkpoint.bytes_read

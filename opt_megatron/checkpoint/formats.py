@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import OPTConfig
@@ -38,9 +41,22 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
         CheckpointError: there is no checkpoint, or it is incomplete, damaged or not what its config says.
     """
     path = Path(path)
-    checkpoint = _open(path, config)
+    with _without_garbage_collection():
+        checkpoint = _open(path, config)
     checkpoint.check_tensors()
     return checkpoint
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """The raw files of 175B become millions of objects, none of them garbage; looking for it takes half the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _open(path: Path, config: OPTConfig | None) -> Checkpoint:

@@ -16,7 +16,7 @@ from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config
 from .mapped import map_safetensors
-from .pickles import MappedTensors
+from .pickles import FileTensor, MappedTensors
 from .sources import Block, Source
 from .table import EMBEDDING, PREFIX
 from .view import Checkpoint
@@ -98,7 +98,7 @@ def pickled_tensors(file: Path) -> dict[str, Source]:
         state = state["module"]
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: holds a {type(state).__name__}, not tensors by name")
-    return {name: mapped.source(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name: mapped.source(tensor) for name, tensor in state.items() if isinstance(tensor, FileTensor)}
 
 
 def canonical_names(directory: Path, stored: dict[str, Source]) -> dict[str, Source]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config, integer, namespace_values
-from .pickles import MappedTensors
+from .pickles import FileTensor, MappedTensors
 from .sources import Block, Source, concatenated, row_range, rows_of_zeros
 from .table import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
 from .view import Checkpoint
@@ -114,7 +114,7 @@ def _model_of(mapped: MappedTensors, file: Path) -> dict[str, Source]:
     return {
         _local_name(name): mapped.source(value)
         for name, value in model.items()
-        if isinstance(name, str) and isinstance(value, Tensor) and "_extra_state" not in name
+        if isinstance(name, str) and isinstance(value, FileTensor) and "_extra_state" not in name
     }
 
 

@@ -14,13 +14,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config, integer, namespace_values
 from .parts import join_parts
-from .pickles import MappedTensors
+from .pickles import FileTensor, MappedTensors
 from .sources import Source, flat_tensors, row_range
 from .table import METASEQ_NAMES, PREFIX
 from .view import Checkpoint
@@ -48,8 +46,8 @@ def open_metaseq(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     opened = [[MappedTensors(file) for file in row] for row in grid]
     parts = [_canonical(_part(files, opened_files)) for files, opened_files in zip(grid, opened, strict=True)]
     hints = _hints(opened[0][0].content)
-    _check_part_count(opened[0][0].content, len(parts), path)
     tensors = join_parts(parts, path)
+    _check_part_count(opened[0][0].content, tensors, len(parts), path)
     derived: list[str] = []
     if config is None:
         config, derived = derive_config(tensors, hints)
@@ -104,7 +102,7 @@ def _model(file: Path, mapped: MappedTensors) -> dict[str, Source]:
     return {
         name: mapped.source(value)
         for name, value in model.items()
-        if isinstance(name, str) and isinstance(value, Tensor) and name != "decoder.version"
+        if isinstance(name, str) and isinstance(value, FileTensor) and name != "decoder.version"
     }
 
 
@@ -188,11 +186,15 @@ def _hints(content: Any) -> Hints:
     return hints
 
 
-def _check_part_count(content: Any, parts: int, path: Path) -> None:
-    stated = integer(_arguments(content), "model_parallel_size")
-    # A singleton made of several parts may still carry the number that it was trained with.
-    if stated and parts > 1 and stated != parts:
-        raise CheckpointError(f"{path}: {parts} parts are here, and cfg.model says model_parallel_size {stated}")
+def _check_part_count(content: Any, tensors: dict[str, Source], parts: int, path: Path) -> None:
+    # A whole model may still carry the number of parts that it was trained in, so its shapes decide.
+    projection = tensors.get(f"{PREFIX}layers.0.self_attn.out_proj.weight")
+    if projection is not None and projection.shape[0] != projection.shape[-1]:
+        stated = integer(_arguments(content), "model_parallel_size")
+        raise CheckpointError(
+            f"{path}: {parts} of {stated or 'several'} parts are here: they hold {projection.shape[-1]} of the "
+            f"{projection.shape[0]} columns of the attention output; fetch the others"
+        )
 
 
 def _describe(grid: list[list[Path]], first: MappedTensors) -> str:

@@ -12,6 +12,14 @@ from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY, locate
 from opt_megatron.errors import CheckpointError
 
 
+def test_a_weight_file_means_its_directory_and_a_pt_file_itself(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin", "restored.pt"):
+        (tmp_path / name).touch()
+    assert locate(str(tmp_path / "model.safetensors")) == tmp_path
+    assert locate(str(tmp_path / "pytorch_model.bin")) == tmp_path
+    assert locate(str(tmp_path / "restored.pt")) == tmp_path / "restored.pt"
+
+
 def test_an_existing_directory_wins_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert locate("story") == EMBEDDED_DIRECTORY
@@ -28,7 +36,6 @@ def test_an_existing_directory_wins_over_a_name(tmp_path, monkeypatch):
         ("opt-175b", "not on the Hub: ask Meta"),
         ("facebook/opt-125m", "HF_HUB_OFFLINE is set"),
         ("nobody/nothing", "does not hold it"),
-        (__file__, "is a file"),
     ],
 )
 def test_what_cannot_be_found_says_so_in_one_line(name, message):

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from formats import hf_config, random_tensors, write_metaseq_flat
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
+from opt_megatron.cli.convert import size_in_bytes
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -25,7 +27,8 @@ def test_the_tool_writes_what_its_last_line_says(tmp_path):
     command = [sys.executable, str(TOOL), "--load", "story", "--save", str(target), *sizes]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"wrote {target}: Megatron TP2 x PP2, ")
+    expected = f"wrote {target}: Megatron TP2 x PP2 from Hugging Face safetensors, 4 files, 11.1 MB in "
+    assert done.stdout.startswith(expected)
     assert (target / "release" / "mp_rank_01_001" / "model_optim_rng.pt").is_file()
 
 
@@ -36,6 +39,11 @@ def test_the_tool_writes_what_its_last_line_says(tmp_path):
         (["--load", "story", "--save", "{}/new", "--tensor-model-parallel-size", "3"], "8 attention heads"),
         (["--load", "story", "--save", "{}/new", "--pipeline-model-parallel-size", "3"], "4 layers"),
         (["--load", "story", "--save", "{}/new", "--dtype", "int8"], "'int8' is not one of"),
+        (["--load", "story", "--save", "{}/new", "--to", "gguf"], "--to gguf is not one of megatron, hf"),
+        (["--load", "story", "--save", "{}/new", "--to", "hf", "--max-shard-size", "5 apples"], "is not a size"),
+        (["--load", "story", "--save", "{}/new", "--to", "hf", "--tensor-model-parallel-size", "2"], "whole tensors"),
+        (["--load", "story", "--save", "{}/new", "--workers", "0"], "--workers is 0"),
+        (["--load", "story", "--save", "{}/new", "--config", "/nowhere"], "there is no config.json"),
         (["--load", "/nowhere", "--save", "{}/new"], "there is no such directory"),
         (["--load", "story", "--save", str(EMBEDDED_DIRECTORY), "--force"], "is the source"),
     ],
@@ -44,3 +52,18 @@ def test_mistakes_are_one_line_and_write_nothing(capsys, tmp_path, arguments, me
     code, out, err = run(capsys, *[argument.format(tmp_path) for argument in arguments])
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
     assert err.startswith("opt-megatron: error: ") and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5k", 1500), ("77", 77)]
+)
+def test_sizes_as_people_write_them(text, size):
+    assert size_in_bytes(text) == size
+
+
+def test_what_was_derived_is_told(capsys, tmp_path):
+    config = hf_config()
+    write_metaseq_flat(tmp_path / "source", config, random_tensors(config), 2, 3)
+    code, out, err = run(capsys, "--load", str(tmp_path / "source"), "--save", str(tmp_path / "hf"), "--to", "hf")
+    assert code == 0 and "from metaseq FSDP shards, 2 parts x 3 shards" in out
+    assert "no config.json: 4 attention heads from cfg.model" in err

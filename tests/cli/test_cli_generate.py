@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from factory import oracle_greedy
 
-from opt_megatron.checkpoint.convert import convert
+from opt_megatron.checkpoint.convert import Options, convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 from opt_megatron.tokenizer import OPTTokenizer
@@ -132,7 +132,7 @@ def torchrun(world_size: int, *arguments: str, **options) -> subprocess.Complete
 
 
 def test_torchrun_tool_and_standard_input_give_one_process_output(capsys, tmp_path):
-    convert(EMBEDDED_DIRECTORY, tmp_path / "tp4", 4, 1)
+    convert(EMBEDDED_DIRECTORY, tmp_path / "tp4", Options(tensor_model_parallel_size=4))
     options = ("--load", str(tmp_path / "tp4"), "--json", "--temperature", "0", "--max-new-tokens", "12")
     done = torchrun(2, *options, "--tensor-model-parallel-size", "2", input="Once upon a time\nThe king\n")
     assert done.returncode == 0, done.stderr
