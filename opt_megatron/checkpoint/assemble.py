@@ -18,4 +18,4 @@ def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int
         block = rank_block(checkpoint.tensors[name].shape, parameter.split, rank, ranks)
         view = part_view(target, part, parts, checkpoint.config.head_dim)
         view.copy_(checkpoint.read(name, block).reshape(view.shape))
-        checkpoint.tensors[name].release()
+        checkpoint.release(name, block)

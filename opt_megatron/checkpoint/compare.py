@@ -10,6 +10,7 @@ import torch
 
 from .manifest import read_manifest
 from .scatter import row_blocks, tensor_hash
+from .sources import whole
 from .view import Checkpoint
 
 
@@ -79,8 +80,6 @@ def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Dif
         gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf)
         count += int((gap > 0).sum())
         largest = max(largest, float(gap.max()))
-    for checkpoint in (left, right):
-        checkpoint.tensors[name].release()
     dtypes = [str(c.tensors[name].dtype).removeprefix("torch.") for c in (left, right)]
     cast = "" if same_dtype else f"is {dtypes[0]} in the first and {dtypes[1]} in the second"
     if count:
@@ -92,8 +91,9 @@ def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Dif
 
 def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for first, values in row_blocks(left, name):
-        block = tuple(slice(0, size) for size in values.shape[1:])
-        yield values, right.read(name, (slice(first, first + len(values)), *block)).contiguous()
+        block = (slice(first, first + len(values)), *whole(values.shape)[1:])
+        yield values, right.read(name, block).contiguous()
+        right.release(name, block)
 
 
 def num_bytes(checkpoint: Checkpoint, name: str) -> int:

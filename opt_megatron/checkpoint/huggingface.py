@@ -119,26 +119,33 @@ def canonical_names(directory: Path, stored: dict[str, Source]) -> dict[str, Sou
         tensors[PREFIX + short] = source
     if head is not None:
         embedding = tensors.get(EMBEDDING)
-        tensors[EMBEDDING] = head if embedding is None else _tied(directory, embedding, head)
+        tensors[EMBEDDING] = head if embedding is None else _Tied(directory, embedding, head)
     return tensors
 
 
-def _tied(directory: Path, embedding: Source, head: Source) -> Source:
-    # Both names are stored: what is read of one is compared with the other.
-    if embedding.shape != head.shape:
-        raise CheckpointError(
-            f"{directory}: lm_head.weight is {list(head.shape)} and embed_tokens.weight "
-            f"{list(embedding.shape)}; OPT ties the two"
-        )
+class _Tied(Source):
+    """The embedding where the output head is stored as well: what is read of one is compared with the other."""
 
-    def fetch(block: Block) -> Tensor:
-        rows = embedding.fetch(block)
-        if not torch.equal(rows, head.fetch(block)):
-            raise CheckpointError(f"{directory}: lm_head.weight differs from embed_tokens.weight; OPT ties the two")
+    def __init__(self, directory: Path, embedding: Source, head: Source) -> None:
+        super().__init__(embedding.shape, embedding.dtype)
+        self._directory, self._embedding, self._head = directory, embedding, head
+        if embedding.shape != head.shape:
+            shapes = f"lm_head.weight is {list(head.shape)} and embed_tokens.weight {list(embedding.shape)}"
+            raise CheckpointError(f"{directory}: {shapes}; OPT ties the two")
+
+    def fetch(self, block: Block) -> Tensor:
+        """The embedding's.
+
+        Raises:
+            CheckpointError: the head's differs.
+        """
+        rows = self._embedding.fetch(block)
+        if not torch.equal(rows, self._head.fetch(block)):
+            names = "lm_head.weight differs from embed_tokens.weight"
+            raise CheckpointError(f"{self._directory}: {names}; OPT ties the two")
         return rows
 
-    def release() -> None:
-        embedding.release()
-        head.release()
-
-    return Source(embedding.shape, embedding.dtype, fetch, release)
+    def release(self, block: Block) -> None:
+        """Both."""
+        self._embedding.release(block)
+        self._head.release(block)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .sources import Source, tensor_source
+from .sources import Source, TensorSource
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -71,7 +71,7 @@ class MappedFile:
 
     def source(self, tensor: Tensor) -> Source:
         """A source over a tensor of this file."""
-        return tensor_source(tensor, lambda: self.release(tensor))
+        return TensorSource(tensor.shape, tensor.dtype, lambda: tensor, self.release)
 
 
 def map_safetensors(path: Path) -> dict[str, Source]:

@@ -24,7 +24,7 @@ from ..config import POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config, integer, namespace_values
 from .pickles import FileTensor, MappedTensors
-from .sources import Block, Source, concatenated, row_range, rows_of_zeros
+from .sources import Block, Concatenated, RowRange, Source, Translated, rows_of_zeros
 from .table import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
 from .view import Checkpoint
 
@@ -185,24 +185,36 @@ def _check_names(parameters: list[Parameter], models: list[dict[str, Source]], f
 def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: int) -> Source:
     """One canonical tensor out of the tensor parallel ranks' shards."""
     parts = len(parameter.canonical)
-    pieces = [shard if parts == 1 else _interleaved_part(shard, part, parts, head_dim) for shard in shards]
-    return pieces[0] if parameter.split is Split.REPLICATED else concatenated(pieces, parameter.split.value)
+    pieces = [shard if parts == 1 else _part_of(shard, part, parts, head_dim) for shard in shards]
+    return pieces[0] if parameter.split is Split.REPLICATED else Concatenated(pieces, parameter.split.value)
 
 
-def _interleaved_part(shard: Source, part: int, parts: int, head_dim: int) -> Source:
-    rows, others = shard.shape[0], shard.shape[1:]
-    if rows % (parts * head_dim):
+def _part_of(shard: Source, part: int, parts: int, head_dim: int) -> Source:
+    if shard.shape[0] % (parts * head_dim):
         return shard  # left to check_tensors, which names the tensor: its rows cannot be whole heads
+    return _InterleavedPart(shard, part, parts, head_dim)
 
-    def fetch(block: Block) -> Tensor:
-        wanted, rest = block[0], block[1:]
-        first, stop = wanted.start // head_dim, -(-wanted.stop // head_dim)  # the heads that hold these rows
-        per_head = parts * head_dim
-        heads = shard.fetch((slice(first * per_head, stop * per_head), *rest))
-        flat = part_view(heads, part, parts, head_dim).flatten(0, 1)
-        return flat[wanted.start - first * head_dim : wanted.stop - first * head_dim]
 
-    return Source((rows // parts, *others), shard.dtype, fetch, shard.release)
+class _InterleavedPart(Translated):
+    """q, k or v out of `linear_qkv`, which holds them head by head."""
+
+    def __init__(self, fused: Source, part: int, parts: int, head_dim: int) -> None:
+        super().__init__(fused, (fused.shape[0] // parts, *fused.shape[1:]))
+        self._part, self._parts, self._head_dim = part, parts, head_dim
+
+    def _translate(self, block: Block) -> Block:
+        first, stop = self._heads(block)
+        per_head = self._parts * self._head_dim
+        return (slice(first * per_head, stop * per_head), *block[1:])
+
+    def _arrange(self, values: Tensor, block: Block) -> Tensor:
+        flat = part_view(values, self._part, self._parts, self._head_dim).flatten(0, 1)
+        skipped = block[0].start - self._heads(block)[0] * self._head_dim
+        return flat[skipped : skipped + block[0].stop - block[0].start]
+
+    def _heads(self, block: Block) -> tuple[int, int]:
+        """The heads that hold the block's rows."""
+        return block[0].start // self._head_dim, -(-block[0].stop // self._head_dim)
 
 
 def _derive(tensors: dict[str, Source], arguments: dict[str, Any]) -> tuple[OPTConfig, list[str]]:
@@ -223,9 +235,9 @@ def _derive(tensors: dict[str, Source], arguments: dict[str, Any]) -> tuple[OPTC
 def _fit_vocabulary_and_positions(tensors: dict[str, Source], config: OPTConfig) -> None:
     embedding, positions = tensors[EMBEDDING], tensors[POSITIONS]
     if embedding.shape[0] > config.vocab_size:  # padded to a multiple of 128 x TP
-        tensors[EMBEDDING] = row_range(embedding, 0, config.vocab_size)
+        tensors[EMBEDDING] = RowRange(embedding, 0, config.vocab_size)
     if positions.shape[0] == config.max_position_embeddings:
-        tensors[POSITIONS] = concatenated([rows_of_zeros(POSITION_OFFSET, positions), positions], 0)
+        tensors[POSITIONS] = Concatenated([rows_of_zeros(POSITION_OFFSET, positions), positions], 0)
 
 
 def megatron_args(config: OPTConfig, dtype: torch.dtype, tp: int, pp: int) -> argparse.Namespace:

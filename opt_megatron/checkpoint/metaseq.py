@@ -19,7 +19,7 @@ from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config, integer, namespace_values
 from .parts import join_parts
 from .pickles import FileTensor, MappedTensors
-from .sources import Source, flat_tensors, row_range
+from .sources import RowRange, Source, flat_tensors
 from .table import METASEQ_NAMES, PREFIX
 from .view import Checkpoint
 
@@ -115,7 +115,7 @@ def _unflattened(files: list[Path], opened: list[MappedTensors], models: list[di
         for file, model, group in zip(files, models, groups, strict=True):
             if key not in model or path not in group:
                 raise CheckpointError(f"{file}: has no {key}, which the first shard has")
-            pieces.append(row_range(model[key], 0, model[key].shape[0] - group[path][1]))
+            pieces.append(RowRange(model[key], 0, model[key].shape[0] - group[path][1]))
         have, want = sum(p.shape[0] for p in pieces), sum(_numel(s) for s in shapes.values())
         if have != want:
             raise CheckpointError(
@@ -159,7 +159,7 @@ def _canonical(part: dict[str, Source]) -> dict[str, Source]:
             third = source.shape[0] // 3
             for number, letter in enumerate("kvq"):
                 renamed = f"{PREFIX}{module.removesuffix('qkv_proj')}{letter}_proj.{kind}"
-                tensors[renamed] = row_range(source, number * third, (number + 1) * third)
+                tensors[renamed] = RowRange(source, number * third, (number + 1) * third)
         elif module == "output_projection":  # tied; kept only where the embedding itself is not stored
             tensors.setdefault(f"{PREFIX}embed_tokens.{kind}", source)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError, shorten
-from .sources import Source, concatenated, replicated
+from .sources import Concatenated, Replicated, Source
 from .table import split_of
 
 
@@ -27,6 +27,6 @@ def _joined(name: str, slices: list[Source], path: Path) -> Source:
         return slices[0]
     dim = split_of(name).value
     try:
-        return replicated(slices, name) if dim is None else concatenated(slices, dim)
+        return Replicated(slices, name) if dim is None else Concatenated(slices, dim)
     except (CheckpointError, IndexError) as error:
         raise CheckpointError(f"{path}: {name}: {error}; the parts are not of one model") from None

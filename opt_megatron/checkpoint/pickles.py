@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from . import pickle_machine
 from .mapped import MappedFile
-from .sources import Source
+from .sources import Source, TensorSource
 
 _MAX_PICKLE_BYTES = 256 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
 _STORAGES = {
@@ -63,12 +63,7 @@ class MappedTensors:
 
     def source(self, tensor: FileTensor) -> Source:
         """A source over one of the content's tensors."""
-        return Source(
-            tensor.shape,
-            tensor.storage.dtype,
-            lambda block: tensor.values()[block],
-            lambda: self._file.release(tensor.values()),
-        )
+        return TensorSource(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
 
 
 @dataclass(eq=False)

@@ -138,7 +138,6 @@ def _copy(
         written = sum(_write_rows(values, first, place, descriptors[place.path]) for place in places)
         total += written
         progress(written)
-    checkpoint.tensors[name].release()
     return digest.hexdigest(), total
 
 
@@ -169,6 +168,7 @@ def row_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = No
     for first in range(0, source.shape[0], step):
         block = (slice(first, min(first + step, source.shape[0])), *whole(source.shape)[1:])
         yield first, checkpoint.read(name, block).to(dtype or source.dtype).contiguous()
+        checkpoint.release(name, block)
 
 
 def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
@@ -176,7 +176,6 @@ def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
     digest = xxhash.xxh3_128()
     for _, values in row_blocks(checkpoint, name):
         digest.update(_bytes_of(values))
-    checkpoint.tensors[name].release()
     return digest.hexdigest()
 
 

@@ -6,8 +6,8 @@ those alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,26 +15,6 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 Block = tuple[slice, ...]  # one slice with a start and a stop per dimension, step 1
-Fetch = Callable[[Block], Tensor]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor that can be read in blocks.
-
-    Attributes:
-        fetch: gives a block, often as a view of a mapped file; it must not be written to.
-        release: lets go of the memory that fetched blocks have touched; called when they are no longer used.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    fetch: Fetch
-    release: Callable[[], None] = lambda: None
-
-    def read(self, block: Block | None = None) -> Tensor:
-        """The elements in `block` (all of them by default), as a tensor of the block's shape."""
-        return self.fetch(whole(self.shape) if block is None else block)
 
 
 def whole(shape: tuple[int, ...]) -> Block:
@@ -42,108 +22,195 @@ def whole(shape: tuple[int, ...]) -> Block:
     return tuple(slice(0, size) for size in shape)
 
 
-def concatenated(pieces: list[Source], dim: int) -> Source:
-    """One source made of pieces that follow each other along `dim`.
+class Source(ABC):
+    """One tensor that can be read in blocks.
+
+    Attributes:
+        shape: sizes. dtype: of its elements.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+
+    @abstractmethod
+    def fetch(self, block: Block) -> Tensor:
+        """The elements of a block, often as a view of a mapped file; they must not be written to."""
+
+    @abstractmethod
+    def release(self, block: Block) -> None:
+        """Let go of the memory that fetching this block has touched; called when it is no longer used."""
+
+
+class TensorSource(Source):
+    """A tensor that is in memory, or mapped from a file and read when it is touched.
+
+    Args:
+        values: gives the tensor; release: lets go of the pages under a part of it.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        values: Callable[[], Tensor],
+        release: Callable[[Tensor], None] = lambda part: None,
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._values = values
+        self._release = release
+
+    def fetch(self, block: Block) -> Tensor:
+        """A view."""
+        return self._values()[block]
+
+    def release(self, block: Block) -> None:
+        """The pages under the view."""
+        self._release(self._values()[block])
+
+
+class Concatenated(Source):
+    """Pieces that follow each other along `dim`.
 
     Raises:
         CheckpointError: the pieces do not fit each other.
     """
-    shape = list(pieces[0].shape)
-    for number, piece in enumerate(pieces):
-        others = [size for n, size in enumerate(piece.shape) if n != dim]
-        if others != [size for n, size in enumerate(shape) if n != dim] or piece.dtype != pieces[0].dtype:
-            raise CheckpointError(
-                f"part {number} holds {list(piece.shape)} {piece.dtype} where part 0 holds {shape} {pieces[0].dtype}"
-            )
-    starts = []
-    position = 0
-    for piece in pieces:
-        starts.append(position)
-        position += piece.shape[dim]
-    shape[dim] = position
 
-    def fetch(block: Block) -> Tensor:
-        parts = [
-            piece.fetch(local)
-            for piece, start in zip(pieces, starts, strict=True)
-            for local in _overlap(block, dim, start, piece.shape[dim])
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+    def __init__(self, pieces: Sequence[Source], dim: int) -> None:
+        first, shape = pieces[0], list(pieces[0].shape)
+        shape[dim] = sum(piece.shape[dim] for piece in pieces)
+        super().__init__(shape, first.dtype)
+        self._dim = dim
+        self._placed: list[tuple[int, Source]] = []
+        start = 0
+        for number, piece in enumerate(pieces):
+            if _without(piece.shape, dim) != _without(first.shape, dim) or piece.dtype != first.dtype:
+                theirs, ours = f"{list(piece.shape)} {piece.dtype}", f"{list(first.shape)} {first.dtype}"
+                raise CheckpointError(f"part {number} holds {theirs} where part 0 holds {ours}")
+            self._placed.append((start, piece))
+            start += piece.shape[dim]
 
-    return Source(tuple(shape), pieces[0].dtype, fetch, lambda: _release_all(pieces))
+    def fetch(self, block: Block) -> Tensor:
+        """A view where one piece holds the whole block, else a new tensor."""
+        parts = [piece.fetch(local) for piece, local in self._overlaps(block)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._dim)
 
+    def release(self, block: Block) -> None:
+        """What the pieces hold of it."""
+        for piece, local in self._overlaps(block):
+            piece.release(local)
 
-def _overlap(block: Block, dim: int, start: int, size: int) -> Iterator[Block]:
-    # The part of `block` that lies in a piece beginning at `start`, in the piece's own coordinates.
-    first, stop = max(block[dim].start, start), min(block[dim].stop, start + size)
-    if first < stop:
-        yield (*block[:dim], slice(first - start, stop - start), *block[dim + 1 :])
-
-
-def tensor_source(tensor: Tensor, release: Callable[[], None] = lambda: None) -> Source:
-    """A source over a tensor that is in memory, or mapped from a file and read when touched."""
-    return Source(tuple(tensor.shape), tensor.dtype, lambda block: tensor[block], release)
+    def _overlaps(self, block: Block) -> Iterator[tuple[Source, Block]]:
+        dim, wanted = self._dim, block[self._dim]
+        for start, piece in self._placed:
+            first, stop = max(wanted.start, start), min(wanted.stop, start + piece.shape[dim])
+            if first < stop or wanted.start == wanted.stop == start:
+                yield piece, (*block[:dim], slice(first - start, stop - start), *block[dim + 1 :])
 
 
-def row_range(source: Source, start: int, stop: int) -> Source:
-    """The rows `start` to `stop` of a source, as a source."""
+class Translated(Source):
+    """Some rows of another source, found by translating blocks of one into blocks of the other."""
 
-    def fetch(block: Block) -> Tensor:
-        return source.fetch((slice(block[0].start + start, block[0].stop + start), *block[1:]))
+    def __init__(self, source: Source, shape: Sequence[int]) -> None:
+        super().__init__(shape, source.dtype)
+        self._source = source
 
-    return Source((stop - start, *source.shape[1:]), source.dtype, fetch, source.release)
+    @abstractmethod
+    def _translate(self, block: Block) -> Block:
+        """The block of the other source that holds this one's."""
 
-
-def replicated(copies: list[Source], name: str) -> Source:
-    """One source for tensors that should be the same in every part; reading compares them.
-
-    Raises (when it is read):
-        CheckpointError: a copy differs, so the parts are not of one model.
-    """
-    first = copies[0]
-
-    def fetch(block: Block) -> Tensor:
-        values = first.fetch(block)
-        for number, copy in enumerate(copies[1:], 1):
-            if copy.shape != first.shape or not torch.equal(values, copy.fetch(block)):
-                raise CheckpointError(f"{name} is not the same in parts 0 and {number}: they are not of one model")
+    def _arrange(self, values: Tensor, block: Block) -> Tensor:
+        """This source's block out of what the translated one holds."""
         return values
 
-    return Source(first.shape, first.dtype, fetch, lambda: _release_all(copies))
+    def fetch(self, block: Block) -> Tensor:
+        """A view where the other source gives one and its elements lie as they should."""
+        return self._arrange(self._source.fetch(self._translate(block)), block)
+
+    def release(self, block: Block) -> None:
+        """The translated block."""
+        self._source.release(self._translate(block))
 
 
-def flat_tensors(pieces: list[Source], shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
+class RowRange(Translated):
+    """The rows `start` to `stop` of a source."""
+
+    def __init__(self, source: Source, start: int, stop: int) -> None:
+        super().__init__(source, (stop - start, *source.shape[1:]))
+        self._start = start
+
+    def _translate(self, block: Block) -> Block:
+        return (slice(block[0].start + self._start, block[0].stop + self._start), *block[1:])
+
+
+class InVector(Translated):
+    """A tensor that lies row by row in a vector, from element `start`."""
+
+    def __init__(self, vector: Source, start: int, shape: Sequence[int]) -> None:
+        super().__init__(vector, shape)
+        self._start = start
+        self._row_size = torch.Size(self.shape[1:]).numel()
+
+    def _translate(self, block: Block) -> Block:
+        first, stop = (self._start + row * self._row_size for row in (block[0].start, block[0].stop))
+        return (slice(first, stop),)
+
+    def _arrange(self, values: Tensor, block: Block) -> Tensor:
+        return values.view(block[0].stop - block[0].start, *self.shape[1:])[(slice(None), *block[1:])]
+
+
+class Replicated(Source):
+    """A tensor that should be the same in every part; fetching compares them."""
+
+    def __init__(self, copies: Sequence[Source], name: str) -> None:
+        super().__init__(copies[0].shape, copies[0].dtype)
+        self._copies = copies
+        self._name = name
+
+    def fetch(self, block: Block) -> Tensor:
+        """The first part's.
+
+        Raises:
+            CheckpointError: another part's differs.
+        """
+        values = self._copies[0].fetch(block)
+        for number, copy in enumerate(self._copies[1:], 1):
+            if copy.shape != self.shape or not torch.equal(values, copy.fetch(block)):
+                parts = f"parts 0 and {number}"
+                raise CheckpointError(f"{self._name} is not the same in {parts}: they are not of one model")
+        return values
+
+    def release(self, block: Block) -> None:
+        """All of them."""
+        for copy in self._copies:
+            copy.release(block)
+
+
+def flat_tensors(pieces: Sequence[Source], shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
     """Tensors that lie one after the other in a vector, which is itself cut into pieces.
 
     Args:
         pieces: 1-D sources that follow each other.
         shapes: names and shapes in the order in which they lie there; together as long as the vector.
     """
-    vector = concatenated(pieces, 0)
-    tensors, position = {}, 0
+    vector = Concatenated(pieces, 0)
+    tensors: dict[str, Source] = {}
+    position = 0
     for name, shape in shapes.items():
-        tensors[name] = _tensor_in_vector(vector, position, shape)
+        tensors[name] = InVector(vector, position, shape)
         position += torch.Size(shape).numel()
     return tensors
 
 
-def _tensor_in_vector(vector: Source, start: int, shape: tuple[int, ...]) -> Source:
-    row_size = torch.Size(shape[1:]).numel()
-
-    def fetch(block: Block) -> Tensor:
-        first, stop = start + block[0].start * row_size, start + block[0].stop * row_size
-        rows = vector.fetch((slice(first, stop),)).view(-1, *shape[1:])
-        return rows[(slice(None), *block[1:])]
-
-    return Source(shape, vector.dtype, fetch, vector.release)
+def tensor_source(tensor: Tensor) -> Source:
+    """A source over a tensor that is in memory."""
+    return TensorSource(tensor.shape, tensor.dtype, lambda: tensor)
 
 
 def rows_of_zeros(count: int, like: Source) -> Source:
     """`count` rows of zeros, as wide as another source."""
-    shape = (count, *like.shape[1:])
-    return tensor_source(torch.zeros(shape, dtype=like.dtype))
+    return tensor_source(torch.zeros(count, *like.shape[1:], dtype=like.dtype))
 
 
-def _release_all(sources: list[Source]) -> None:
-    for source in sources:
-        source.release()
+def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return shape[:dim] + shape[dim + 1 :]

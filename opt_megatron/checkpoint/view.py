@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .sources import Block, Source
+from .sources import Block, Source, whole
 from .table import canonical_shapes
 
 
@@ -41,13 +41,18 @@ class Checkpoint:
             CheckpointError: the file turned out to be damaged.
         """
         try:
-            tensor = self.tensors[name].read(block)
+            source = self.tensors[name]
+            tensor = source.fetch(whole(source.shape) if block is None else block)
         except CheckpointError:
             raise
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
+
+    def release(self, name: str, block: Block) -> None:
+        """Let go of what reading a block has brought into memory."""
+        self.tensors[name].release(block)
 
     def check_tensors(self) -> None:
         """Compare names and shapes with the config.

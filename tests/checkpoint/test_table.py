@@ -3,7 +3,7 @@
 import torch
 
 from opt_megatron.checkpoint.assemble import fill
-from opt_megatron.checkpoint.sources import concatenated, tensor_source, whole
+from opt_megatron.checkpoint.sources import Concatenated, tensor_source, whole
 from opt_megatron.checkpoint.table import Split, canonical_shapes, part_view, rank_block, stage_parameters
 from opt_megatron.checkpoint.view import Checkpoint
 from opt_megatron.config import RELEASED_SIZES, OPTConfig
@@ -27,11 +27,11 @@ def test_each_split_cuts_its_dimension():
 
 def test_blocks_reach_across_pieces():
     pieces = [tensor_source(torch.tensor([[1, 2]])), tensor_source(torch.tensor([[3, 4], [5, 6]]))]
-    rows = concatenated(pieces, 0)
+    rows = Concatenated(pieces, 0)
     assert rows.shape == (3, 2)
-    assert rows.read().tolist() == [[1, 2], [3, 4], [5, 6]]
-    assert rows.read((slice(0, 2), slice(1, 2))).tolist() == [[2], [4]]
-    assert rows.read((slice(2, 3), slice(0, 2))).tolist() == [[5, 6]]
+    assert rows.fetch(whole(rows.shape)).tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert rows.fetch((slice(0, 2), slice(1, 2))).tolist() == [[2], [4]]
+    assert rows.fetch((slice(2, 3), slice(0, 2))).tolist() == [[5, 6]]
 
 
 def test_rank_one_of_two_holds_the_second_head():
