@@ -12,7 +12,7 @@ import torch
 
 from ..config import OPTConfig, check_dtype, check_model_divides, check_sizes
 from ..errors import CheckpointError, UserError
-from ..tokenizer import TOKENIZER_FILES
+from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .atomic import PartialDirectory
 from .formats import is_checkpoint, open_checkpoint
 from .manifest import write_manifest
@@ -30,7 +30,6 @@ from .writers import (
 )
 
 FORMATS = ("megatron", "hf", "metaseq", "flagai")
-_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def convert(
     options: Options,
     *,
     config: OPTConfig | None = None,
+    tokenizer: Path | None = None,
     force: bool = False,
     resume: bool = False,
     workers: int = 2,
@@ -97,6 +97,7 @@ def convert(
 
     Args:
         config: instead of the source's own.
+        tokenizer: directory of tokenizer files to copy beside the weights; by default the source's.
         force: replace a target that is a checkpoint already.
         resume: go on from what an interrupted run with the same source and options has written.
         fsync: flush everything to the disk before the target appears.
@@ -104,9 +105,11 @@ def convert(
 
     Raises:
         UserError: the model does not divide by the sizes, the target exists, or it cannot be written.
-        CheckpointError: the source cannot be read.
+        CheckpointError: the source or the tokenizer cannot be read.
     """
     check_target(source, target, force)
+    if tokenizer is not None:
+        OPTTokenizer.from_directory(tokenizer)  # says what is wrong with it before the work begins
     checkpoint = open_checkpoint(source, config)
     dtypes = {name: options.dtype or _name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint.config, options, lambda name: getattr(torch, dtypes[name]))
@@ -121,7 +124,7 @@ def convert(
             on_tensor=partial.record,
             progress=progress,
         )
-        _write_rest(checkpoint, source, partial.path, options, files)
+        _write_rest(checkpoint, tokenizer, partial.path, options, files)
         write_manifest(partial.path, checkpoint, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
     return Summary(checkpoint.format, total, len(files), checkpoint.derived)
@@ -161,15 +164,16 @@ def check_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _write_rest(
-    checkpoint: Checkpoint, source: Path, directory: Path, options: Options, files: list[OutputFile]
+    checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: Options, files: list[OutputFile]
 ) -> None:
     """Everything beside the weights: config, tokenizer, and the format's own small files."""
     config = checkpoint.config.replace(dtype=options.dtype or _name(next(iter(checkpoint.tensors.values())).dtype))
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
-    origin = source if source.is_dir() else source.parent
-    for name in _COPIED_FILES:
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, directory / name)
+    source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    for names, origin in ((TOKENIZER_FILES, tokenizer or source), (("generation_config.json",), source)):
+        for name in names:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, directory / name)
     if options.to == "megatron":
         (directory / TRACKER).write_text("release\n", encoding="utf-8")
     if options.to == "hf" and len(files) > 1:

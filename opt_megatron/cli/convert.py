@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: every tensor stays as it is stored")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with --to hf; default: 5GB")
     add_config(parser)
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer files to copy beside; default: the source's")
     parser.add_argument("--force", action="store_true", help="replace --save where it is a checkpoint already")
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted run of the same command stopped"
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             Path(args.save).expanduser(),
             options,
             config=config_argument(args),
+            tokenizer=locate(args.tokenizer) if args.tokenizer else None,
             force=args.force,
             resume=args.resume,
             workers=args.workers,

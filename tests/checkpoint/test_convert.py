@@ -216,6 +216,16 @@ def test_dtype_casts_and_is_recorded(tmp_path):
     assert_same(contents(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 
+def test_a_tokenizer_can_be_brought_along(tmp_path):
+    config = hf_config()
+    write_metaseq_flat(tmp_path / "source", config, random_tensors(config), 2, 2)
+    convert(tmp_path / "source", tmp_path / "c", megatron(2), tokenizer=EMBEDDED_DIRECTORY, fsync=False)
+    assert (tmp_path / "c" / "merges.txt").read_bytes() == (EMBEDDED_DIRECTORY / "merges.txt").read_bytes()
+    with pytest.raises(CheckpointError, match="there is no tokenizer"):
+        convert(tmp_path / "source", tmp_path / "d", megatron(2), tokenizer=tmp_path, fsync=False)
+    assert not (tmp_path / "d").exists()
+
+
 def test_uneven_pipeline_stages(tmp_path):
     config = hf_config(num_hidden_layers=7)
     tensors = random_tensors(config)
