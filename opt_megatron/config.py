@@ -18,6 +18,7 @@ POSITION_OFFSET = 2  # the table's row 2 is the first real position; row 1 is pa
 DTYPES = ("float32", "float16", "bfloat16")
 RELEASED_VOCAB_SIZE = 50272  # rows of every released OPT: 50265 tokens and 7 rows of padding
 RELEASED_NUM_TOKENS = 50265
+_MOST_LAYERS = 10_000  # of a model: a number out of a damaged file must not make lists of a billion names
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class OPTConfig:
             _positive(field, getattr(self, field))
         for field in ("word_embed_proj_dim", "vocab_size", "max_position_embeddings"):
             _positive(field, getattr(self, field))
+        if self.num_layers > _MOST_LAYERS:
+            raise UserError(
+                f"num_layers is {self.num_layers}, more than the {_MOST_LAYERS} that any model is taken to have"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} does not divide by num_attention_heads "
@@ -181,7 +186,7 @@ class OPTConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path.parent}: there is no {path.name}; put the model's there") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: holds a {type(values).__name__}, not an object")

@@ -11,5 +11,5 @@ class CheckpointError(UserError):
 
 def shorten(items: list[str], limit: int = 8) -> str:
     """Join names for a message, naming at most `limit` of them and counting the rest."""
-    shown = ", ".join(items[:limit])
+    shown = ", ".join(item if item.isprintable() else repr(item) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

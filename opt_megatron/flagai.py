@@ -98,7 +98,8 @@ class AutoLoader:
 
     def get_tokenizer(self) -> OPTTokenizer:
         """The tokenizer that lies beside the weights."""
-        return OPTTokenizer.from_directory(self._directory)
+        is_directory = self._directory.is_dir()
+        return OPTTokenizer.from_directory(self._directory if is_directory else self._directory.parent)
 
 
 class Predictor:
@@ -107,7 +108,7 @@ class Predictor:
     def __init__(self, model: nn.Module, tokenizer: OPTTokenizer) -> None:
         self._tokenizer = tokenizer
         self._config = model.opt_config
-        self._engine = Engine(model, current_context(), max_batch_size=1)
+        self._engine = Engine(model, current_context(), max_batch_size=1, num_tokens=len(tokenizer))
 
     def predict_generate_randomsample(
         self,
@@ -127,6 +128,10 @@ class Predictor:
             input_max_length: tokens of the text that are used; what is beyond is dropped at its end.
             out_max_length: new tokens at the most, fewer where the model has no more positions.
         """
+        if input_max_length < 1 or out_max_length < 1:
+            raise UserError(
+                f"input_max_length is {input_max_length} and out_max_length {out_max_length}; both must be at least 1"
+            )
         prompt = self._tokenizer.encode(text, add_bos=False)[:input_max_length]
         prompt = [self._tokenizer.bos_token_id, *prompt]
         unknown = self._tokenizer.unk_token_id

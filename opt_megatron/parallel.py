@@ -90,7 +90,7 @@ class ParallelContext:
 
 def world_size_from_environment() -> int:
     """The number of processes that torchrun (or another launcher) says it started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _integer_from_environment("WORLD_SIZE", 1)
 
 
 def check_layout(
@@ -267,12 +267,19 @@ def wait_for_leader_to_speak(seconds: float = 10.0) -> None:
 
     torchrun ends every rank as soon as one fails; a silent rank that fails first would silence the leader.
     """
-    if int(os.environ.get("RANK", "0")) != LEADER:
+    if _integer_from_environment("RANK", LEADER) != LEADER:
         time.sleep(seconds)
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return _integer_from_environment("LOCAL_RANK", _integer_from_environment("SLURM_LOCALID", 0))
+
+
+def _integer_from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the environment says {name}={value[:20]!r}, which is not a whole number; torchrun sets it")
+    return int(value)
 
 
 def _choose_device(name: str | None) -> torch.device:

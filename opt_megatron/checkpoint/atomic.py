@@ -26,6 +26,7 @@ class PartialDirectory:
 
     Attributes:
         path: where to write.
+        restarted: there was something to resume, but of another source or other options, and it was dropped.
         done: name -> hash of what an earlier run has completed and this one has recorded since.
 
     Raises (on entering or leaving):
@@ -35,11 +36,13 @@ class PartialDirectory:
     def __init__(self, target: Path, fingerprint: dict[str, Any], *, resume: bool, fsync: bool) -> None:
         self.path = target.parent / f".{target.name}.partial"
         self.done: dict[str, str] = {}
+        self.restarted = False
         self._target = target
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._resume = resume
         self._fsync = fsync
         self._journal: TextIO | None = None
+        self._lock: int | None = None
         self._pending: list[dict[str, str]] = []
         self._pending_bytes = 0
         self._published = False
@@ -54,16 +57,20 @@ class PartialDirectory:
 
     def _open(self) -> None:
         self.path.mkdir(exist_ok=True)
-        self._journal = (self.path / _JOURNAL).open("a+", encoding="utf-8")
+        # The lock is on the directory, which lives on under its final name: on the journal it would end too soon.
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self._lock)
             raise UserError(f"{self._target}: another process is writing it just now ({self.path})") from None
+        self._journal = (self.path / _JOURNAL).open("a+", encoding="utf-8")
         self._journal.seek(0)
         lines = self._read_journal(self._journal.read())
         if self._resume and lines and lines[0] == self._fingerprint:
             self.done = {line["name"]: line["hash"] for line in lines[1:]}
             return
+        self.restarted = self._resume and bool(lines)
         for child in self.path.iterdir():
             if child.name != _JOURNAL:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
@@ -112,7 +119,7 @@ class PartialDirectory:
         if self._fsync:
             self._flush_files()
             _flush(self.path)
-        former = self._target.parent / f".{self._target.name}.replaced"
+        former = _former(self._target)
         shutil.rmtree(former, ignore_errors=True)
         if self._target.exists():
             self._target.rename(former) if replace else self._target.rmdir()
@@ -130,6 +137,8 @@ class PartialDirectory:
             self._keep_notes()
         if self._journal is not None:
             self._journal.close()
+        if self._lock is not None:
+            os.close(self._lock)
         if not self._published and not interrupted:
             shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError):
@@ -137,6 +146,17 @@ class PartialDirectory:
 
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(f"{self._target}: cannot be written: {error.strerror or error}; nothing was left there")
+
+
+def restore_interrupted(target: Path) -> None:
+    """Give a checkpoint its name back that a run was about to replace when it was killed between two renames."""
+    former = _former(target)
+    if former.is_dir() and not target.exists():
+        former.rename(target)
+
+
+def _former(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .manifest import read_manifest
 from .scatter import row_blocks, tensor_hash
-from .sources import whole
+from .sources import same_bytes, whole
 from .view import Checkpoint
 
 
@@ -33,7 +33,7 @@ def differences_from_manifest(
     Raises:
         CheckpointError: there is no manifest, or a file is damaged.
     """
-    entries = read_manifest(checkpoint.path)
+    entries = read_manifest(checkpoint.path).tensors
 
     def check(name: str) -> Difference | None:
         source, entry = checkpoint.tensors.get(name), entries.get(name)
@@ -73,20 +73,29 @@ def differences_between(
 
 def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Difference | None:
     count, largest = 0, 0.0
-    same_dtype = left.tensors[name].dtype == right.tensors[name].dtype
+    dtypes = [str(checkpoint.tensors[name].dtype).removeprefix("torch.") for checkpoint in (left, right)]
+    same_dtype = dtypes[0] == dtypes[1]
     for a, b in _pairs_of_blocks(left, right, name):
-        if same_dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+        if same_bytes(a, b):
             continue
-        gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf)
-        count += int((gap > 0).sum())
-        largest = max(largest, float(gap.max()))
-    dtypes = [str(c.tensors[name].dtype).removeprefix("torch.") for c in (left, right)]
+        different = _bits(a) != _bits(b) if same_dtype else _values_differ(a.double(), b.double())
+        count += int(different.sum())
+        gaps = (a.double() - b.double()).abs()[different]
+        largest = max(largest, float(gaps[~gaps.isnan()].max())) if (~gaps.isnan()).any() else largest
     cast = "" if same_dtype else f"is {dtypes[0]} in the first and {dtypes[1]} in the second"
     if count:
         total = torch.Size(left.tensors[name].shape).numel()
         values = f"differs in {count:,} of {total:,} values, by at most {largest:.3g}"
         return Difference(name, f"{cast}, and {values}" if cast else values)
     return Difference(name, cast + ", with equal values") if cast else None
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+
+
+def _values_differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a != b) & ~(a.isnan() & b.isnan())
 
 
 def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ..config import OPTConfig, check_dtype, check_model_divides, check_sizes
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, shorten
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
-from .atomic import PartialDirectory
+from .atomic import PartialDirectory, restore_interrupted
 from .formats import is_checkpoint, open_checkpoint
 from .manifest import write_manifest
 from .megatron import TRACKER
@@ -30,6 +31,13 @@ from .writers import (
 )
 
 FORMATS = ("megatron", "hf", "metaseq", "flagai")
+
+# Names that stand in a checkpoint's directory. One that holds anything else is never replaced.
+_PART_OF_A_CHECKPOINT = re.compile(
+    r"config\.json|generation_config\.json|vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json"
+    r"|special_tokens_map\.json|opt_megatron_manifest\.json|latest_checkpointed_iteration\.txt|release|iter_\d+"
+    r"|.*\.safetensors|.*\.index\.json|pytorch_model.*\.bin|.*\.pt|README\.md|LICENSE.*|\.gitattributes"
+)
 
 
 @dataclass(frozen=True)
@@ -65,18 +73,21 @@ class Options:
             raise UserError(f"--to {self.to} has no pipeline stages; leave --pipeline-model-parallel-size at 1")
         if self.to == "hf" and self.tensor_model_parallel_size > 1:
             raise UserError("--to hf has whole tensors; leave --tensor-model-parallel-size at 1")
+        if self.to != "megatron" and (self.first_stage_layers, self.last_stage_layers) != (None, None):
+            raise UserError(f"--to {self.to} has no pipeline stages; leave the numbers of their layers out")
         if self.max_shard_bytes < 1:
             raise UserError(f"the largest shard is {self.max_shard_bytes} bytes, but must be at least 1")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did: sizes in bytes; `derived` as in Checkpoint."""
+    """What a conversion did: sizes in bytes; `notes` are sentences for the user."""
 
     source_format: str
     num_bytes: int
     num_files: int
     derived: list[str]
+    notes: list[str]
 
 
 def convert(
@@ -107,6 +118,8 @@ def convert(
         UserError: the model does not divide by the sizes, the target exists, or it cannot be written.
         CheckpointError: the source or the tokenizer cannot be read.
     """
+    target = resolved_target(target)
+    restore_interrupted(target)
     check_target(source, target, force)
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # says what is wrong with it before the work begins
@@ -116,18 +129,23 @@ def convert(
     total = sum(_num_bytes(file) for file in files)
     on_start(total)
     with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
+        places, complete = create_files(partial.path, files)
+        if not complete:  # a file of the interrupted run is gone or has another size: nothing of it is trusted
+            partial.done.clear()
         fill_files(
             checkpoint,
-            create_files(partial.path, files),
+            places,
             workers=workers,
             done=dict(partial.done),
             on_tensor=partial.record,
             progress=progress,
         )
-        _write_rest(checkpoint, tokenizer, partial.path, options, files)
-        write_manifest(partial.path, checkpoint, asdict(options), dtypes, partial.done)
+        written = _write_rest(checkpoint, tokenizer, partial.path, options, files)
+        write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
-    return Summary(checkpoint.format, total, len(files), checkpoint.derived)
+    return Summary(
+        checkpoint.format, total, len(files), checkpoint.derived, _notes(partial, options, checkpoint.config)
+    )
 
 
 def output_files(config: OPTConfig, options: Options, dtype_of: DtypeOf) -> list[OutputFile]:
@@ -148,25 +166,41 @@ def output_files(config: OPTConfig, options: Options, dtype_of: DtypeOf) -> list
     return megatron_files(config, dtype_of, tp, stages)
 
 
+def resolved_target(target: Path) -> Path:
+    """Where a target really is: links are followed, so that what they point to is written.
+
+    Raises:
+        UserError: it cannot be looked up.
+    """
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{str(target)[:100]!r}: is no path that can be written: {error}") from None
+
+
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raise UserError unless `target` may be written: new, empty, or a checkpoint and `force` is set."""
-    resolved = target.resolve()
-    if resolved == source.resolve() or resolved in source.resolve().parents:
-        raise UserError(f"{target}: is the source or holds it; give another directory to --save")
-    if target.is_file():
-        raise UserError(f"{target}: is a file; give a directory to --save")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not is_checkpoint(target):
-        raise UserError(f"{target}: is not empty and is no checkpoint, so it is left alone; give another --save")
+    """Raise UserError unless `target` may be written: new, empty, or nothing but a checkpoint and `force` is set."""
+    try:
+        if target == source.resolve() or target in source.resolve().parents:
+            raise UserError(f"{target}: is the source or holds it; give another directory to --save")
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target}: is not a directory; give another one to --save")
+        if not target.is_dir() or not any(target.iterdir()):
+            return
+        strange = [child.name for child in target.iterdir() if not _PART_OF_A_CHECKPOINT.fullmatch(child.name)]
+        if strange or not is_checkpoint(target):
+            what = f"holds {shorten(sorted(strange), 3)}" if strange else "is not empty"
+            raise UserError(f"{target}: {what} and is no checkpoint alone, so it is left alone; give another --save")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be looked at: {error.strerror}") from None
     if not force:
         raise UserError(f"{target}: is a checkpoint already; --force replaces it")
 
 
 def _write_rest(
     checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: Options, files: list[OutputFile]
-) -> None:
-    """Everything beside the weights: config, tokenizer, and the format's own small files."""
+) -> OPTConfig:
+    """Everything beside the weights: config (which is returned), tokenizer, and the format's own small files."""
     config = checkpoint.config.replace(dtype=options.dtype or _name(next(iter(checkpoint.tensors.values())).dtype))
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -181,6 +215,18 @@ def _write_rest(
         index = {"metadata": {"total_size": sum(map(_num_bytes, files))}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return config
+
+
+def _notes(partial: PartialDirectory, options: Options, config: OPTConfig) -> list[str]:
+    notes = []
+    if partial.restarted:
+        notes.append("--resume: what was there came from another source or other options, so it began anew")
+    pp = options.pipeline_model_parallel_size
+    if options.to == "megatron" and config.num_layers % pp:
+        sizes = f"sizes that divide {config.num_layers}"
+        notes.append(f"stages of unequal length are for Megatron-LM; here the directory loads at {sizes}")
+    return notes
 
 
 def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict:

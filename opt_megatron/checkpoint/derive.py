@@ -28,6 +28,7 @@ class Hints:
     num_attention_heads: int | None = None
     dropout: float | None = None
     attention_dropout: float | None = None
+    do_layer_norm_before: bool | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -44,6 +45,7 @@ def derive_config(tensors: Mapping[str, Source], hints: Hints) -> tuple[OPTConfi
     layers = 1 + max(int(number) for number in numbers if number.isdigit())
     final_norm = f"{PREFIX}final_layer_norm.weight" in tensors
     heads, source = _heads(layers, hidden, hints)
+    pre_norm = final_norm if hints.do_layer_norm_before is None else hints.do_layer_norm_before
     config = OPTConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -52,14 +54,14 @@ def derive_config(tensors: Mapping[str, Source], hints: Hints) -> tuple[OPTConfi
         word_embed_proj_dim=embed,
         vocab_size=rows,
         max_position_embeddings=positions - POSITION_OFFSET,
-        # A model without a final norm is 350m, the only one that normalises after the residual add.
-        do_layer_norm_before=final_norm,
+        # Where nothing else tells: of the released models only 350m has no final norm, and it is post-norm.
+        do_layer_norm_before=pre_norm,
         has_final_layer_norm=final_norm,
         dropout=_number(hints.dropout, 0.1),
         attention_dropout=_number(hints.attention_dropout, 0.0),
         dtype=str(tensors[EMBEDDING].dtype).removeprefix("torch."),
     )
-    norm = "pre-norm" if final_norm else "post-norm, since there is no final norm"
+    norm = "pre-norm" if pre_norm else "post-norm" + ("" if final_norm else ", since there is no final norm")
     return config, [
         f"sizes from the tensors' shapes: {layers} layers, hidden {hidden}, ffn {ffn}, vocabulary {rows}, "
         f"{positions - POSITION_OFFSET} positions, {norm}",

@@ -13,9 +13,9 @@ from pathlib import Path
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .huggingface import canonical_names, pickled_tensors
-from .parts import join_parts
-from .sources import Source
-from .table import canonical_shapes
+from .parts import join_parts, missing_places
+from .sources import Replicated, Source, Tied
+from .table import EMBEDDING, canonical_shapes
 from .view import Checkpoint
 
 _PART = re.compile(r"pytorch_model_(\d+)\.bin")
@@ -34,9 +34,14 @@ def open_flagai(directory: Path, config: OPTConfig | None = None) -> Checkpoint:
     """
     config = config or OPTConfig.from_directory(directory)
     files = _files(directory)
-    parts = [canonical_names(directory, _without_head(pickled_tensors(file))) for file in files]
-    tensors = join_parts(parts, directory)
+    stored = [pickled_tensors(file) for file in files]
+    heads = [_pop_head(part) for part in stored]
+    tensors = join_parts([canonical_names(directory, part) for part in stored], directory)
     _check_complete(directory, tensors, config, len(files))
+    if None not in heads:  # the head is whole in every file, and repeats the embedding that is sliced
+        head = Replicated(heads, "lm_head.weight")
+        what = f"{directory}: embed_tokens.weight and lm_head.weight"
+        tensors[EMBEDDING] = Tied(tensors[EMBEDDING], head, what) if EMBEDDING in tensors else head
     return Checkpoint(directory, f"FlagAI parts, {len(files)}", config, tensors, [])
 
 
@@ -48,16 +53,16 @@ def _files(directory: Path) -> list[Path]:
             raise CheckpointError(f"{directory}: {found[int(match[1])].name} and {file.name} are the same part")
         if match:
             found[int(match[1])] = file
-    missing = [f"pytorch_model_{n:02d}.bin" for n in range(1 + max(found)) if n not in found]
+    _, count, missing = missing_places([(0, number) for number in found])
     if missing:
-        raise CheckpointError(f"{directory}: {len(found)} parts are here, missing are {shorten(missing)}")
+        names = shorten([f"pytorch_model_{number:02d}.bin" for _, number in missing])
+        raise CheckpointError(f"{directory}: {len(found)} parts are here, {count - len(found)} are missing: {names}")
     return [found[number] for number in range(len(found))]
 
 
-def _without_head(part: dict[str, Source]) -> dict[str, Source]:
-    # The whole head in every file repeats the embedding, of which each file holds its slice.
-    has_embedding = any(name.endswith("embed_tokens.weight") for name in part)
-    return {name: s for name, s in part.items() if not (has_embedding and name.endswith("lm_head.weight"))}
+def _pop_head(part: dict[str, Source]) -> Source | None:
+    names = [name for name in part if name.removeprefix("model.") == "lm_head.weight"]
+    return part.pop(names[0]) if names else None
 
 
 def _check_complete(directory: Path, tensors: dict[str, Source], config: OPTConfig, parts: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import OPTConfig
-from ..errors import CheckpointError, shorten
+from ..errors import CheckpointError, UserError, shorten
 from .flagai_files import is_flagai, open_flagai
 from .huggingface import is_huggingface, open_huggingface
 from .megatron import is_megatron, open_megatron
@@ -41,9 +41,17 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
         CheckpointError: there is no checkpoint, or it is incomplete, damaged or not what its config says.
     """
     path = Path(path)
-    with _without_garbage_collection():
-        checkpoint = _open(path, config)
-    checkpoint.check_tensors()
+    try:
+        with _without_garbage_collection():
+            checkpoint = _open(path, config)
+        checkpoint.check_tensors()
+    except UserError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        # The readers check what they can think of; what else a damaged or hostile file may hold ends here.
+        raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from error
     return checkpoint
 
 
@@ -62,6 +70,8 @@ def _without_garbage_collection() -> Iterator[None]:
 def _open(path: Path, config: OPTConfig | None) -> Checkpoint:
     if path.is_file() and path.suffix == ".pt":
         return open_metaseq(path, config)
+    if path.is_file() and path.suffix in (".safetensors", ".bin"):
+        return open_huggingface(path, config)
     if path.is_dir():
         for recognise, open_format in _FORMATS:
             if recognise(path):

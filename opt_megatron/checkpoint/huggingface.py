@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config
 from .mapped import map_safetensors
 from .pickles import FileTensor, MappedTensors
-from .sources import Block, Source
+from .sources import Source, Tied
 from .table import EMBEDDING, PREFIX
 from .view import Checkpoint
 
@@ -30,8 +27,8 @@ def is_huggingface(directory: Path) -> bool:
     return any((directory / name).is_file() for name in SINGLE_FILES + INDEX_FILES)
 
 
-def open_huggingface(directory: Path, config: OPTConfig | None = None) -> Checkpoint:
-    """Open a directory lazily. Safetensors are preferred where both kinds are there.
+def open_huggingface(path: Path, config: OPTConfig | None = None) -> Checkpoint:
+    """Open a directory lazily, or one weight file. Safetensors are preferred where both kinds are there.
 
     Args:
         config: instead of the directory's; where both are missing, one is derived from the shapes.
@@ -39,7 +36,7 @@ def open_huggingface(directory: Path, config: OPTConfig | None = None) -> Checkp
     Raises:
         CheckpointError: a shard is missing or damaged, or a name stands for two tensors.
     """
-    files = weight_files(directory)
+    directory, files = (path.parent, [path]) if path.is_file() else (path, weight_files(path))
     stored: dict[str, Source] = {}
     for file in files:
         sources = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
@@ -55,7 +52,7 @@ def open_huggingface(directory: Path, config: OPTConfig | None = None) -> Checkp
         config = OPTConfig.from_directory(directory)
     elif config is None:
         config, derived = derive_config(tensors, Hints("nowhere"))
-    return Checkpoint(directory, f"Hugging Face {kind}{shards}", config, tensors, derived)
+    return Checkpoint(path, f"Hugging Face {kind}{shards}", config, tensors, derived)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -65,10 +62,10 @@ def weight_files(directory: Path) -> list[Path]:
         CheckpointError: the index cannot be read, or names files that are not there.
     """
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if (directory / single).is_file():  # before an index, as transformers chooses
+            return [directory / single]
         if (directory / index).is_file():
             return _indexed_files(directory / index)
-        if (directory / single).is_file():
-            return [directory / single]
     raise CheckpointError(f"{directory}: there is none of {', '.join(SINGLE_FILES + INDEX_FILES)}")
 
 
@@ -119,33 +116,7 @@ def canonical_names(directory: Path, stored: dict[str, Source]) -> dict[str, Sou
         tensors[PREFIX + short] = source
     if head is not None:
         embedding = tensors.get(EMBEDDING)
-        tensors[EMBEDDING] = head if embedding is None else _Tied(directory, embedding, head)
+        tensors[EMBEDDING] = (
+            head if embedding is None else Tied(embedding, head, f"{directory}: embed_tokens.weight and lm_head.weight")
+        )
     return tensors
-
-
-class _Tied(Source):
-    """The embedding where the output head is stored as well: what is read of one is compared with the other."""
-
-    def __init__(self, directory: Path, embedding: Source, head: Source) -> None:
-        super().__init__(embedding.shape, embedding.dtype)
-        self._directory, self._embedding, self._head = directory, embedding, head
-        if embedding.shape != head.shape:
-            shapes = f"lm_head.weight is {list(head.shape)} and embed_tokens.weight {list(embedding.shape)}"
-            raise CheckpointError(f"{directory}: {shapes}; OPT ties the two")
-
-    def fetch(self, block: Block) -> Tensor:
-        """The embedding's.
-
-        Raises:
-            CheckpointError: the head's differs.
-        """
-        rows = self._embedding.fetch(block)
-        if not torch.equal(rows, self._head.fetch(block)):
-            names = "lm_head.weight differs from embed_tokens.weight"
-            raise CheckpointError(f"{self._directory}: {names}; OPT ties the two")
-        return rows
-
-    def release(self, block: Block) -> None:
-        """Both."""
-        self._embedding.release(block)
-        self._head.release(block)

@@ -20,15 +20,20 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def locate(name: str, revision: str | None = None) -> Path:
     """The place for a path, `story`, a released size under any of its names, or `owner/repository`.
 
-    A path that exists always wins; one weight file of Hugging Face's means the directory that it stands in.
-    Anything else is looked up in the Hub's cache and downloaded when it is not there.
+    A path that exists always wins, be it a directory or one file that is a whole model. Anything else is
+    looked up in the Hub's cache and downloaded when it is not there.
 
     Raises:
         CheckpointError: there is no such directory and no such model, or it cannot be downloaded.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path.parent if path.suffix in (".safetensors", ".bin") else path
+    if not name:
+        raise CheckpointError("an empty name was given for a checkpoint; is a shell variable unset?")
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a zero byte
+        raise CheckpointError(f"{name[:100]!r}: is no path that can be looked up: {error}") from None
     if name == EMBEDDED_NAME:
         return EMBEDDED_DIRECTORY
     size = released_name(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import OPTConfig
 from ..errors import CheckpointError
 from ..version import __version__
 from .view import Checkpoint
@@ -14,9 +16,18 @@ MANIFEST = "opt_megatron_manifest.json"
 
 
 def write_manifest(
-    directory: Path, source: Checkpoint, options: dict[str, Any], dtypes: dict[str, str], hashes: dict[str, str]
+    directory: Path,
+    source: Checkpoint,
+    config: OPTConfig,
+    options: dict[str, Any],
+    dtypes: dict[str, str],
+    hashes: dict[str, str],
 ) -> None:
     """Write it into a converted directory.
+
+    Args:
+        config: as it is written beside the weights.
+        dtypes, hashes: of each canonical tensor as it was written.
 
     The hashes are xxh3-128 of each canonical tensor's bytes (row by row, little-endian, in the dtype that
     was written), so they are the same for every format and layout.
@@ -29,24 +40,46 @@ def write_manifest(
         "opt_megatron": __version__,
         "source": {"name": source.path.name, "format": source.format, "derived": source.derived},
         "options": options,
+        "config": comparable_config(config),
         "tensors": tensors,
     }
     (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's entry for every canonical tensor.
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says: the config's fields, and shape, dtype and hash of every canonical tensor."""
+
+    config: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a converted directory.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     path = directory / MANIFEST
-    try:
-        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        return {name: {key: entry[key] for key in ("shape", "dtype", "xxh3_128")} for name, entry in tensors.items()}
-    except FileNotFoundError:
+    if not path.is_file():
         raise CheckpointError(
             f"{directory}: has no {MANIFEST}, as conversions write it; name a second checkpoint to compare with"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a manifest: {error!r}") from None
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        keys = ("shape", "dtype", "xxh3_128")
+        tensors = {name: {key: entry[key] for key in keys} for name, entry in content["tensors"].items()}
+        return Manifest(dict(content["config"]), tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a manifest: {type(error).__name__}") from None
+
+
+def config_differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """Sentences about what decides a model's function and is not the same in two configs' fields."""
+    names = [name for name in left if left[name] != right.get(name)]
+    return [f"config: {name} is {left[name]} in the first and {right.get(name)} in the second" for name in names]
+
+
+def comparable_config(config: OPTConfig) -> dict[str, Any]:
+    """A config's fields without its name, and without the dtype, which every tensor has of its own."""
+    return {name: value for name, value in asdict(config).items() if name not in ("name", "dtype")}

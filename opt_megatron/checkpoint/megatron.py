@@ -23,8 +23,9 @@ from torch import Tensor
 from ..config import POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config, integer, namespace_values
+from .parts import check_not_doubled, missing_places
 from .pickles import FileTensor, MappedTensors
-from .sources import Block, Concatenated, RowRange, Source, Translated, rows_of_zeros
+from .sources import Block, Concatenated, Replicated, RowRange, Source, Tied, Translated, rows_of_zeros
 from .table import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
 from .view import Checkpoint
 
@@ -66,6 +67,8 @@ def open_megatron(directory: Path, config: OPTConfig | None = None) -> Checkpoin
     opened = [[MappedTensors(file) for file in row] for row in grid]
     stages = [[_model_of(m, f) for m, f in zip(ms, fs, strict=True)] for ms, fs in zip(opened, grid, strict=True)]
     arguments = namespace_values(opened[0][0].content.get("args"))
+    _check_arguments(arguments, directory, tp, pp)
+    _check_not_doubled(stages, directory)
     counts = [_count_layers(row[0], grid[stage][0]) for stage, row in enumerate(stages)]
     if config is not None and sum(counts) != config.num_layers:
         raise CheckpointError(f"{directory}: the stages hold {sum(counts)} layers, the config says {config.num_layers}")
@@ -74,12 +77,54 @@ def open_megatron(directory: Path, config: OPTConfig | None = None) -> Checkpoin
     if config is None:
         config, derived = _derive(tensors, arguments)
     _fit_vocabulary_and_positions(tensors, config)
-    return Checkpoint(directory, f"Megatron TP{tp} x PP{pp}", config, tensors, derived)
+    ranks = _describe_ranks(grid, stages, counts)
+    return Checkpoint(directory, f"Megatron TP{tp} x PP{pp}", config, tensors, derived, ranks)
+
+
+def _check_arguments(arguments: dict[str, Any], directory: Path, tp: int, pp: int) -> None:
+    """Refuse what Megatron-LM says of itself where it is not an OPT, or not all of it is here."""
+    sizes = [integer(arguments, f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline")]
+    if None not in sizes and sizes != [tp, pp]:
+        raise CheckpointError(
+            f"{directory}: rank files of TP{tp} x PP{pp} are here, but args says TP{sizes[0]} x PP{sizes[1]}: "
+            "some are missing, or of another checkpoint"
+        )
+    expected = {
+        "swiglu": False,
+        "squared_relu": False,
+        "untie_embeddings_and_output_weights": False,
+        "normalization": "LayerNorm",
+        "position_embedding_type": "learned_absolute",
+        "layernorm_epsilon": 1e-5,
+        "add_bias_linear": True,
+    }
+    for name, wanted in expected.items():
+        value = arguments.get(name, wanted)
+        if type(value) in (bool, str, float) and value != wanted:
+            raise CheckpointError(f"{directory}: args says {name}={value!r:.40}; in OPT it is {wanted!r}")
+
+
+def _check_not_doubled(stages: list[list[dict[str, Source]]], directory: Path) -> None:
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    slices = [model[name] for models in stages for model in models if name in model]
+    check_not_doubled(slices, f"{directory}: ranks")
+
+
+def _describe_ranks(
+    grid: list[list[Path]], stages: list[list[dict[str, Source]]], counts: list[int]
+) -> list[tuple[str, str]]:
+    described, first = [], 0
+    for files, models, count in zip(grid, stages, counts, strict=True):
+        for file, model in zip(files, models, strict=True):
+            size = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in model.values())
+            described.append((file.parent.name, f"layers {first}-{first + count - 1}, {size / 1e6:,.1f} MB"))
+        first += count
+    return described
 
 
 def _iteration_directory(directory: Path) -> Path:
     word = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-    if word != "release" and not word.isdigit():
+    if word != "release" and not re.fullmatch(r"[0-9]{1,9}", word):
         raise CheckpointError(f"{directory / TRACKER}: says {word[:40]!r}, neither 'release' nor a number")
     path = directory / (word if word == "release" else f"iter_{int(word):07d}")
     if not path.is_dir():
@@ -99,10 +144,10 @@ def _rank_files(directory: Path) -> list[list[Path]]:
             found[place] = child / RANK_FILE
     if not found:
         raise CheckpointError(f"{directory}: holds no mp_rank_*/{RANK_FILE}")
-    stages, ranks = 1 + max(pp for pp, _ in found), 1 + max(tp for _, tp in found)
-    missing = [rank_directory(tp, pp, stages) for pp in range(stages) for tp in range(ranks) if (pp, tp) not in found]
+    stages, ranks, missing = missing_places(found)
     if missing:
-        raise CheckpointError(f"{directory}: {len(found)} rank files are there, missing are {shorten(missing)}")
+        names = shorten([rank_directory(tp, pp, stages) for pp, tp in missing])
+        raise CheckpointError(f"{directory}: {len(found)} rank files are there, missing are {names}")
     return [[found[pp, tp] for tp in range(ranks)] for pp in range(stages)]
 
 
@@ -167,7 +212,9 @@ def _canonical(
             shards = [model[parameter.megatron] for model in models]
             for part, name in enumerate(parameter.canonical):
                 source = _assembled(parameter, part, shards, config.head_dim)
-                tensors.setdefault(name, source)  # the last stage's copy of the embedding comes second
+                if name in tensors:  # the last stage's copy of the embedding
+                    source = Tied(tensors[name], source, "the embeddings of the first and the last stage")
+                tensors[name] = source
     return tensors
 
 
@@ -186,7 +233,9 @@ def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: 
     """One canonical tensor out of the tensor parallel ranks' shards."""
     parts = len(parameter.canonical)
     pieces = [shard if parts == 1 else _part_of(shard, part, parts, head_dim) for shard in shards]
-    return pieces[0] if parameter.split is Split.REPLICATED else Concatenated(pieces, parameter.split.value)
+    if parameter.split is Split.REPLICATED:
+        return Replicated(pieces, parameter.megatron)
+    return Concatenated(pieces, parameter.split.value)
 
 
 def _part_of(shard: Source, part: int, parts: int, head_dim: int) -> Source:

@@ -17,10 +17,10 @@ from typing import Any
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .derive import Hints, derive_config, integer, namespace_values
-from .parts import join_parts
+from .parts import join_parts, missing_places
 from .pickles import FileTensor, MappedTensors
-from .sources import RowRange, Source, flat_tensors
-from .table import METASEQ_NAMES, PREFIX
+from .sources import RowRange, Source, Tied, flat_tensors
+from .table import EMBEDDING, METASEQ_NAMES, PREFIX
 from .view import Checkpoint
 
 _PART_OR_SHARD = re.compile(r"(?P<stem>.+?)(?:\.pt)?(?:-(?:model_)?part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
@@ -48,8 +48,11 @@ def open_metaseq(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     hints = _hints(opened[0][0].content)
     tensors = join_parts(parts, path)
     _check_part_count(opened[0][0].content, tensors, len(parts), path)
+    directory = path.parent if path.is_file() else path
     derived: list[str] = []
-    if config is None:
+    if config is None and (directory / "config.json").is_file():  # as this project's conversions write it
+        config = OPTConfig.from_directory(directory)
+    elif config is None:
         config, derived = derive_config(tensors, hints)
     return Checkpoint(path, _describe(grid, opened[0][0]), config, tensors, derived)
 
@@ -73,12 +76,12 @@ def _grid(path: Path) -> list[list[Path]]:
         raise CheckpointError(f"{path}: holds files of {len(stems)} checkpoints ({names}); leave those of one")
     if path.is_file():  # one part of several is found incomplete by its cfg
         return [list(found.values())]
-    parts, shards = 1 + max(p for p, _ in found), 1 + max(s for _, s in found)
-    missing = [f"part {p} shard {s}" for p in range(parts) for s in range(shards) if (p, s) not in found]
+    parts, shards, missing = missing_places(found)
     if missing:
+        names = shorten([f"part {p} shard {s}" for p, s in missing])
         raise CheckpointError(
             f"{path}: {len(found)} files make up to {parts} parts x {shards} shards, "
-            f"but {len(missing)} are missing: {shorten(missing)}"
+            f"but {parts * shards - len(found)} are missing: {names}"
         )
     return [[found[p, s] for s in range(shards)] for p in range(parts)]
 
@@ -155,15 +158,17 @@ def _canonical(part: dict[str, Source]) -> dict[str, Source]:
     for name, source in part.items():
         short = name.removeprefix("decoder.")
         module, _, kind = short.rpartition(".")
-        if module.endswith("self_attn.qkv_proj") and source.shape[0] % 3 == 0:
+        if module.endswith("self_attn.qkv_proj") and source.shape and source.shape[0] % 3 == 0:
             third = source.shape[0] // 3
             for number, letter in enumerate("kvq"):
                 renamed = f"{PREFIX}{module.removesuffix('qkv_proj')}{letter}_proj.{kind}"
                 tensors[renamed] = RowRange(source, number * third, (number + 1) * third)
-        elif module == "output_projection":  # tied; kept only where the embedding itself is not stored
-            tensors.setdefault(f"{PREFIX}embed_tokens.{kind}", source)
         else:
             tensors[f"{PREFIX}{METASEQ_NAMES.get(module, module)}.{kind}"] = source
+    head = tensors.pop(f"{PREFIX}output_projection.weight", None)  # tied, and usually not stored
+    if head is not None:
+        embedding = tensors.get(EMBEDDING)
+        tensors[EMBEDDING] = head if embedding is None else Tied(embedding, head, "embed_tokens and output_projection")
     return tensors
 
 
@@ -177,6 +182,11 @@ def _hints(content: Any) -> Hints:
     values = _arguments(content)
     hints = Hints("cfg.model", integer(values, "decoder_attention_heads"))
     hints.dropout, hints.attention_dropout = values.get("dropout"), values.get("attention_dropout")
+    before = values.get("decoder_normalize_before")
+    hints.do_layer_norm_before = before if type(before) is bool else None
+    activation = values.get("activation_fn", "relu")
+    if type(activation) is str and activation != "relu":
+        raise CheckpointError(f"cfg.model says activation_fn {activation[:20]!r}; OPT's is 'relu'")
     separator = integer(values, "self_attn_doc_sep")
     if separator is not None and separator >= 0:
         hints.notes.append(

@@ -52,6 +52,8 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
+        # What the known functions may copy in all: a file can ask for the same long list a thousand times.
+        self._budget = 4 * len(data) + 10_000
 
     def run(self) -> Any:
         """Interpret up to STOP. The commonest opcodes stand here, the others have methods."""
@@ -206,6 +208,9 @@ class _Machine:
         if isinstance(function, Inert):
             self._stack.append(Inert())
         elif type(arguments) is tuple and callable(function) and function in self._callable:
+            self._budget -= sum(len(value) for value in arguments if type(value) in (list, tuple, str, dict))
+            if self._budget < 0:
+                raise UnreadablePickle("it asks for more copies than a checkpoint needs")
             self._stack.append(function(*arguments))
         else:
             raise UnreadablePickle(f"a call of a {type(function).__name__}")

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..errors import UserError
 from .sources import Block, whole
 from .torch_file import TensorHole, create
 from .view import Checkpoint
@@ -42,11 +43,17 @@ class Place:
 Places = dict[str, list[Place]]  # canonical name -> everywhere that its values are stored
 
 
-def create_files(directory: Path, files: list[OutputFile]) -> Places:
-    """Create every file with holes for its tensors, write the constants, and say where all else goes."""
+def create_files(directory: Path, files: list[OutputFile]) -> tuple[Places, bool]:
+    """Create every file with holes for its tensors, write the constants, and say where all else goes.
+
+    Returns:
+        The places, and whether every file was there before with the size that it has now.
+    """
     places: Places = defaultdict(list)
+    complete = True
     for file in files:
         path = directory / file.path
+        size_before = path.stat().st_size if path.is_file() else None
         path.parent.mkdir(parents=True, exist_ok=True)
         offsets = _create_torch(path, file) if file.kind == "torch" else _create_safetensors(path, file.tensors)
         for stored, offset in zip(file.tensors, offsets, strict=True):
@@ -55,7 +62,8 @@ def create_files(directory: Path, files: list[OutputFile]) -> Places:
             for part in stored.parts:
                 start = offset + part.start * stored.dtype.itemsize
                 places[part.name].append(Place(path, start, part.block, stored.dtype))
-    return places
+        complete &= path.stat().st_size == size_before
+    return places, complete
 
 
 def _create_torch(path: Path, file: OutputFile) -> list[int]:
@@ -167,8 +175,22 @@ def row_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = No
     step = max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, source.shape[0], step):
         block = (slice(first, min(first + step, source.shape[0])), *whole(source.shape)[1:])
-        yield first, checkpoint.read(name, block).to(dtype or source.dtype).contiguous()
+        values = checkpoint.read(name, block)
+        yield first, _cast(values, dtype or source.dtype, name).contiguous()
         checkpoint.release(name, block)
+
+
+def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values in another dtype.
+
+    Raises:
+        UserError: one of them is finite, and too large for it.
+    """
+    cast = values.to(dtype)
+    if dtype is torch.float16 and values.dtype is not dtype and (cast.isinf() & values.isfinite()).any():
+        largest = float(values[values.isfinite()].abs().max())
+        raise UserError(f"{name} holds {largest:.4g}, and float16 ends at 65504: use --dtype bfloat16 or float32")
+    return cast
 
 
 def tensor_hash(checkpoint: Checkpoint, name: str) -> str:

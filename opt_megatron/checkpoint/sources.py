@@ -175,7 +175,7 @@ class Replicated(Source):
         """
         values = self._copies[0].fetch(block)
         for number, copy in enumerate(self._copies[1:], 1):
-            if copy.shape != self.shape or not torch.equal(values, copy.fetch(block)):
+            if copy.shape != self.shape or not same_bytes(values, copy.fetch(block)):
                 parts = f"parts 0 and {number}"
                 raise CheckpointError(f"{self._name} is not the same in {parts}: they are not of one model")
         return values
@@ -184,6 +184,44 @@ class Replicated(Source):
         """All of them."""
         for copy in self._copies:
             copy.release(block)
+
+
+class Tied(Source):
+    """A tensor that is stored a second time, as OPT's embedding is in the output head; fetching compares the two.
+
+    Raises:
+        CheckpointError: their shapes differ.
+    """
+
+    def __init__(self, first: Source, second: Source, what: str) -> None:
+        super().__init__(first.shape, first.dtype)
+        self._first, self._second, self._what = first, second, what
+        if first.shape != second.shape:
+            shapes = f"{list(first.shape)} and {list(second.shape)}"
+            raise CheckpointError(f"{what} have the shapes {shapes}; OPT ties the two")
+
+    def fetch(self, block: Block) -> Tensor:
+        """The first's.
+
+        Raises:
+            CheckpointError: the second's differs.
+        """
+        values = self._first.fetch(block)
+        if not same_bytes(values, self._second.fetch(block)):
+            raise CheckpointError(f"{self._what} differ; OPT ties the two")
+        return values
+
+    def release(self, block: Block) -> None:
+        """Both."""
+        self._first.release(block)
+        self._second.release(block)
+
+
+def same_bytes(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape are equal to the bit (so a NaN equals itself, and -0 is not 0)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
 def flat_tensors(pieces: Sequence[Source], shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..config import OPTConfig
@@ -23,6 +24,7 @@ class Checkpoint:
     Attributes:
         tensors: canonical name to source.
         format: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
+        ranks: of a Megatron directory, each rank's name and what it holds.
         derived: sentences about what of the config was derived because the files do not carry it.
         bytes_read: bytes handed out so far, counted after slicing.
     """
@@ -32,6 +34,7 @@ class Checkpoint:
     config: OPTConfig
     tensors: dict[str, Source]
     derived: list[str] = field(default_factory=list)
+    ranks: list[tuple[str, str]] = field(default_factory=list)
     bytes_read: int = 0
 
     def read(self, name: str, block: Block | None = None) -> Tensor:
@@ -68,13 +71,20 @@ class Checkpoint:
             for name, source in self.tensors.items()
             if name in wanted and source.shape != wanted[name]
         ]
+        kinds = (torch.float32, torch.float16, torch.bfloat16)
+        strange = [f"{name} is {source.dtype}" for name, source in self.tensors.items() if source.dtype not in kinds]
         problems = [
-            f"{len(names)} {what}: {shorten(names)}"
-            for names, what in ((missing, "missing"), (unknown, "unknown"), (misshapen, "misshapen"))
+            f"{len(names)} {what}: {shorten(names, 4)}"
+            for names, what in (
+                (missing, "missing"),
+                (unknown, "unknown"),
+                (misshapen, "misshapen"),
+                (strange, "of a dtype that OPT is not stored in"),
+            )
             if names
         ]
         if problems:
             raise CheckpointError(
-                f"{self.path}: the tensors do not fit config.json ({'; '.join(problems)}); "
+                f"{self.path}: the tensors do not fit the config ({'; '.join(problems)}); "
                 "use the files and the config of one model"
             )

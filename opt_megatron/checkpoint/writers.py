@@ -76,6 +76,8 @@ def pipeline_stages(num_layers: int, stages: int, first: int | None = None, last
     Raises:
         UserError: the layers cannot be divided so.
     """
+    if stages == 1 and first is not None and last is not None and first != last:
+        raise UserError(f"one pipeline stage cannot hold {first} layers as the first and {last} as the last")
     counts: list[int | None] = [None] * stages
     if first is not None:
         counts[0] = first

@@ -39,14 +39,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         arguments.run(arguments)
+        sys.stdout.flush()
         code = 0
     except UserError as error:
         code = _report(str(error), 2)
     except KeyboardInterrupt:
         code = _report("interrupted", 130)
+    except RecursionError:
+        code = _report("the input is nested too deeply", 2)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        code = _report(f"{name}{error.strerror or error}", 2)
     except RuntimeError as error:
         if not _is_lost_rank(error):
             raise
@@ -96,4 +102,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0

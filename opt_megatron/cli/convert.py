@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> None:
 
         summary = convert(
             locate(args.load, args.revision),
-            Path(args.save).expanduser(),
+            _save_path(args.save),
             options,
             config=config_argument(args),
-            tokenizer=locate(args.tokenizer) if args.tokenizer else None,
+            tokenizer=None if args.tokenizer is None else locate(args.tokenizer),
             force=args.force,
             resume=args.resume,
             workers=args.workers,
@@ -87,12 +87,23 @@ def run(args: argparse.Namespace) -> None:
             progress=bar.update,
         )
     say_derived(summary.derived)
+    for note in summary.notes:
+        print(f"opt-megatron: {note}", file=sys.stderr)
     seconds = time.monotonic() - started
     files = f"{summary.num_files} file" + ("s" if summary.num_files > 1 else "")
     print(
         f"wrote {args.save}: {_layout(options)} from {summary.source_format}, {files}, "
         f"{summary.num_bytes / 1e6:,.1f} MB in {seconds:.1f} s"
     )
+
+
+def _save_path(text: str) -> Path:
+    if not text:
+        raise UserError("--save is empty; is a shell variable unset?")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UserError(f"--save {text}: {error}") from None
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -118,7 +129,10 @@ def size_in_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise UserError(f"{text!r} is not a size; write it as 500MB, 5GB or 2GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+    if size > 1e18:
+        raise UserError(f"{text[:40]!r} is more than any machine has; write it as 500MB, 5GB or 2GiB")
+    return int(size)
 
 
 def _layout(options: Options) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -76,20 +77,18 @@ def run(args: argparse.Namespace) -> None:
     from .output import show
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
-    directory = locate_on_all_ranks(args.load or EMBEDDED_NAME, parallel, args.revision)
+    directory = locate_on_all_ranks(EMBEDDED_NAME if args.load is None else args.load, parallel, args.revision)
     checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config_argument(args)))
     config = checkpoint.config
     check_layout(config, tp, pp, parallel.world_size)
-    prompts, requests = on_all_ranks(
-        parallel, lambda: _requests(args, parameters, directory, config) if parallel.is_leader else ([], [])
-    )
+    read = on_all_ranks(parallel, lambda: _read(args, parameters, directory, config) if parallel.is_leader else NOTHING)
     if args.load is None and parallel.is_leader:
         print(TOY_NOTICE, file=sys.stderr)
     if parallel.is_leader:
         say_derived(checkpoint.derived)
     model = load_model(checkpoint, config, parallel, args.dtype)
-    engine = Engine(model, parallel, max_batch_size=args.max_batch_size)
-    show(engine.generate(requests), prompts, as_json=args.json, stream=args.stream)
+    engine = Engine(model, parallel, max_batch_size=args.max_batch_size, num_tokens=read.num_tokens)
+    show(engine.generate(read.requests), read.prompts, as_text=read.has_text, as_json=args.json, stream=args.stream)
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -109,9 +108,24 @@ def _sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _requests(
-    args: argparse.Namespace, params: SamplingParams, directory: Path, config: OPTConfig
-) -> tuple[list[Prompt], list[Request]]:
+@dataclass(frozen=True)
+class Read:
+    """What the leader has read and checked.
+
+    Attributes:
+        num_tokens: ids from this one on are vocabulary padding; has_text: there is a tokenizer.
+    """
+
+    prompts: list[Prompt]
+    requests: list[Request]
+    num_tokens: int | None
+    has_text: bool
+
+
+NOTHING = Read([], [], None, False)
+
+
+def _read(args: argparse.Namespace, params: SamplingParams, directory: Path, config: OPTConfig) -> Read:
     """Read and encode the prompts, and check that the model can run them."""
     from ..generation.request import Request, check_request
 
@@ -122,7 +136,8 @@ def _requests(
         tokens = prompt.tokens if prompt.text is None else tuple(tokenizer.encode(prompt.text))
         requests.append(Request(tokens, params, tokenizer and tokenizer.stream()))
         check_request(requests[-1], config, f"prompt {number}")
-    return prompts, requests
+    num_tokens = config.num_tokens if tokenizer is None else min(config.num_tokens, len(tokenizer))
+    return Read(prompts, requests, num_tokens, tokenizer is not None)
 
 
 def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, needed: bool) -> OPTTokenizer | None:
@@ -130,9 +145,10 @@ def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, 
     from ..tokenizer import OPTTokenizer
 
     try:
-        tokenizer = OPTTokenizer.from_directory(locate(args.tokenizer) if args.tokenizer else directory)
+        beside = directory if directory.is_dir() else directory.parent
+        tokenizer = OPTTokenizer.from_directory(beside if args.tokenizer is None else locate(args.tokenizer))
     except UserError:
-        if needed or args.tokenizer:
+        if needed or args.tokenizer is not None:
             raise
         return None  # ids go in, and ids come out
     if len(tokenizer) > config.vocab_size:

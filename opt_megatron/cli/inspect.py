@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
         ("manifest", "yes" if (checkpoint.path / MANIFEST).is_file() else "no"),
     ):
         print(f"{name:12}{value}")
+    for name, what in checkpoint.ranks:
+        print(f"{name:16}{what}")
     _print_ranks(config, next(iter(checkpoint.tensors.values())).dtype)
 
 
@@ -62,5 +64,5 @@ def _print_ranks(config: object, dtype: object) -> None:
     sizes = []
     for tp in [n for n in tensor_parallel_sizes(config) if n <= 16]:
         ranks = plan_ranks(config, tp, 1, Workload(1, 1, dtype), dtype)
-        sizes.append(f"TP{tp} {ranks[0].weights / 1e6:,.1f} MB")
-    print(f"{'per rank':12}{', '.join(sizes)}")
+        sizes.append(f"{tp}: {ranks[0].weights / 1e6:,.1f} MB a rank")
+    print(f"{'at TP':12}{', '.join(sizes)}")

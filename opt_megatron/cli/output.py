@@ -12,14 +12,17 @@ from ..generation.request import TokenEvent
 from .prompts import Prompt
 
 
-def show(events: Iterator[TokenEvent], prompts: list[Prompt], *, as_json: bool, stream: bool) -> None:
+def show(events: Iterator[TokenEvent], prompts: list[Prompt], *, as_text: bool, as_json: bool, stream: bool) -> None:
     """Print continuations to stdout and, on a terminal, progress to stderr.
+
+    Args:
+        as_text: the events carry text; without a tokenizer they do not, and ids are shown instead.
 
     Results appear in the order of the prompts; with `stream` and JSON, in the order in which they end. On
     ranks that do not lead there are no prompts, and only the events are run through.
     """
     results = [Result(index, prompt) for index, prompt in enumerate(prompts)]
-    printer = (JSONPrinter if as_json else TextPrinter)(results, stream)
+    printer = JSONPrinter(results, stream) if as_json else TextPrinter(results, stream, as_text)
     quiet = not prompts or not sys.stderr.isatty() or (stream and not as_json)
     with tqdm(desc="generating", unit=" tokens", file=sys.stderr, disable=quiet, leave=False) as progress:
         for event in events:
@@ -81,9 +84,10 @@ class JSONPrinter:
 class TextPrinter:
     """Prompt and continuation, one prompt after the other; with `stream` the one in front as it grows."""
 
-    def __init__(self, results: list[Result], stream: bool) -> None:
+    def __init__(self, results: list[Result], stream: bool, as_text: bool) -> None:
         self._results = results
         self._stream = stream
+        self._as_text = as_text
         self._next = 0
         self._printed: int | None = None  # characters of the result in front; None: not even its prompt
 
@@ -105,7 +109,6 @@ class TextPrinter:
             prompt = front.prompt.as_given
             print(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)), end="")
             self._printed = 0
-        # Without a tokenizer there is no text, so the ids are shown.
-        grown = front.text or ("" if front.prompt.text is not None else " " + " ".join(map(str, front.tokens)))
+        grown = front.text if self._as_text else " " + " ".join(map(str, front.tokens))
         print(grown[self._printed :], end="\n" if front.finish_reason else "", flush=True)
         self._printed = len(grown)

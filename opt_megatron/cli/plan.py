@@ -21,8 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a released size (opt-125m ... opt-175b), or a config.json or its directory"
     )
-    parser.add_argument("--tensor-model-parallel-size", type=int, metavar="T", help="default: the smallest that fits")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, metavar="P", help="default: the smallest that fits")
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=int, metavar="T", help="default: 1, or with neither the smallest that fit"
+    )
+    parser.add_argument(
+        "--pipeline-model-parallel-size",
+        type=int,
+        metavar="P",
+        help="default: 1, or with neither the smallest that fit",
+    )
     parser.add_argument("--dtype", default="float16", help="float32, float16 or bfloat16; default: float16")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows that run at the same time; default: 1")
     parser.add_argument(
@@ -44,24 +51,26 @@ def run(args: argparse.Namespace) -> None:
 
     check_dtype(args.dtype)
     config = _config(args.model)
-    workload = Workload(args.batch, args.context or config.max_position_embeddings, getattr(torch, args.dtype))
-    stored, memory = getattr(torch, config.dtype), size_in_bytes(args.device_memory)
-    print(
-        f"{config.name or args.model}: {config.num_parameters:,} parameters, {args.dtype}, "
-        f"batch {workload.batch}, context {workload.context}"
+    workload = Workload(
+        args.batch, config.max_position_embeddings if args.context is None else args.context, getattr(torch, args.dtype)
     )
+    stored, memory = getattr(torch, config.dtype), size_in_bytes(args.device_memory)
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    header = f"{config.name or args.model}: {config.num_parameters:,} parameters, {args.dtype}, "
+    header += f"batch {workload.batch}, context {workload.context}"
     if tp is None and pp is None:
-        _print_layouts(smallest_layouts(config, workload, stored, memory), memory)
+        _print_layouts(header, smallest_layouts(config, workload, stored, memory), memory)
         return
-    check_model_divides(config, tp or 1, pp or 1)
-    _print_ranks(plan_ranks(config, tp or 1, pp or 1, workload, stored), memory)
+    tp, pp = (1 if size is None else size for size in (tp, pp))
+    check_model_divides(config, tp, pp)
+    _print_ranks(header, plan_ranks(config, tp, pp, workload, stored), memory)
 
 
 def _config(name: str) -> OPTConfig:
+    from ..checkpoint.locate import EMBEDDED_DIRECTORY, EMBEDDED_NAME
     from ..config import OPTConfig, released_config, released_name
 
-    path = Path(name).expanduser()
+    path = EMBEDDED_DIRECTORY if name == EMBEDDED_NAME else Path(name)
     if path.exists():
         return OPTConfig.from_file(path if path.is_file() else path / "config.json")
     if released_name(name) is None and "/" in name:
@@ -69,15 +78,17 @@ def _config(name: str) -> OPTConfig:
     return released_config(name)
 
 
-def _print_layouts(layouts: list[tuple[int, int, int]], memory: int) -> None:
+def _print_layouts(title: str, layouts: list[tuple[int, int, int]], memory: int) -> None:
     if not layouts:
         raise UserError(f"no layout of up to 128 ranks fits {_gb(memory)} a device; give more --device-memory")
+    print(title)
     print(f"the smallest layouts that fit {_gb(memory)} a device:")
     for tp, pp, fullest in layouts:
         print(f"  TP{tp} x PP{pp}  {tp * pp} ranks, {_gb(fullest)} on the fullest")
 
 
-def _print_ranks(ranks: list[RankPlan], memory: int) -> None:
+def _print_ranks(title: str, ranks: list[RankPlan], memory: int) -> None:
+    print(title)
     header = (
         "rank",
         "stage",

@@ -32,7 +32,7 @@ def read_prompts(texts: list[str] | None, file: str | None, token_lists: list[st
     given = [
         name
         for name, value in (("--prompt", texts), ("--prompt-file", file), ("--prompt-tokens", token_lists))
-        if value
+        if value is not None
     ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are given; use one of them")
@@ -40,13 +40,17 @@ def read_prompts(texts: list[str] | None, file: str | None, token_lists: list[st
         return [Prompt(tokens=_tokens(text, number)) for number, text in enumerate(token_lists, 1)]
     if texts:
         prompts = [Prompt(text=text) for text in texts]
-    elif file:
+    elif file is not None:
         prompts = _lines(_read_file(Path(file)), file)
     else:
         prompts = _lines(_read_standard_input(), "standard input")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.text:
             raise UserError(f'prompt {number} is empty; to start from nothing, use --prompt-tokens "2" (BOS alone)')
+        try:
+            prompt.text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {number} is not UTF-8 text") from None
     return prompts
 
 
@@ -91,7 +95,7 @@ def _lines(content: bytes, where: str) -> list[Prompt]:
 def _json_prompt(line: str) -> str | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     return prompt if isinstance(prompt, str) else None

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, shorten
 from .arguments import add_config, config_argument
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.compare import differences_between, differences_from_manifest, num_bytes
     from ..checkpoint.formats import open_checkpoint
     from ..checkpoint.locate import locate
+    from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
 
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}, but must be at least 1")
     if args.logits and args.other is None:
         raise UserError("--logits compares two checkpoints; name a second one")
     first = open_checkpoint(locate(args.checkpoint), config_argument(args))
@@ -47,12 +50,18 @@ def run(args: argparse.Namespace) -> None:
     ) as bar:
         options = {"workers": args.workers, "progress": bar.update}
         found = differences_between(first, second, **options) if second else differences_from_manifest(first, **options)
+    theirs = comparable_config(second.config) if second else read_manifest(first.path).config
+    configs = config_differences(comparable_config(first.config), theirs)
     for difference in found:
-        print(f"{difference.name} {difference.what}")
+        print(f"{shorten([difference.name])} {difference.what}")
+    for sentence in configs:
+        print(sentence)
     with_what = f"{second.path} ({second.format})" if second else "its manifest"
     verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
-    print(f"{first.path} ({first.format}) and {with_what} {verdict} {len(first.tensors)} tensors")
-    failed = bool(found)
+    beside = f", and in {len(configs)} values of the config" if configs else ""
+    names = first.tensors.keys() | {difference.name for difference in found}
+    print(f"{first.path} ({first.format}) and {with_what} {verdict} {len(names)} tensors{beside}")
+    failed = bool(found or configs)
     if args.logits:
         failed |= not _compare_logits(first, second)
     if failed:

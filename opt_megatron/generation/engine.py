@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..parallel import ParallelContext
+from ..parallel import ParallelContext, on_all_ranks
 from .plan import Kind, PlanChannel, Step
 from .request import Completion, FinishReason, Request, TokenEvent, check_request
 from .runner import ModelRunner
@@ -49,7 +49,7 @@ class Engine:
             raise UserError(f"max_batch_size is {max_batch_size}, but must be at least 1")
         self._parallel = parallel
         self._config = model.opt_config
-        self._num_tokens = min(num_tokens or self._config.num_tokens, self._config.vocab_size)
+        self._num_tokens = min(num_tokens or self._config.num_tokens, self._config.num_tokens)
         self._max_batch_size = max_batch_size
         self._runner = ModelRunner(model, parallel)
         self._channel = PlanChannel(parallel)
@@ -75,7 +75,15 @@ class Engine:
             self._channel.send(Kind.STOP, [])
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """`generate` to the end, and on every rank the list of what came out."""
+        """`generate` to the end, and on every rank the list of what came out.
+
+        Raises:
+            UserError: a request cannot be run; raised on every rank.
+        """
+        # The leader may refuse a request; then all raise, and none is left waiting for the result.
+        return self._parallel.broadcast_object(on_all_ranks(self._parallel, lambda: self._complete(requests)))
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
         tokens: list[list[int]] = [[] for _ in requests]
         texts = [""] * len(requests)
         reasons: list[FinishReason] = ["length"] * len(requests)
@@ -83,8 +91,7 @@ class Engine:
             tokens[event.request].append(event.token)
             texts[event.request] += event.text
             reasons[event.request] = event.finish_reason or reasons[event.request]
-        completions = [Completion(tuple(t), s, r) for t, s, r in zip(tokens, texts, reasons, strict=True)]
-        return self._parallel.broadcast_object(completions)
+        return [Completion(tuple(t), s, r) for t, s, r in zip(tokens, texts, reasons, strict=True)]
 
     def _eos(self, request: Request) -> int | None:
         return None if request.params.ignore_eos else self._config.eos_token_id

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
+_COLD = 1e-3
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -75,6 +77,8 @@ def choose(logits: Tensor, params: SamplingParams, history: Tensor, generator: t
     scores = filtered_scores(logits, params, history)
     if params.temperature == 0:
         return int(scores.argmax())
+    if torch.isposinf(scores).any():  # an extreme penalty: what it has made infinitely likely
+        scores = torch.zeros_like(scores).masked_fill(~torch.isposinf(scores), -math.inf)
     return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
 
@@ -85,6 +89,8 @@ def filtered_scores(logits: Tensor, params: SamplingParams, history: Tensor) -> 
     scores = penalize_repetition(scores, history, params.repetition_penalty)
     if params.temperature == 0:
         return scores
+    if params.temperature < _COLD:  # so that dividing leaves the best score finite; elsewhere as transformers does
+        scores = scores - scores.max()
     scores = scores / params.temperature
     scores = keep_top_k(scores, params.top_k)
     return keep_top_p(scores, params.top_p)

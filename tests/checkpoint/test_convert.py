@@ -398,7 +398,7 @@ def test_resume_goes_on_from_what_is_complete(tmp_path, monkeypatch):
     run(resume=True)
     assert 0 < copied[0] < len(tensors)
     assert_same(tensors, contents(tmp_path / "c"))
-    assert read_manifest(tmp_path / "c").keys() == tensors.keys()
+    assert read_manifest(tmp_path / "c").tensors.keys() == tensors.keys()
 
 
 def test_resume_starts_anew_when_the_source_has_changed(tmp_path):

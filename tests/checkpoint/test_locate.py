@@ -12,12 +12,10 @@ from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY, locate
 from opt_megatron.errors import CheckpointError
 
 
-def test_a_weight_file_means_its_directory_and_a_pt_file_itself(tmp_path):
+def test_a_file_is_a_place_too(tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin", "restored.pt"):
         (tmp_path / name).touch()
-    assert locate(str(tmp_path / "model.safetensors")) == tmp_path
-    assert locate(str(tmp_path / "pytorch_model.bin")) == tmp_path
-    assert locate(str(tmp_path / "restored.pt")) == tmp_path / "restored.pt"
+        assert locate(str(tmp_path / name)) == tmp_path / name
 
 
 def test_an_existing_directory_wins_over_a_name(tmp_path, monkeypatch):
@@ -36,6 +34,9 @@ def test_an_existing_directory_wins_over_a_name(tmp_path, monkeypatch):
         ("opt-175b", "not on the Hub: ask Meta"),
         ("facebook/opt-125m", "HF_HUB_OFFLINE is set"),
         ("nobody/nothing", "does not hold it"),
+        ("", "is a shell variable unset"),
+        ("~nosuchuser/x", "no path that can be looked up"),
+        ("x" * 5000, "no path that can be looked up"),
     ],
 )
 def test_what_cannot_be_found_says_so_in_one_line(name, message):

@@ -142,7 +142,7 @@ DAMAGES = [
         "are the same part",
     ),
     ("parts", lambda d: shutil.copy(d / "reshard-model_part-1.pt", d / "restored.pt"), "files of 2 checkpoints"),
-    ("flagai-4", unlink("pytorch_model_02.bin"), "3 parts are here, missing are pytorch_model_02"),
+    ("flagai-4", unlink("pytorch_model_02.bin"), "3 parts are here, 1 are missing: pytorch_model_02"),
     ("flagai-4", unlink("pytorch_model_03.bin"), "hold 18 of 24 vocabulary rows: parts are missing"),
     ("flagai", lambda d: shutil.copy(d / "pytorch_model_01.bin", d / "pytorch_model_1.bin"), "are the same part"),
     ("singleton", lambda d: torch.save([1, 2], d / "restored.pt"), "has no 'model' dictionary"),
