@@ -103,6 +103,12 @@ def leader_error_of_bad_request(directory: Path, tp: int) -> str:
         list(engine.generate([Request(tuple(range(3, 300)))]))
     except UserError as error:
         message = str(error)
+    refused = ""
+    try:
+        engine.complete([Request(tuple(range(3, 300)))])
+    except UserError as error:
+        refused = str(error)
+    assert "has 297 tokens" in refused  # on every rank
     good = engine.complete([Request((2, 5), SamplingParams(max_new_tokens=3, temperature=0))])
     assert len(good[0].tokens) == 3
     return message

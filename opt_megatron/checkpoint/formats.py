@@ -45,8 +45,10 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
         with _without_garbage_collection():
             checkpoint = _open(path, config)
         checkpoint.check_tensors()
-    except UserError:
+    except CheckpointError:
         raise
+    except UserError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
         print(sentence)
     with_what = f"{second.path} ({second.format})" if second else "its manifest"
     verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
-    beside = f", and in {len(configs)} values of the config" if configs else ""
+    values = f"{len(configs)} value" + ("s" if len(configs) > 1 else "")
+    beside = f", {'and' if found else 'but differ in'} {values} of the config" if configs else ""
     names = first.tensors.keys() | {difference.name for difference in found}
     print(f"{first.path} ({first.format}) and {with_what} {verdict} {len(names)} tensors{beside}")
     failed = bool(found or configs)

@@ -280,7 +280,8 @@ def test_nothing_is_overwritten_without_force(tmp_path):
 
 def test_force_never_removes_what_is_no_checkpoint(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="left alone"):
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(UserError, match=r"holds thesis\.txt .* left alone"):
         convert(EMBEDDED_DIRECTORY, tmp_path, megatron(1), force=True)
     copy = tmp_path / "copy"
     shutil.copytree(EMBEDDED_DIRECTORY, copy)
@@ -314,12 +315,89 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_two_conversions_to_one_target_do_not_mix(tmp_path):
-    from opt_megatron.checkpoint.atomic import PartialDirectory
+def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):
+    """The second is refused up to the very end of the first, when the journal is gone and the disk is waited for."""
+    from opt_megatron.checkpoint import atomic
 
-    first = PartialDirectory(tmp_path / "c", {}, resume=False, fsync=False)
-    with pytest.raises(UserError, match="another process is writing it"), first:
-        convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1))
+    refused, flush = [], atomic._flush
+
+    def flush_while_another_starts(path):
+        monkeypatch.setattr(atomic, "_flush", flush)
+        with pytest.raises(UserError, match="another process is writing it"):
+            convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1))
+        refused.append(path)
+        flush(path)
+
+    monkeypatch.setattr(atomic, "_flush", flush_while_another_starts)
+    convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(2))
+    assert len(refused) == 1
+    assert_same(contents(tmp_path / "c"), contents(EMBEDDED_DIRECTORY))
+
+
+def test_a_run_killed_between_two_renames_gives_the_old_one_its_name_back(tmp_path):
+    convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1), fsync=False)
+    (tmp_path / "c").rename(tmp_path / ".c.replaced")
+    with pytest.raises(UserError, match="--force replaces it"):
+        convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(2))
+    assert_same(contents(tmp_path / "c"), contents(EMBEDDED_DIRECTORY))
+
+
+def test_links_are_followed_and_other_kinds_of_file_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("made")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "link", "dangling"):
+        convert(EMBEDDED_DIRECTORY, tmp_path / name, megatron(1), force=True, fsync=False)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "release").is_dir()
+    assert (tmp_path / "made" / "release").is_dir()
+    for name, message in (("loop", "no path that can be written"), ("fifo", "is not a directory")):
+        with pytest.raises(UserError, match=message):
+            convert(EMBEDDED_DIRECTORY, tmp_path / name, megatron(1), force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link", "dangling", "loop", "fifo", "made"}
+
+
+def test_metaseqs_files_carry_the_config_that_was_written_beside_them(tmp_path):
+    """A pre-norm model without a final norm, with token ids of its own: shapes alone would tell another model."""
+    config = hf_config(_remove_final_layer_norm=True, bos_token_id=5, eos_token_id=7, pad_token_id=3)
+    tensors = random_tensors(config)
+    del tensors["model.decoder.final_layer_norm.weight"], tensors["model.decoder.final_layer_norm.bias"]
+    write_hf(tmp_path / "source", config, tensors)
+    convert(tmp_path / "source", tmp_path / "m", Options("metaseq", 2), fsync=False)
+    assert open_checkpoint(tmp_path / "m").config == OPTConfig.from_hf(config)
+    (tmp_path / "m" / "config.json").unlink()
+    assert open_checkpoint(tmp_path / "m").config.do_layer_norm_before  # from cfg.model
+
+
+def test_a_cast_that_would_overflow_names_the_tensor(tmp_path):
+    config = hf_config()
+    tensors = random_tensors(config, dtype=torch.float32)
+    tensors["model.decoder.layers.0.fc1.bias"][2] = 1e6
+    write_hf(tmp_path / "source", config, tensors)
+    with pytest.raises(UserError, match=r"layers\.0\.fc1\.bias holds 1e\+06, and float16 ends at 65504"):
+        convert(tmp_path / "source", tmp_path / "c", Options("hf", dtype="float16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(tmp_path / "source", tmp_path / "c", Options("hf", dtype="bfloat16"), fsync=False)
+
+
+def test_values_that_are_no_numbers_survive(tmp_path):
+    config = hf_config()
+    tensors = random_tensors(config)
+    tensors["model.decoder.layers.0.fc2.bias"][1] = float("nan")
+    write_hf(tmp_path / "source", config, tensors)
+    convert(tmp_path / "source", tmp_path / "m", Options("metaseq", 2), fsync=False)
+    read = contents(tmp_path / "m")["model.decoder.layers.0.fc2.bias"]
+    assert torch.equal(read.view(torch.int16), tensors["model.decoder.layers.0.fc2.bias"].view(torch.int16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"to": "hf", "first_stage_layers": 2}, {"to": "gguf"}, {"to": "flagai", "pipeline_model_parallel_size": 2}],
+)
+def test_options_that_do_not_belong_together(options):
+    with pytest.raises(UserError):
+        Options(**options)
 
 
 def start_conversion(target) -> subprocess.Popen:
@@ -401,6 +479,24 @@ def test_resume_goes_on_from_what_is_complete(tmp_path, monkeypatch):
     assert read_manifest(tmp_path / "c").tensors.keys() == tensors.keys()
 
 
+def test_resume_trusts_nothing_when_a_file_is_gone(tmp_path):
+    config = hf_config(num_hidden_layers=4)
+    tensors = random_tensors(config)
+    write_hf(tmp_path / "source", config, tensors)
+    written = []
+
+    def interrupt(num_bytes):
+        written.append(num_bytes)
+        if len(written) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "source", tmp_path / "c", megatron(2), workers=1, fsync=False, progress=interrupt)
+    (tmp_path / ".c.partial" / "release" / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    convert(tmp_path / "source", tmp_path / "c", megatron(2), fsync=False, resume=True)
+    assert_same(tensors, contents(tmp_path / "c"))
+
+
 def test_resume_starts_anew_when_the_source_has_changed(tmp_path):
     config = hf_config()
     write_hf(tmp_path / "source", config, random_tensors(config))
@@ -412,8 +508,9 @@ def test_resume_starts_anew_when_the_source_has_changed(tmp_path):
         convert(tmp_path / "source", tmp_path / "c", megatron(2), fsync=False, progress=interrupt)
     other = random_tensors(config, seed=5)
     write_hf(tmp_path / "source", config, other)
-    convert(tmp_path / "source", tmp_path / "c", megatron(2), fsync=False, resume=True)
+    summary = convert(tmp_path / "source", tmp_path / "c", megatron(2), fsync=False, resume=True)
     assert_same(other, contents(tmp_path / "c"))
+    assert "it began anew" in summary.notes[0]
 
 
 # Damaged Megatron directories

@@ -139,6 +139,12 @@ def nested_bomb(depth: int) -> bytes:
         b"N" + b"r\xff\xff\xff\x7f",  # memo index 2**31 - 1
         b"\x8b\xff\xff\xff\x7fxx",  # an integer of 2 GiB that is not there
         b"\x8e" + b"\xff" * 7 + b"\x7f",  # bytes beyond any memory
+        b"]("
+        + b"K\x01" * 100_000
+        + b"eq\x00"
+        + b"ctorch\nSize\nq\x01"
+        + b"(h\x01h\x00\x85R" * 1000
+        + b"l",  # 1000 copies
     ],
 )
 @pytest.mark.timeout(20)

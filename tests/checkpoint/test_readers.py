@@ -26,6 +26,7 @@ from opt_megatron.config import OPTConfig
 from opt_megatron.errors import CheckpointError
 
 PRE, POST = hf_config(), hf_config(**POST_NORM)
+OPT_CONFIG = OPTConfig.from_hf(PRE)
 TENSORS, POST_TENSORS = random_tensors(PRE), random_tensors(POST, seed=1)
 WRITERS = {
     "hf": lambda d: write_hf(d, PRE, TENSORS),
@@ -166,6 +167,118 @@ def test_parts_of_another_model_are_found_when_they_are_read(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"embed_positions\.weight is not the same in parts 0 and 1"):
         checkpoint.read("model.decoder.embed_positions.weight")
+
+
+COPIES = [
+    ("parts", "reshard-model_part-{}.pt", "parts 0 and 1 hold the same slice"),
+    ("flagai", "pytorch_model_0{}.bin", "parts 0 and 1 hold the same slice"),
+    ("megatron-lm-2x2", "iter_0001000/mp_rank_0{}_000/model_optim_rng.pt", "ranks 0 and 1 hold the same slice"),
+    ("megatron-lm-2x2", "iter_0001000/mp_rank_00_00{}/model_optim_rng.pt", "missing|hold the same slice"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "message"), COPIES)
+def test_a_part_that_was_copied_over_another_is_found(tmp_path, name, file, message):
+    directory = WRITERS[name](tmp_path / "set")
+    shutil.copy(directory / file.format(0), directory / file.format(1))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(directory, OPT_CONFIG)
+
+
+def test_stored_copies_of_the_embedding_are_compared(tmp_path):
+    """metaseq's output projection, FlagAI's whole head, and the last Megatron stage's head."""
+    embedding = "model.decoder.embed_tokens.weight"
+    WRITERS["parts"](tmp_path / "m")
+    rewrite(tmp_path / "m" / "reshard-model_part-1.pt", decoder__output_projection__weight=torch.ones(12, 12).half())
+    WRITERS["flagai"](tmp_path / "f")
+    content = torch.load(tmp_path / "f" / "pytorch_model_01.bin")
+    content["module"]["lm_head.weight"] = torch.ones(24, 12).half()
+    torch.save(content, tmp_path / "f" / "pytorch_model_01.bin")
+    WRITERS["megatron-lm-2x2"](tmp_path / "l")
+    rewrite(
+        tmp_path / "l/iter_0001000/mp_rank_01_001/model_optim_rng.pt", output_layer__weight=torch.ones(16, 12).half()
+    )
+    for place in "mfl":
+        with pytest.raises(CheckpointError, match=r"OPT ties the two|not the same in parts"):
+            open_checkpoint(tmp_path / place, OPT_CONFIG).read(embedding)
+
+
+def test_ranks_of_another_model_are_found_when_they_are_read(tmp_path):
+    write_megatron_lm(tmp_path / "a", PRE, TENSORS, 2, 1)
+    write_megatron_lm(tmp_path / "b", PRE, random_tensors(PRE, seed=9), 2, 1)
+    file = "iter_0001000/mp_rank_01/model_optim_rng.pt"
+    shutil.copy(tmp_path / "b" / file, tmp_path / "a" / file)
+    with pytest.raises(CheckpointError, match=r"is not the same in parts 0 and 1"):
+        open_checkpoint(tmp_path / "a", OPT_CONFIG).read("model.decoder.final_layer_norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"squared_relu": True}, "squared_relu=True; in OPT it is False"),
+        ({"normalization": "RMSNorm"}, "normalization='RMSNorm'"),
+        ({"layernorm_epsilon": 1e-6}, "layernorm_epsilon=1e-06"),
+        ({"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 1}, "TP2 x PP1 are here, but args says TP4"),
+    ],
+)
+def test_megatron_arguments_that_are_not_opts_are_refused(tmp_path, change, message):
+    write_megatron_lm(tmp_path, PRE, TENSORS, 2, 1)
+    path = tmp_path / "iter_0001000/mp_rank_00/model_optim_rng.pt"
+    content = load(path)
+    vars(content["args"]).update(change)
+    save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, OPT_CONFIG)
+
+
+def test_metaseq_activation_that_is_not_opts_is_refused(tmp_path):
+    content = metaseq_content(PRE, metaseq_part(PRE, TENSORS, 0, 1), 1)
+    content["cfg"]["model"].activation_fn = "gelu"
+    save(content, tmp_path / "restored.pt")
+    with pytest.raises(CheckpointError, match="activation_fn 'gelu'"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_named_is_the_one_that_is_read(tmp_path, name):
+    other = random_tensors(PRE, seed=4)
+    write_hf(tmp_path, PRE, TENSORS)
+    torch.save(other, tmp_path / "pytorch_model.bin")
+    assert_holds(tmp_path / name, TENSORS if name.endswith("safetensors") else other)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    write_hf(tmp_path, PRE, TENSORS)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    assert_holds(tmp_path, TENSORS)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: rewrite(d / "restored.pt", **{"decoder__layers__0__self_attn__qkv_proj__weight": torch.tensor(1.0)}),
+        lambda d: rewrite(d / "restored.pt", **{"decoder__layers__²__fc1__weight": torch.ones(2)}),
+        lambda d: rewrite(d / "restored.pt", **{"decoder__layers__99999999__fc1__weight": torch.ones(2)}),
+        lambda d: rewrite(d / "restored.pt", **{"decoder__layers__0__fc1__bias": torch.ones(20).double()}),
+        lambda d: (d / "restored.pt").rename(d / "reshard-model_part-30000000.pt"),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_hostile_names_and_shapes_are_one_line(tmp_path, damage):
+    WRITERS["singleton"](tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "opt", "num_hidden_layers": 1000000000}', "[" * 100_000])
+def test_hostile_configs_are_one_line(tmp_path, text):
+    write_hf(tmp_path, PRE, TENSORS)
+    values = json.loads(text) if text[0] == "{" else None
+    (tmp_path / "config.json").write_text(json.dumps(PRE | values) if values else text)
+    with pytest.raises(CheckpointError, match=r"more than the 10000|cannot be read as JSON"):
+        open_checkpoint(tmp_path)
 
 
 def test_parts_of_another_size_do_not_fit(tmp_path):

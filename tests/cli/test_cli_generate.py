@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from factory import oracle_greedy
+from safetensors.torch import load_file, save_file
 
 from opt_megatron.checkpoint.convert import Options, convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
@@ -105,6 +108,9 @@ def test_stop_string_and_seed(capsys):
         (["--prompt-tokens", "2 4096"], "holds the id 4096"),
         (["--prompt-tokens", "two"], "not a list of whole numbers"),
         (["--prompt-file", "/nowhere"], "No such file"),
+        (["--load", "", "--prompt", "x"], "is a shell variable unset"),
+        (["--prompt-file", ""], "Is a directory|No such file"),
+        (["--prompt", "\udcff"], "prompt 1 is not UTF-8"),
         ([], "there is no prompt|holds no prompt|cannot be read"),
     ],
 )
@@ -122,6 +128,35 @@ def test_bad_lines_of_a_prompt_file_are_named(capsys, tmp_path):
     assert "line 2 is not a JSON object" in run(capsys, "--prompt-file", str(tmp_path / "p"))[2]
     (tmp_path / "p").write_bytes(b"a\xff")
     assert "is not UTF-8 (byte 1" in run(capsys, "--prompt-file", str(tmp_path / "p"))[2]
+
+
+def test_extreme_options_still_choose_a_token(capsys):
+    for options in (["--temperature", "1e-40"], ["--repetition-penalty", "1e-40"], ["--repetition-penalty", "1e30"]):
+        code, out, _ = run(capsys, "--prompt", "Once", "--json", "--ignore-eos", "--max-new-tokens", "3", *options)
+        assert code == 0 and len(json.loads(out)["tokens"]) == 3
+
+
+def test_rows_that_the_tokenizer_does_not_know_are_never_sampled(capsys, tmp_path):
+    """A vocabulary padded to a round number, as many fine-tuned models have it."""
+    shutil.copytree(EMBEDDED_DIRECTORY, tmp_path / "padded")
+    path = tmp_path / "padded" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.decoder.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][-1:].expand(104, -1) * 4])
+    save_file(tensors, path)
+    config = tmp_path / "padded" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 4096', '"vocab_size": 4200'))
+    options = ["--load", str(tmp_path / "padded"), "--json", "--ignore-eos", "--max-new-tokens", "80"]
+    code, out, _ = run(capsys, "--prompt", "Once", *options, "--temperature", "3")
+    assert code == 0 and max(json.loads(out)["tokens"]) < 4096
+
+
+def test_streamed_token_prompts_show_text_and_lose_none_of_it(capsys):
+    options = ["--prompt-tokens", "2 100 200", "--temperature", "0", "--max-new-tokens", "12", "--stop", ".\n\nX"]
+    _, out, _ = run(capsys, *options, "--json")
+    text = json.loads(out)["text"]
+    _, streamed, _ = run(capsys, *options, "--stream")
+    assert streamed == "2 100 200" + text + "\n"
 
 
 def torchrun(world_size: int, *arguments: str, **options) -> subprocess.CompletedProcess:

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from formats import hf_config, random_tensors, write_hf, write_metaseq_flat
 from safetensors.torch import load_file, save_file
 
 from opt_megatron.checkpoint.convert import Options, convert
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 
 
@@ -33,8 +35,32 @@ def test_inspect_tells_what_a_checkpoint_is(capsys, pair):
     assert facts["hidden"] == "12, 4 heads, ffn 20"
     assert facts["dtype"] == "float16 (36 tensors)"
     assert facts["parameters"].startswith("2,800 in 36 tensors") and facts["manifest"] == "no"
-    assert "TP1" in facts["per rank"] and "TP4" in facts["per rank"] and "TP3" not in facts["per rank"]
+    assert "1: " in facts["at TP"] and "4: " in facts["at TP"] and "3: " not in facts["at TP"]
     assert "no config.json" in err
+
+
+def test_inspect_tells_what_each_rank_of_a_megatron_directory_holds(capsys, tmp_path):
+    convert(EMBEDDED_DIRECTORY, tmp_path / "m", Options("megatron", 2, 2), fsync=False)
+    _, out, _ = run(capsys, "inspect", str(tmp_path / "m"))
+    assert "mp_rank_01_001  layers 2-3, 2.6 MB" in out and "manifest    yes" in out
+
+
+def test_verify_tells_bits_from_values_and_looks_at_the_config(capsys, tmp_path):
+    config = hf_config()
+    tensors = random_tensors(config)
+    name = "model.decoder.final_layer_norm.bias"
+    for place, value in (("plus", 0.0), ("minus", -0.0), ("nan", float("nan")), ("wide", float("inf"))):
+        write_hf(tmp_path / place, config, tensors | {name: torch.full_like(tensors[name], value)})
+    code, out, _ = run(capsys, "verify", str(tmp_path / "plus"), str(tmp_path / "minus"))
+    assert code == 1 and f"{name} differs in 12 of 12 values, by at most 0" in out
+    assert run(capsys, "verify", str(tmp_path / "nan"), str(tmp_path / "nan"))[0] == 0
+    convert(tmp_path / "wide", tmp_path / "float", Options("hf", dtype="float32"), fsync=False)
+    assert "differs in" not in run(capsys, "verify", str(tmp_path / "wide"), str(tmp_path / "float"))[1]
+    path = tmp_path / "float" / "config.json"
+    path.write_text(path.read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 2'))
+    code, out, _ = run(capsys, "verify", str(tmp_path / "float"))
+    assert code == 1 and "config: num_attention_heads is 2 in the first and 4 in the second" in out
+    assert "are equal to the bit in all 36 tensors, but differ in 1 value of the config" in out
 
 
 def test_verify_against_the_manifest_finds_one_flipped_bit(capsys, pair, tmp_path):
@@ -78,6 +104,9 @@ def test_verify_compares_a_forward_pass_as_well(capsys, pair):
     [
         (["verify", "story"], "has no opt_megatron_manifest.json"),
         (["verify", "story", "--logits"], "name a second one"),
+        (["verify", "story", "--workers", "0"], "--workers is 0"),
+        (["plan", "--model", "opt-13b", "--context", "0"], "must be at least 1"),
+        (["plan", "--model", "opt-13b", "--device-memory", "9" * 400], "more than any machine has"),
         (["verify", "/nowhere", "story"], "no such directory"),
         (["inspect", "/nowhere"], "no such directory"),
         (["plan", "--model", "opt-9b"], "is not a released OPT size"),
@@ -89,8 +118,8 @@ def test_verify_compares_a_forward_pass_as_well(capsys, pair):
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
-    code, _, err = run(capsys, *arguments)
-    assert code == 2 and message in err and len(err.splitlines()) == 1
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
 
 
 def test_damaged_manifest(capsys, pair, tmp_path):
