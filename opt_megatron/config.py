@@ -15,7 +15,8 @@ from typing import Any
 from .errors import CheckpointError, UserError
 
 POSITION_OFFSET = 2  # the table's row 2 is the first real position; row 1 is padding, row 0 is unused
-DTYPES = ("float32", "float16", "bfloat16")
+BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = tuple(BYTES_OF_DTYPE)
 RELEASED_VOCAB_SIZE = 50272  # rows of every released OPT: 50265 tokens and 7 rows of padding
 RELEASED_NUM_TOKENS = 50265
 _MOST_LAYERS = 10_000  # of a model: a number out of a damaged file must not make lists of a billion names

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .blocks import whole
 from .manifest import read_manifest
 from .scatter import row_blocks, tensor_hash
-from .sources import same_bytes, whole
+from .sources import same_bytes
 from .view import Checkpoint
 
 

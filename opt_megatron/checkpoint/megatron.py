@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..config import POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ..errors import CheckpointError, shorten
+from .blocks import Block
 from .derive import Hints, derive_config, integer, namespace_values
 from .parts import check_not_doubled, missing_places
 from .pickles import FileTensor, MappedTensors
-from .sources import Block, Concatenated, Replicated, RowRange, Source, Tied, Translated, rows_of_zeros
+from .sources import Concatenated, Replicated, RowRange, Source, Tied, Translated, rows_of_zeros
 from .table import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
 from .view import Checkpoint
 

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, shorten
-from .sources import Concatenated, Replicated, Source, whole
+from .blocks import whole
+from .sources import Concatenated, Replicated, Source
 from .table import PREFIX, split_of
 
 _OWN_SLICE = PREFIX + "layers.0.fc1.weight"

@@ -12,22 +12,26 @@ T = tensor parallel size. Attention scores are not counted: the kernels that are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-
-from ..config import OPTConfig, tensor_parallel_sizes
+from ..config import BYTES_OF_DTYPE, OPTConfig, tensor_parallel_sizes
 from ..errors import UserError
 from .table import canonical_shapes, layers_of_stage, rank_block, stage_parameters
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What runs: rows of the batch, tokens of a row at the most, and the dtype of everything."""
+    """What runs: rows of the batch, tokens of a row at the most, and the name of everything's dtype."""
 
     batch: int
     context: int
-    dtype: torch.dtype
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return BYTES_OF_DTYPE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,11 @@ class RankPlan:
         return self.weights + self.kv_cache + self.activations
 
 
-def plan_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: torch.dtype) -> list[RankPlan]:
+def plan_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankPlan]:
     """A plan for every rank, in the order of ranks.
 
     Args:
-        stored: dtype of the checkpoint's tensors, for what is read from the disk.
+        stored: name of the dtype of the checkpoint's tensors, for what is read from the disk.
 
     Raises:
         UserError: the context is longer than the model's positions, or a number is below 1.
@@ -63,16 +67,14 @@ def plan_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: 
     return [_plan_rank(config, tp, pp, rank, stage, workload, stored) for stage in range(pp) for rank in range(tp)]
 
 
-def _plan_rank(
-    config: OPTConfig, tp: int, pp: int, rank: int, stage: int, workload: Workload, stored: torch.dtype
-) -> RankPlan:
+def _plan_rank(config: OPTConfig, tp: int, pp: int, rank: int, stage: int, workload: Workload, stored: str) -> RankPlan:
     layers = layers_of_stage(config.num_layers, pp, stage)
     first, last = stage == 0, stage == pp - 1
     shapes = canonical_shapes(config)
     elements = 0
     for row in stage_parameters(config, layers, first=first, last=last):
         for name in row.canonical:
-            elements += torch.Size(s.stop - s.start for s in rank_block(shapes[name], row.split, rank, tp)).numel()
+            elements += math.prod(s.stop - s.start for s in rank_block(shapes[name], row.split, rank, tp))
     rows = config.vocab_size // tp
     heads = config.num_attention_heads // tp
     return RankPlan(
@@ -81,22 +83,16 @@ def _plan_rank(
         layers=layers,
         heads=range(rank * heads, (rank + 1) * heads),
         vocabulary_rows=range(rank * rows, (rank + 1) * rows) if first or last else None,
-        weights=elements * workload.dtype.itemsize,
-        kv_cache=2
-        * len(layers)
-        * workload.batch
-        * workload.context
-        * heads
-        * config.head_dim
-        * workload.dtype.itemsize,
+        weights=elements * workload.itemsize,
+        kv_cache=2 * len(layers) * workload.batch * workload.context * heads * config.head_dim * workload.itemsize,
         activations=_activations(config, tp, workload, last=last),
-        read_from_disk=elements * stored.itemsize,
+        read_from_disk=elements * BYTES_OF_DTYPE[stored],
     )
 
 
 def _activations(config: OPTConfig, tp: int, workload: Workload, *, last: bool) -> int:
     """The larger of a layer's attention half and its MLP half, beside the residual stream, and the logits."""
-    tokens, size = workload.batch * workload.context, workload.dtype.itemsize
+    tokens, size = workload.batch * workload.context, workload.itemsize
     h, f = config.hidden_size, config.ffn_hidden_size
     attention = h + 3 * h // tp + h // tp + h // tp + h  # normalised input, q k v, scaled q, heads' output, projection
     mlp = h + 2 * f // tp + h  # normalised input, before and after ReLU, projection
@@ -106,7 +102,7 @@ def _activations(config: OPTConfig, tp: int, workload: Workload, *, last: bool) 
 
 
 def smallest_layouts(
-    config: OPTConfig, workload: Workload, stored: torch.dtype, device_memory: int, largest: int = 128
+    config: OPTConfig, workload: Workload, stored: str, device_memory: int, largest: int = 128
 ) -> list[tuple[int, int, int]]:
     """Layouts (T, P, bytes of the fullest rank) with the fewest ranks that fit, fewest pipeline stages first.
 
@@ -127,7 +123,7 @@ def smallest_layouts(
     return [(t, p, fullest) for ranks, p, t, fullest in sorted(fitting) if ranks == fewest]
 
 
-def _ranks_that_differ(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: torch.dtype) -> list[RankPlan]:
+def _ranks_that_differ(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankPlan]:
     # Tensor ranks of a stage hold equally much, and so do the stages between the first and the last.
     return [_plan_rank(config, tp, pp, 0, stage, workload, stored) for stage in sorted({0, pp // 2, pp - 1})]
 

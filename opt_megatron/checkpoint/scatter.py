@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import UserError
-from .sources import Block, whole
+from .blocks import Block, whole
 from .torch_file import TensorHole, create
 from .view import Checkpoint
 from .writers import OutputFile, StoredTensor

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-
-Block = tuple[slice, ...]  # one slice with a start and a stop per dimension, step 1
-
-
-def whole(shape: tuple[int, ...]) -> Block:
-    """The block that is all of a tensor."""
-    return tuple(slice(0, size) for size in shape)
+from .blocks import Block
 
 
 class Source(ABC):

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..config import OPTConfig
-from .sources import Block, whole
+from .blocks import Block, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "model.decoder."
 EMBEDDING = PREFIX + "embed_tokens.weight"

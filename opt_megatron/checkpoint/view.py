@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .sources import Block, Source, whole
+from .blocks import Block, whole
+from .sources import Source
 from .table import canonical_shapes
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import UserError
+from .blocks import Block, whole
 from .megatron import RANK_FILE, megatron_args, rank_directory
-from .sources import Block, whole
 from .table import (
     EMBEDDING,
     METASEQ_NAMES,

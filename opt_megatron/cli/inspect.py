@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from .arguments import add_config, config_argument, say_derived
+
+if TYPE_CHECKING:
+    from ..config import OPTConfig
 
 HELP = "print a checkpoint's format, layout, config, dtype, parameter count and size per rank"
 
@@ -54,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:12}{value}")
     for name, what in checkpoint.ranks:
         print(f"{name:16}{what}")
-    _print_ranks(config, next(iter(checkpoint.tensors.values())).dtype)
+    _print_ranks(config, next(iter(dtypes)))
 
 
-def _print_ranks(config: object, dtype: object) -> None:
+def _print_ranks(config: OPTConfig, dtype: str) -> None:
     from ..checkpoint.planning import Workload, plan_ranks
     from ..config import tensor_parallel_sizes
 

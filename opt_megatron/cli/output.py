@@ -27,6 +27,8 @@ def show(events: Iterator[TokenEvent], prompts: list[Prompt], *, as_text: bool, 
     with tqdm(desc="generating", unit=" tokens", file=sys.stderr, disable=quiet, leave=False) as progress:
         for event in events:
             results[event.request].add(event)
+            if event.finish_reason:  # a line may be printed now, and not behind the bar
+                progress.clear()
             printer.update(results[event.request], event)
             progress.update()
     sys.stdout.flush()

@@ -44,17 +44,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: the model does not divide by the sizes, or a number is out of its range.
     """
-    import torch
-
     from ..checkpoint.planning import Workload, plan_ranks, smallest_layouts
     from ..config import check_dtype, check_model_divides
 
     check_dtype(args.dtype)
     config = _config(args.model)
     workload = Workload(
-        args.batch, config.max_position_embeddings if args.context is None else args.context, getattr(torch, args.dtype)
+        args.batch, config.max_position_embeddings if args.context is None else args.context, args.dtype
     )
-    stored, memory = getattr(torch, config.dtype), size_in_bytes(args.device_memory)
+    stored, memory = config.dtype, size_in_bytes(args.device_memory)
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     header = f"{config.name or args.model}: {config.num_parameters:,} parameters, {args.dtype}, "
     header += f"batch {workload.batch}, context {workload.context}"

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -424,18 +423,19 @@ def larger_source(tmp_path_factory):
 def test_killed_at_any_moment_the_target_is_absent_or_whole(larger_source):
     place = larger_source.parent
     expected = contents(larger_source)
-    started = time.monotonic()
     assert start_conversion(place / "whole").wait() == 0
-    duration = time.monotonic() - started
     moments, seen = random.Random(7), set()
     for number in range(20):
         target = place / f"killed{number}"
         process = start_conversion(target)
-        # Most of the time goes into starting Python and torch; aim at the last part, where files are written.
-        time.sleep(duration * (0.55 + 0.45 * moments.random()))
+        # Most of the time goes into starting Python and torch; wait for the moment at which writing begins.
+        partial_directory = place / f".{target.name}.partial"
+        while process.poll() is None and not partial_directory.exists():
+            time.sleep(0.001)
+        time.sleep(0.3 * moments.random() if number else 0)
         process.kill()
         process.communicate()
-        partial = (place / f".{target.name}.partial").exists()
+        partial = partial_directory.exists()
         seen.add("partial" if partial else "whole" if target.exists() else "absent")
         if target.exists():
             assert not partial
@@ -502,7 +502,7 @@ def test_resume_starts_anew_when_the_source_has_changed(tmp_path):
     write_hf(tmp_path / "source", config, random_tensors(config))
 
     def interrupt(num_bytes):
-        os.kill(os.getpid(), signal.SIGINT)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "source", tmp_path / "c", megatron(2), fsync=False, progress=interrupt)

@@ -13,14 +13,14 @@ from opt_megatron.config import OPTConfig, released_config
 def test_weights_cache_and_reads_are_what_ranks_really_hold(models, ranks, name, tp, pp):
     directory = models[name][0]
     config = OPTConfig.from_directory(directory)
-    plans = plan_ranks(config, tp, pp, Workload(3, 50, torch.float32), torch.float32)
+    plans = plan_ranks(config, tp, pp, Workload(3, 50, "float32"), "float32")
     measured = ranks(tp * pp).run(rank_jobs.bytes_held_and_read, directory, tp, pp, 3, 50)
     assert [(p.weights, p.kv_cache, p.read_from_disk) for p in plans] == measured
 
 
 def test_what_ranks_hold_adds_up_to_the_model():
     config = released_config("opt-6.7b")
-    plans = plan_ranks(config, 4, 2, Workload(1, 2048, torch.float16), torch.float16)
+    plans = plan_ranks(config, 4, 2, Workload(1, 2048, "float16"), "float16")
     assert [plan.layers for plan in plans[::4]] == [range(0, 16), range(16, 32)]
     assert [plan.heads for plan in plans[:4]] == [range(n, n + 8) for n in (0, 8, 16, 24)]
     rows = [row for plan in plans[:4] for row in plan.vocabulary_rows]
@@ -40,7 +40,7 @@ def test_activations_cover_what_a_prefill_allocates(models, alone):
 
     directory = models["pre-norm"][0]
     config = OPTConfig.from_directory(directory)
-    plan = plan_ranks(config, 1, 1, Workload(4, 200, torch.float32), torch.float32)[0]
+    plan = plan_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
     runner = ModelRunner(load_model(directory, None, alone), alone)
     runner.do(Kind.ALLOCATE, [4, 200])
     step = Step(0, (0,) * 4, (200,) * 4, ((5,) * 200,) * 4)
@@ -55,11 +55,11 @@ def test_activations_cover_what_a_prefill_allocates(models, alone):
 
 
 def test_smallest_layouts_fit_and_smaller_ones_do_not():
-    config, workload = released_config("opt-66b"), Workload(1, 2048, torch.float16)
+    config, workload = released_config("opt-66b"), Workload(1, 2048, "float16")
     memory = 40_000_000_000
-    layouts = smallest_layouts(config, workload, torch.float16, memory)
+    layouts = smallest_layouts(config, workload, "float16", memory)
     assert layouts and all(fullest <= memory for _, _, fullest in layouts)
     ranks = layouts[0][0] * layouts[0][1]
     assert all(tp * pp == ranks for tp, pp, _ in layouts)
     assert config.num_parameters * 2 / memory <= ranks
-    assert smallest_layouts(config, workload, torch.float16, 1_000_000) == []
+    assert smallest_layouts(config, workload, "float16", 1_000_000) == []
