@@ -12,7 +12,7 @@ TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50
 setup(
     name="opt-megatron",
     version=VERSION,
-    description="Run, convert, study and train Meta's OPT language models on Megatron-core",
+    description="Run and convert Meta's OPT language models on Megatron-core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

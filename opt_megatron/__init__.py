@@ -1,4 +1,4 @@
-"""Run, convert, study and train Meta's OPT language models on Megatron-core.
+"""Run and convert Meta's OPT language models on Megatron-core.
 
 Importing this package is cheap: torch and Megatron-core are imported by the modules that use them.
 """
