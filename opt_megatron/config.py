@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError, UserError
 
+LAYERNORM_EPSILON = 1e-5
 POSITION_OFFSET = 2  # the table's row 2 is the first real position; row 1 is padding, row 0 is unused
 BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(BYTES_OF_DTYPE)

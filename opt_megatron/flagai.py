@@ -98,8 +98,7 @@ class AutoLoader:
 
     def get_tokenizer(self) -> OPTTokenizer:
         """The tokenizer that lies beside the weights."""
-        is_directory = self._directory.is_dir()
-        return OPTTokenizer.from_directory(self._directory if is_directory else self._directory.parent)
+        return OPTTokenizer.from_directory(self._directory)
 
 
 class Predictor:

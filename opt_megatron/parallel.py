@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import os
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,10 +81,6 @@ class ParallelContext:
     def broadcast_integers(self, values: torch.Tensor) -> None:
         """Fill the int64 CPU tensor `values` on every rank with the leader's."""
         dist.broadcast(values, src=LEADER, group=self.control_group)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier(group=self.control_group)
 
 
 def world_size_from_environment() -> int:
@@ -260,15 +255,6 @@ def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
             others = f" (on rank {rank})" if rank else ""
             raise UserError(text + others)
     return result  # type: ignore[return-value]
-
-
-def wait_for_leader_to_speak(seconds: float = 10.0) -> None:
-    """Give the leader time to print the error that all ranks have found, before this rank ends.
-
-    torchrun ends every rank as soon as one fails; a silent rank that fails first would silence the leader.
-    """
-    if _integer_from_environment("RANK", LEADER) != LEADER:
-        time.sleep(seconds)
 
 
 def _local_rank() -> int:

@@ -51,10 +51,13 @@ class OPTTokenizer:
     def from_directory(cls, directory: Path) -> OPTTokenizer:
         """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing.
 
+        A file stands for the directory that it lies in, as when one weight file was named.
+
         Raises:
             CheckpointError: none of them is there, or they cannot be read.
         """
         directory = Path(directory)
+        directory = directory.parent if directory.is_file() else directory
         try:
             if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
                 vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))

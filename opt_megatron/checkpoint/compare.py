@@ -11,7 +11,7 @@ import torch
 from .blocks import whole
 from .manifest import read_manifest
 from .scatter import row_blocks, tensor_hash
-from .sources import same_bytes
+from .sources import dtype_name, same_bytes
 from .view import Checkpoint
 
 
@@ -40,11 +40,11 @@ def differences_from_manifest(
         source, entry = checkpoint.tensors.get(name), entries.get(name)
         if source is None or entry is None:
             return Difference(name, "is only in the manifest" if source is None else "is not in the manifest")
-        found = list(source.shape), str(source.dtype).removeprefix("torch.")
+        found = list(source.shape), dtype_name(source.dtype)
         if found != (entry["shape"], entry["dtype"]):
             return Difference(name, f"is {found[1]} {found[0]}, the manifest says {entry['dtype']} {entry['shape']}")
         digest = tensor_hash(checkpoint, name)
-        progress(num_bytes(checkpoint, name))
+        progress(source.num_bytes)
         return None if digest == entry["xxh3_128"] else Difference(name, "has other bytes than the manifest says")
 
     return _in_parallel(check, dict.fromkeys([*checkpoint.tensors, *entries]), workers)
@@ -66,7 +66,7 @@ def differences_between(
         if a.shape != b.shape:
             return Difference(name, f"is {list(a.shape)} in the first and {list(b.shape)} in the second")
         difference = _difference_of_values(left, right, name)
-        progress(num_bytes(left, name))
+        progress(a.num_bytes)
         return difference
 
     return _in_parallel(check, dict.fromkeys([*left.tensors, *right.tensors]), workers)
@@ -74,7 +74,7 @@ def differences_between(
 
 def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Difference | None:
     count, largest = 0, 0.0
-    dtypes = [str(checkpoint.tensors[name].dtype).removeprefix("torch.") for checkpoint in (left, right)]
+    dtypes = [dtype_name(checkpoint.tensors[name].dtype) for checkpoint in (left, right)]
     same_dtype = dtypes[0] == dtypes[1]
     for a, b in _pairs_of_blocks(left, right, name):
         if same_bytes(a, b):
@@ -85,7 +85,7 @@ def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Dif
         largest = max(largest, float(gaps[~gaps.isnan()].max())) if (~gaps.isnan()).any() else largest
     cast = "" if same_dtype else f"is {dtypes[0]} in the first and {dtypes[1]} in the second"
     if count:
-        total = torch.Size(left.tensors[name].shape).numel()
+        total = left.tensors[name].num_elements
         values = f"differs in {count:,} of {total:,} values, by at most {largest:.3g}"
         return Difference(name, f"{cast}, and {values}" if cast else values)
     return Difference(name, cast + ", with equal values") if cast else None
@@ -104,12 +104,6 @@ def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator
         block = (slice(first, first + len(values)), *whole(values.shape)[1:])
         yield values, right.read(name, block).contiguous()
         right.release(name, block)
-
-
-def num_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Size of a canonical tensor."""
-    source = checkpoint.tensors[name]
-    return torch.Size(source.shape).numel() * source.dtype.itemsize
 
 
 def _in_parallel(check: Callable[[str], Difference | None], names: Iterable[str], workers: int) -> list[Difference]:

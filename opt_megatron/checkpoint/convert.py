@@ -19,6 +19,7 @@ from .formats import is_checkpoint, open_checkpoint
 from .manifest import write_manifest
 from .megatron import TRACKER
 from .scatter import create_files, fill_files
+from .sources import dtype_name
 from .view import Checkpoint
 from .writers import (
     DtypeOf,
@@ -124,9 +125,9 @@ def convert(
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # says what is wrong with it before the work begins
     checkpoint = open_checkpoint(source, config)
-    dtypes = {name: options.dtype or _name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+    dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint.config, options, lambda name: getattr(torch, dtypes[name]))
-    total = sum(_num_bytes(file) for file in files)
+    total = sum(file.num_bytes for file in files)
     on_start(total)
     with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
         places, complete = create_files(partial.path, files)
@@ -201,7 +202,7 @@ def _write_rest(
     checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: Options, files: list[OutputFile]
 ) -> OPTConfig:
     """Everything beside the weights: config (which is returned), tokenizer, and the format's own small files."""
-    config = checkpoint.config.replace(dtype=options.dtype or _name(next(iter(checkpoint.tensors.values())).dtype))
+    config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for names, origin in ((TOKENIZER_FILES, tokenizer or source), (("generation_config.json",), source)):
@@ -212,7 +213,7 @@ def _write_rest(
         (directory / TRACKER).write_text("release\n", encoding="utf-8")
     if options.to == "hf" and len(files) > 1:
         weight_map = {stored.name: file.path.name for file in files for stored in file.tensors}
-        index = {"metadata": {"total_size": sum(map(_num_bytes, files))}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(file.num_bytes for file in files)}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return config
@@ -237,11 +238,3 @@ def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict:
         raise CheckpointError(f"{path}: is empty")
     stamps = [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return {"source": str(path.resolve()), "files": stamps, "config": asdict(checkpoint.config), **asdict(options)}
-
-
-def _num_bytes(file: OutputFile) -> int:
-    return sum(torch.Size(stored.shape).numel() * stored.dtype.itemsize for stored in file.tensors)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config import POSITION_OFFSET, RELEASED_SIZES, OPTConfig
 from ..errors import CheckpointError
-from .sources import Source
+from .sources import Source, dtype_name
 from .table import EMBEDDING, PREFIX
 
 
@@ -30,6 +31,16 @@ class Hints:
     attention_dropout: float | None = None
     do_layer_norm_before: bool | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def config_beside(path: Path) -> OPTConfig | None:
+    """What the config.json in a checkpoint's directory (or beside its one file) says; None where there is none.
+
+    Raises:
+        CheckpointError: there is one, and it cannot be read as an OPT's.
+    """
+    file = (path.parent if path.is_file() else path) / "config.json"
+    return OPTConfig.from_file(file) if file.is_file() else None
 
 
 def derive_config(tensors: Mapping[str, Source], hints: Hints) -> tuple[OPTConfig, list[str]]:
@@ -59,7 +70,7 @@ def derive_config(tensors: Mapping[str, Source], hints: Hints) -> tuple[OPTConfi
         has_final_layer_norm=final_norm,
         dropout=_number(hints.dropout, 0.1),
         attention_dropout=_number(hints.attention_dropout, 0.0),
-        dtype=str(tensors[EMBEDDING].dtype).removeprefix("torch."),
+        dtype=dtype_name(tensors[EMBEDDING].dtype),
     )
     norm = "pre-norm" if pre_norm else "post-norm" + ("" if final_norm else ", since there is no final norm")
     return config, [

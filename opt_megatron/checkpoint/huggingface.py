@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .derive import Hints, derive_config
+from .derive import Hints, config_beside, derive_config
 from .mapped import map_safetensors
 from .pickles import FileTensor, MappedTensors
 from .sources import Source, Tied
@@ -48,9 +48,8 @@ def open_huggingface(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     shards = f", {len(files)} shards" if len(files) > 1 else ""
     tensors = canonical_names(directory, stored)
     derived: list[str] = []
-    if config is None and (directory / "config.json").is_file():
-        config = OPTConfig.from_directory(directory)
-    elif config is None:
+    config = config or config_beside(directory)
+    if config is None:
         config, derived = derive_config(tensors, Hints("nowhere"))
     return Checkpoint(path, f"Hugging Face {kind}{shards}", config, tensors, derived)
 

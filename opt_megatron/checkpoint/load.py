@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import OPTConfig, check_dtype
 from ..errors import UserError
 from ..parallel import ParallelContext, on_all_ranks
-from .assemble import fill
 from .formats import open_checkpoint
 from .locate import locate
-from .table import layers_of_stage, stage_parameters
+from .table import Parameter, layers_of_stage, part_view, rank_block, stage_parameters
 from .view import Checkpoint
 
 
@@ -74,6 +73,19 @@ def read_into(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContex
                 parallel.tensor_model_parallel_rank,
                 parallel.tensor_model_parallel_size,
             )
+
+
+def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:
+    """Read into `target` the part of a parameter that belongs to tensor parallel rank `rank` of `ranks`.
+
+    Only that part's bytes are read. The values are cast to the target's dtype and moved to its device.
+    """
+    parts = len(parameter.canonical)
+    for part, name in enumerate(parameter.canonical):
+        block = rank_block(checkpoint.tensors[name].shape, parameter.split, rank, ranks)
+        view = part_view(target, part, parts, checkpoint.config.head_dim)
+        view.copy_(checkpoint.read(name, block).reshape(view.shape))
+        checkpoint.release(name, block)
 
 
 def resolve_dtype(name: str, config: OPTConfig, device: torch.device) -> torch.dtype:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
+from ..config import LAYERNORM_EPSILON, POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ..errors import CheckpointError, shorten
 from .blocks import Block
-from .derive import Hints, derive_config, integer, namespace_values
+from .derive import Hints, config_beside, derive_config, integer, namespace_values
 from .parts import check_not_doubled, missing_places
-from .pickles import FileTensor, MappedTensors
+from .pickles import MappedTensors
 from .sources import Concatenated, Replicated, RowRange, Source, Tied, Translated, rows_of_zeros
 from .table import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
 from .view import Checkpoint
@@ -61,12 +61,11 @@ def open_megatron(directory: Path, config: OPTConfig | None = None) -> Checkpoin
     Raises:
         CheckpointError: a rank's file is missing or damaged, or the ranks do not fit each other.
     """
-    if config is None and (directory / "config.json").is_file():
-        config = OPTConfig.from_directory(directory)
+    config = config or config_beside(directory)
     grid = _rank_files(_iteration_directory(directory))
     tp, pp = len(grid[0]), len(grid)
     opened = [[MappedTensors(file) for file in row] for row in grid]
-    stages = [[_model_of(m, f) for m, f in zip(ms, fs, strict=True)] for ms, fs in zip(opened, grid, strict=True)]
+    stages = [[_model_of(mapped) for mapped in row] for row in opened]
     arguments = namespace_values(opened[0][0].content.get("args"))
     _check_arguments(arguments, directory, tp, pp)
     _check_not_doubled(stages, directory)
@@ -96,7 +95,7 @@ def _check_arguments(arguments: dict[str, Any], directory: Path, tp: int, pp: in
         "untie_embeddings_and_output_weights": False,
         "normalization": "LayerNorm",
         "position_embedding_type": "learned_absolute",
-        "layernorm_epsilon": 1e-5,
+        "layernorm_epsilon": LAYERNORM_EPSILON,
         "add_bias_linear": True,
     }
     for name, wanted in expected.items():
@@ -117,7 +116,7 @@ def _describe_ranks(
     described, first = [], 0
     for files, models, count in zip(grid, stages, counts, strict=True):
         for file, model in zip(files, models, strict=True):
-            size = sum(torch.Size(source.shape).numel() * source.dtype.itemsize for source in model.values())
+            size = sum(source.num_bytes for source in model.values())
             described.append((file.parent.name, f"layers {first}-{first + count - 1}, {size / 1e6:,.1f} MB"))
         first += count
     return described
@@ -152,16 +151,9 @@ def _rank_files(directory: Path) -> list[list[Path]]:
     return [[found[pp, tp] for tp in range(ranks)] for pp in range(stages)]
 
 
-def _model_of(mapped: MappedTensors, file: Path) -> dict[str, Source]:
-    content = mapped.content
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{file}: has no 'model' dictionary, so it is not a Megatron checkpoint")
-    return {
-        _local_name(name): mapped.source(value)
-        for name, value in model.items()
-        if isinstance(name, str) and isinstance(value, FileTensor) and "_extra_state" not in name
-    }
+def _model_of(mapped: MappedTensors) -> dict[str, Source]:
+    stored = mapped.model("Megatron").items()
+    return {_local_name(name): source for name, source in stored if "_extra_state" not in name}
 
 
 def _local_name(name: str) -> str:
@@ -313,7 +305,7 @@ def megatron_args(config: OPTConfig, dtype: torch.dtype, tp: int, pp: int) -> ar
         "openai_gelu": False,
         "untie_embeddings_and_output_weights": False,
         "normalization": "LayerNorm",
-        "layernorm_epsilon": 1e-5,
+        "layernorm_epsilon": LAYERNORM_EPSILON,
         "hidden_dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
         "padded_vocab_size": config.vocab_size,

@@ -10,15 +10,16 @@ A part's fused attention input is [K; V; Q]. (Format: facebookresearch/metaseq, 
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
-from .derive import Hints, derive_config, integer, namespace_values
+from .derive import Hints, config_beside, derive_config, integer, namespace_values
 from .parts import join_parts, missing_places
-from .pickles import FileTensor, MappedTensors
+from .pickles import MappedTensors
 from .sources import RowRange, Source, Tied, flat_tensors
 from .table import EMBEDDING, METASEQ_NAMES, PREFIX
 from .view import Checkpoint
@@ -48,11 +49,9 @@ def open_metaseq(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     hints = _hints(opened[0][0].content)
     tensors = join_parts(parts, path)
     _check_part_count(opened[0][0].content, tensors, len(parts), path)
-    directory = path.parent if path.is_file() else path
     derived: list[str] = []
-    if config is None and (directory / "config.json").is_file():  # as this project's conversions write it
-        config = OPTConfig.from_directory(directory)
-    elif config is None:
+    config = config or config_beside(path)  # as this project's conversions write it
+    if config is None:
         config, derived = derive_config(tensors, hints)
     return Checkpoint(path, _describe(grid, opened[0][0]), config, tensors, derived)
 
@@ -88,7 +87,7 @@ def _grid(path: Path) -> list[list[Path]]:
 
 def _part(files: list[Path], opened: list[MappedTensors]) -> dict[str, Source]:
     """One part's tensors under metaseq's names."""
-    models = [_model(file, mapped) for file, mapped in zip(files, opened, strict=True)]
+    models = [_model(mapped) for mapped in opened]
     is_flat = [name.endswith(_FLAT) for name in models[0]]
     if not any(is_flat):
         if len(files) > 1:
@@ -97,16 +96,8 @@ def _part(files: list[Path], opened: list[MappedTensors]) -> dict[str, Source]:
     return _unflattened(files, opened, models)
 
 
-def _model(file: Path, mapped: MappedTensors) -> dict[str, Source]:
-    content = mapped.content
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{file}: has no 'model' dictionary, so it is not a metaseq checkpoint")
-    return {
-        name: mapped.source(value)
-        for name, value in model.items()
-        if isinstance(name, str) and isinstance(value, FileTensor) and name != "decoder.version"
-    }
+def _model(mapped: MappedTensors) -> dict[str, Source]:
+    return {name: source for name, source in mapped.model("metaseq").items() if name != "decoder.version"}
 
 
 def _unflattened(files: list[Path], opened: list[MappedTensors], models: list[dict[str, Source]]) -> dict[str, Source]:
@@ -119,12 +110,11 @@ def _unflattened(files: list[Path], opened: list[MappedTensors], models: list[di
             if key not in model or path not in group:
                 raise CheckpointError(f"{file}: has no {key}, which the first shard has")
             pieces.append(RowRange(model[key], 0, model[key].shape[0] - group[path][1]))
-        have, want = sum(p.shape[0] for p in pieces), sum(_numel(s) for s in shapes.values())
+        have, want = sum(p.shape[0] for p in pieces), sum(map(math.prod, shapes.values()))
         if have != want:
             raise CheckpointError(
                 f"{files[0].parent}: the {len(files)} shards that are here hold {have:,} of the {want:,} elements "
-                f"of {key}; "
-                "shards are missing or of another checkpoint"
+                f"of {key}; shards are missing or of another checkpoint"
             )
         prefix = f"{path}." if path else ""
         tensors |= flat_tensors(pieces, {prefix + name.removeprefix(prefix): shape for name, shape in shapes.items()})
@@ -214,10 +204,3 @@ def _describe(grid: list[list[Path]], first: MappedTensors) -> str:
     if len(grid) == 1 and not flat:
         return "metaseq singleton"
     return f"metaseq {'flat' if flat else 'unflattened'} parts, {len(grid)}"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

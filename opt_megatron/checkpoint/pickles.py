@@ -65,6 +65,18 @@ class MappedTensors:
         """A source over one of the content's tensors."""
         return TensorSource(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
 
+    def model(self, whose: str) -> dict[str, Source]:
+        """The tensors under "model", where metaseq and Megatron-LM alike keep them.
+
+        Raises:
+            CheckpointError: there is no such dictionary, so the file is not one of `whose`.
+        """
+        model = self.content.get("model") if isinstance(self.content, dict) else None
+        if not isinstance(model, dict):
+            raise CheckpointError(f"{self._file.path}: has no 'model' dictionary, so it is not a {whose} checkpoint")
+        named = {name: value for name, value in model.items() if isinstance(name, str)}
+        return {name: self.source(value) for name, value in named.items() if isinstance(value, FileTensor)}
+
 
 @dataclass(eq=False)
 class Storage:

@@ -80,7 +80,7 @@ def _create_safetensors(path: Path, tensors: tuple[StoredTensor, ...]) -> list[i
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ends = [0]
     for stored in tensors:
-        ends.append(ends[-1] + torch.Size(stored.shape).numel() * stored.dtype.itemsize)
+        ends.append(ends[-1] + stored.num_bytes)
         entry = {"dtype": _SAFETENSORS_NAMES[stored.dtype], "shape": stored.shape, "data_offsets": ends[-2:]}
         header[stored.name] = entry
     encoded = json.dumps(header).encode()

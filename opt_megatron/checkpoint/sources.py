@@ -6,6 +6,7 @@ those alone.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,6 +27,16 @@ class Source(ABC):
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.shape = tuple(shape)
         self.dtype = dtype
+
+    @property
+    def num_elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Their size."""
+        return self.num_elements * self.dtype.itemsize
 
     @abstractmethod
     def fetch(self, block: Block) -> Tensor:
@@ -209,6 +220,11 @@ class Tied(Source):
         """Both."""
         self._first.release(block)
         self._second.release(block)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as people and config files write it: float16, not torch.float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:

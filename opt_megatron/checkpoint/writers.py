@@ -8,6 +8,7 @@ nothing, so what they describe can be checked, and planned with, in no time.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,11 @@ class StoredTensor:
     parts: tuple[Part, ...]
     constant: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -68,6 +74,11 @@ class OutputFile:
     kind: Literal["torch", "safetensors"]
     tensors: tuple[StoredTensor, ...]
     wrap: Callable[[dict[str, Any]], Any] = field(default=lambda tensors: tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its tensors' data."""
+        return sum(stored.num_bytes for stored in self.tensors)
 
 
 def pipeline_stages(num_layers: int, stages: int, first: int | None = None, last: int | None = None) -> list[range]:
@@ -161,12 +172,11 @@ def huggingface_files(config: OPTConfig, dtype_of: DtypeOf, max_shard_bytes: int
     shards: list[list[StoredTensor]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:
-        size = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-        if size > room and shards[-1]:
+        if tensor.num_bytes > room and shards[-1]:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(tensor)
-        room -= size
+        room -= tensor.num_bytes
     if len(shards) == 1:
         return [OutputFile(Path("model.safetensors"), "safetensors", tuple(tensors))]
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]

@@ -11,18 +11,15 @@ import importlib
 import os
 import re
 import sys
+import time
 from typing import NoReturn
 
 from ..errors import UserError
 from ..version import __version__
 
-COMMANDS = (
-    "generate",
-    "convert",
-    "inspect",
-    "verify",
-    "plan",
-)  # each is a module of this package with HELP, add_arguments and run
+# Each is a module of this package with HELP, add_arguments and run.
+COMMANDS = ("generate", "convert", "inspect", "verify", "plan")
+_SECONDS_FOR_THE_LEADER = 10
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
 
 
@@ -77,9 +74,8 @@ def _report(message: str, code: int) -> int:
     if _rank() == 0:
         print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
     elif "torch" in sys.modules or code == 2:
-        from ..parallel import wait_for_leader_to_speak
-
-        wait_for_leader_to_speak()
+        # torchrun ends every rank as soon as one fails; a silent one that fails first would silence the leader.
+        time.sleep(_SECONDS_FOR_THE_LEADER)
     return code
 
 

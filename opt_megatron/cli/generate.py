@@ -145,8 +145,7 @@ def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, 
     from ..tokenizer import OPTTokenizer
 
     try:
-        beside = directory if directory.is_dir() else directory.parent
-        tokenizer = OPTTokenizer.from_directory(beside if args.tokenizer is None else locate(args.tokenizer))
+        tokenizer = OPTTokenizer.from_directory(directory if args.tokenizer is None else locate(args.tokenizer))
     except UserError:
         if needed or args.tokenizer is not None:
             raise

@@ -26,18 +26,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such checkpoint, or it is incomplete or damaged.
     """
-    import torch
-
-    from ..checkpoint.compare import num_bytes
     from ..checkpoint.formats import open_checkpoint
     from ..checkpoint.locate import locate
     from ..checkpoint.manifest import MANIFEST
+    from ..checkpoint.sources import dtype_name
 
     checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
     config = checkpoint.config
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values())
-    elements = sum(torch.Size(tensor.shape).numel() for tensor in checkpoint.tensors.values())
-    total = sum(num_bytes(checkpoint, name) for name in checkpoint.tensors)
+    dtypes = Counter(dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values())
+    elements = sum(tensor.num_elements for tensor in checkpoint.tensors.values())
+    total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     norm = "pre-norm" if config.do_layer_norm_before else "post-norm"
     embedding = f", embedding {config.word_embed_proj_dim}" if config.has_embedding_projection else ""
     say_derived(checkpoint.derived)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
-    from ..checkpoint.compare import differences_between, differences_from_manifest, num_bytes
+    from ..checkpoint.compare import differences_between, differences_from_manifest
     from ..checkpoint.formats import open_checkpoint
     from ..checkpoint.locate import locate
     from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--logits compares two checkpoints; name a second one")
     first = open_checkpoint(locate(args.checkpoint), config_argument(args))
     second = open_checkpoint(locate(args.other), config_argument(args)) if args.other else None
-    total = sum(num_bytes(first, name) for name in first.tensors)
+    total = sum(source.num_bytes for source in first.tensors.values())
     quiet = not sys.stderr.isatty()
     with tqdm(
         total=total, desc="reading", unit="B", unit_scale=True, file=sys.stderr, disable=quiet, leave=False

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from ..config import OPTConfig
+from ..config import LAYERNORM_EPSILON, OPTConfig
 from ..parallel import ParallelContext
-
-LAYERNORM_EPSILON = 1e-5
 
 
 def transformer_config(

@@ -2,8 +2,8 @@
 
 import torch
 
-from opt_megatron.checkpoint.assemble import fill
 from opt_megatron.checkpoint.blocks import whole
+from opt_megatron.checkpoint.load import fill
 from opt_megatron.checkpoint.sources import Concatenated, tensor_source
 from opt_megatron.checkpoint.table import Split, canonical_shapes, part_view, rank_block, stage_parameters
 from opt_megatron.checkpoint.view import Checkpoint
