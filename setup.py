@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
+BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "ruff>=0.6"]
 
 setup(
@@ -33,6 +34,6 @@ setup(
         "tqdm",
         "xxhash>=3",
     ],
-    extras_require={"test": TEST},
+    extras_require={"test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},
 )

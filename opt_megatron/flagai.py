@@ -144,7 +144,7 @@ class Predictor:
             log_probabilities=True,
             banned_tokens=() if unknown is None else (unknown,),
         )
-        request = Request(tuple(prompt), params, self._tokenizer.stream())
+        request = Request(tuple(prompt), params, self._tokenizer.stream)
         return self._engine.complete([request])[0].text
 
     def _within_positions(self, prompt_length: int, out_max_length: int) -> int:

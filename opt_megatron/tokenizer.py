@@ -99,6 +99,11 @@ class OPTTokenizer:
         """A decoder for ids that arrive one by one."""
         return StreamDecoder(self._bytes, self._special_ids if skip_special_tokens else set())
 
+    def sentence_end_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that are a full stop, a question mark or an exclamation mark."""
+        marks = {b".", b"?", b"!"}
+        return tuple(sorted(index for index, text in self._bytes.items() if text.strip(b' "') in marks))
+
     def get_vocab(self) -> dict[str, int]:
         """Token string to id (a copy)."""
         return dict(self._vocab)

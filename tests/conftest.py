@@ -17,11 +17,14 @@ from opt_megatron.core_compat import prepare_megatron
 
 prepare_megatron()
 
+import torch
 from factory import random_model, save
 from ranks import RankPool
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.parallel import ParallelContext, init_parallel
+
+torch.set_num_threads(1)  # these models gain nothing from more, and lose much where other processes are busy
 
 
 @pytest.fixture(scope="session")

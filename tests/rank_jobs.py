@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import torch
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
+from opt_megatron.generation import engine as engine_module
 from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.plan import Kind, Step
+from opt_megatron.generation.plan import Extent, Kind, Output, Row, Step
+from opt_megatron.generation.queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
-from opt_megatron.generation.runner import ModelRunner
+from opt_megatron.generation.runner import ModelRunner, carry_out
 from opt_megatron.generation.sampling import SamplingParams
 from opt_megatron.parallel import ParallelContext, init_parallel, on_all_ranks
 
@@ -28,15 +32,27 @@ def generate(directory: Path, tp: int, pp: int, requests: list[Request], max_bat
     return Engine(model, parallel, max_batch_size=max_batch_size).complete(requests)
 
 
+def speculate(
+    directory: Path, draft: Path | None, tp: int, pp: int, requests: list[Request]
+) -> list[Completion]:
+    """Complete the requests with a draft model, or by prompt lookup without one."""
+    parallel = start(tp, pp)
+    draft_model = None if draft is None else load_model(draft, None, parallel)
+    model = load_model(directory, None, parallel)
+    return Engine(model, parallel, draft_model=draft_model, prompt_lookup=draft is None).complete(requests)
+
+
 def cached_logits(directory: Path, tp: int, pp: int, tokens: list[int], prefill: int) -> torch.Tensor | None:
     """Logits after the first `prefill` tokens and after each later one, through the KV cache: [n, vocabulary]."""
     parallel = start(tp, pp)
-    runner = ModelRunner(load_model(directory, None, parallel), parallel)
-    runner.do(Kind.ALLOCATE, [1, len(tokens)])
-    steps = [Step(0, (0,), (prefill,), (tuple(tokens[:prefill]),))]
-    steps += [Step(0, (n,), (1,), ((tokens[n],),)) for n in range(prefill, len(tokens))]
-    rows = [runner.do(Kind.FORWARD, step.to_numbers()) for step in steps]
-    return torch.cat(rows) if parallel.is_leader else None
+    model = load_model(directory, None, parallel)
+    runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
+    runner.allocate(len(tokens) + 5)
+    extent = Extent(5, len(tokens))
+    rows = [Row(extent, 0, tuple(tokens[:prefill]), 1)]
+    rows += [Row(extent, n, (tokens[n],), 1) for n in range(prefill, len(tokens))]
+    outputs = [runner.forward(Step((row,), Output.LOGITS)) for row in rows]
+    return torch.cat(outputs) if parallel.is_leader else None
 
 
 def full_logits(directory: Path, tp: int, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,6 +147,41 @@ def abandoned_stream(directory: Path, tp: int) -> list[int]:
     return first
 
 
+def served_from_a_queue(directory: Path, tp: int) -> dict[int, str]:
+    """How four requests end that another thread puts, cancels or gets wrong; the leader is idle in between."""
+    engine_module._SECONDS_OF_SILENCE = 0.01
+    parallel = start(tp, 1)
+    engine = Engine(load_model(directory, None, parallel), parallel)
+    queue = RequestQueue()
+    params = SamplingParams(max_new_tokens=200, temperature=0, ignore_eos=True)
+    began, ended = threading.Event(), threading.Event()
+
+    def put() -> None:
+        queue.put(Request((2, 5), params))
+        assert ended.wait(60)
+        began.clear()
+        time.sleep(0.05)
+        queue.put(Request((2, 6), params))
+        assert began.wait(60)
+        queue.cancel(1)
+        queue.put(Request((2,) * 300, params))
+        queue.put(Request((2, 7), params))
+        queue.close()
+
+    thread = threading.Thread(target=put)
+    if parallel.is_leader:
+        thread.start()
+    ends = {}
+    for event in engine.generate(queue):
+        began.set()
+        if event.finish_reason:
+            ends[event.request] = event.finish_reason
+            ended.set()
+    if parallel.is_leader:
+        thread.join()
+    return ends
+
+
 def context_facts(tp: int, pp: int) -> tuple[int, int, bool, bool, int]:
     """Tensor rank, stage, is it the first, the last, and who sends the logits."""
     context = start(tp, pp)
@@ -150,7 +201,7 @@ def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: 
     parallel = start(tp, pp)
     checkpoint = open_checkpoint(directory)
     model = load_model(checkpoint, None, parallel)
-    runner = ModelRunner(model, parallel)
-    runner.do(Kind.ALLOCATE, [batch, context])
-    cache = runner._cache._keys.nbytes + runner._cache._values.nbytes
-    return sum(parameter.nbytes for parameter in model.parameters()), cache, checkpoint.bytes_read
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
+    carry_out([runner], Kind.ALLOCATE, [batch * context])
+    return weights, runner._cache.nbytes, checkpoint.bytes_read

@@ -26,7 +26,12 @@ def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | No
 
 
 def load_model(
-    source: str | Path | Checkpoint, config: OPTConfig | None, parallel: ParallelContext, dtype: str = "auto"
+    source: str | Path | Checkpoint,
+    config: OPTConfig | None,
+    parallel: ParallelContext,
+    dtype: str = "auto",
+    *,
+    quantization: str | None = None,
 ) -> nn.Module:
     """Build this rank's part of the model and read its weights.
 
@@ -34,6 +39,7 @@ def load_model(
         source: a checkpoint in any format, opened or not.
         config: by default the checkpoint's own.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: float32 on a CPU, the checkpoint's on a GPU.
+        quantization: "int8" quantises tensor by tensor, so that no more than one is ever held as floats.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit its config; raised on every rank.
@@ -43,8 +49,11 @@ def load_model(
 
     def load() -> nn.Module:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source), config)
-        model = build_model(checkpoint.config, parallel, resolve_dtype(dtype, checkpoint.config, parallel.device))
+        torch_dtype = resolve_dtype(dtype, checkpoint.config, parallel.device)
+        model = build_model(checkpoint.config, parallel, torch_dtype, quantization=quantization)
         read_into(model, checkpoint, parallel)
+        if quantization is not None:
+            model.prepare_inference()  # there is nothing else that it could be used for
         return model.requires_grad_(False)
 
     return on_all_ranks(parallel, load)
@@ -66,13 +75,13 @@ def read_into(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContex
         raise RuntimeError(f"the parameter table and the model differ in {difference}")
     with torch.no_grad():
         for row in table:
-            fill(
-                parameters[row.megatron],
-                checkpoint,
-                row,
-                parallel.tensor_model_parallel_rank,
-                parallel.tensor_model_parallel_size,
-            )
+            target = parameters[row.megatron]
+            is_deferred = target.device.type == "meta"
+            if is_deferred:
+                target = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
+            fill(target, checkpoint, row, parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size)
+            if is_deferred:
+                model.get_submodule(row.megatron.removesuffix(".weight")).take_weight(target)
 
 
 def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .arguments import add_config, add_layout, add_load, config_argument, say_derived
+from .arguments import add_config, add_layout, add_load, config_argument, say_derived, size_in_bytes
 
 if TYPE_CHECKING:
     from ..checkpoint.convert import Options
@@ -118,21 +117,6 @@ def _options(args: argparse.Namespace) -> Options:
         dtype=args.dtype,
         max_shard_bytes=size_in_bytes(args.max_shard_size),
     )
-
-
-def size_in_bytes(text: str) -> int:
-    """Bytes of a size as people write it: 500MB, 5GB (powers of ten), 2GiB (powers of two), or a plain number.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise UserError(f"{text!r} is not a size; write it as 500MB, 5GB or 2GiB")
-    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    if size > 1e18:
-        raise UserError(f"{text[:40]!r} is more than any machine has; write it as 500MB, 5GB or 2GiB")
-    return int(size)
 
 
 def _layout(options: Options) -> str:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
+from .arguments import add_config, add_load, add_runtime, config_argument, say_derived, size_in_bytes
 from .prompts import Prompt, read_prompts
+from .sampling import add_sampling, sampling_params, with_options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
+
     from ..config import OPTConfig
+    from ..generation.params import SamplingParams
     from ..generation.request import Request
-    from ..generation.sampling import SamplingParams
+    from ..parallel import ParallelContext
     from ..tokenizer import OPTTokenizer
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
@@ -41,15 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='"2 15 7"',
         help="token ids, used as they are; repeatable; needs no tokenizer",
     )
-    options = parser.add_argument_group("sampling")
-    options.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    options.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: 1")
-    options.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all; default: 0")
-    options.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
-    options.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
-    options.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    options.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
-    options.add_argument("--max-batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
+    add_sampling(parser)
+    engine = parser.add_argument_group("how it runs")
+    engine.add_argument(
+        "--quantization",
+        choices=("int8",),
+        help="8-bit weights, quantised while loading; a quarter of float32's memory",
+    )
+    engine.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="sequences at a time; default: 16")
+    engine.add_argument(
+        "--kv-cache-memory", metavar="SIZE", help="of a rank at the most, as 2GB; default: what the prompts need"
+    )
+    engine.add_argument(
+        "--prefill-chunk-size", type=int, default=256, metavar="N", help="tokens of prompts in a step; default: 256"
+    )
+    engine.add_argument("--draft-model", metavar="CHECKPOINT", help="a smaller OPT that proposes tokens (speculation)")
+    engine.add_argument(
+        "--prompt-lookup", action="store_true", help="propose what followed the newest tokens earlier (speculation)"
+    )
+    engine.add_argument(
+        "--num-speculative-tokens", type=int, default=4, metavar="N", help="proposed at a time; default: 4"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object a line for each prompt, nothing else")
     output.add_argument("--stream", action="store_true", help="print as it is generated")
@@ -62,12 +78,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    from ..parallel import check_layout, world_size_from_environment
+    from ..parallel import check_layout, check_seed, world_size_from_environment
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
-    parameters = _sampling_params(args)  # before torch.distributed starts: mistakes are told at once
-    _check_options(args)
+    check_seed(args.seed)  # all before torch.distributed starts: mistakes are told at once
+    parameters = sampling_params(args)
+    kv_cache_memory = _check_options(args)
 
     from ..checkpoint.formats import open_checkpoint
     from ..checkpoint.load import load_model, locate_on_all_ranks
@@ -86,25 +103,27 @@ def run(args: argparse.Namespace) -> None:
         print(TOY_NOTICE, file=sys.stderr)
     if parallel.is_leader:
         say_derived(checkpoint.derived)
-    model = load_model(checkpoint, config, parallel, args.dtype)
-    engine = Engine(model, parallel, max_batch_size=args.max_batch_size, num_tokens=read.num_tokens)
-    show(engine.generate(read.requests), read.prompts, as_text=read.has_text, as_json=args.json, stream=args.stream)
+    engine = Engine(
+        load_model(checkpoint, config, parallel, args.dtype, quantization=args.quantization),
+        parallel,
+        max_batch_size=args.max_batch_size,
+        kv_cache_memory=kv_cache_memory,
+        prefill_chunk_size=args.prefill_chunk_size,
+        num_tokens=read.num_tokens,
+        draft_model=_draft_model(args, parallel),
+        prompt_lookup=args.prompt_lookup,
+        num_speculative_tokens=args.num_speculative_tokens,
+    )
+    show(engine.generate(read.requests), read.prompts, read.requests, args.json, args.stream)
 
 
-def _sampling_params(args: argparse.Namespace) -> SamplingParams:
-    from ..generation.sampling import SamplingParams
-    from ..parallel import check_seed
+def _draft_model(args: argparse.Namespace, parallel: ParallelContext) -> nn.Module | None:
+    from ..checkpoint.load import load_model, locate_on_all_ranks
 
-    check_seed(args.seed)
-    return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
+    if args.draft_model is None:
+        return None
+    return load_model(
+        locate_on_all_ranks(args.draft_model, parallel), None, parallel, args.dtype, quantization=args.quantization
     )
 
 
@@ -113,16 +132,15 @@ class Read:
     """What the leader has read and checked.
 
     Attributes:
-        num_tokens: ids from this one on are vocabulary padding; has_text: there is a tokenizer.
+        num_tokens: ids from this one on are vocabulary padding.
     """
 
     prompts: list[Prompt]
     requests: list[Request]
     num_tokens: int | None
-    has_text: bool
 
 
-NOTHING = Read([], [], None, False)
+NOTHING = Read([], [], None)
 
 
 def _read(args: argparse.Namespace, params: SamplingParams, directory: Path, config: OPTConfig) -> Read:
@@ -131,13 +149,16 @@ def _read(args: argparse.Namespace, params: SamplingParams, directory: Path, con
 
     prompts = read_prompts(args.prompt, args.prompt_file, args.prompt_tokens)
     tokenizer = _tokenizer(args, directory, config, needed=prompts[0].text is not None)
+    if tokenizer is not None:
+        params = replace(params, sentence_end_tokens=tokenizer.sentence_end_tokens())
     requests = []
     for number, prompt in enumerate(prompts, 1):
         tokens = prompt.tokens if prompt.text is None else tuple(tokenizer.encode(prompt.text))
-        requests.append(Request(tokens, params, tokenizer and tokenizer.stream()))
+        own = with_options(params, prompt.options, f"prompt {number}")
+        requests.append(Request(tokens, own, tokenizer and tokenizer.stream))
         check_request(requests[-1], config, f"prompt {number}")
     num_tokens = config.num_tokens if tokenizer is None else min(config.num_tokens, len(tokenizer))
-    return Read(prompts, requests, num_tokens, tokenizer is not None)
+    return Read(prompts, requests, num_tokens)
 
 
 def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, needed: bool) -> OPTTokenizer | None:
@@ -158,10 +179,15 @@ def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, 
     return tokenizer
 
 
-def _check_options(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> int | None:
+    """Check what needs no model, and return the bytes of --kv-cache-memory."""
     from ..config import check_dtype
 
     if args.dtype != "auto":
         check_dtype(args.dtype)
-    if args.max_batch_size < 1:
-        raise UserError(f"--max-batch-size is {args.max_batch_size}, but must be at least 1")
+    for name in ("max_batch_size", "prefill_chunk_size", "num_speculative_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
+    if args.draft_model is not None and args.prompt_lookup:
+        raise UserError("--draft-model and --prompt-lookup are given; use one of them")
+    return None if args.kv_cache_memory is None else size_in_bytes(args.kv_cache_memory)

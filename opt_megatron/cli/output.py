@@ -5,63 +5,93 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
-from ..generation.request import TokenEvent
+from ..generation.request import Request, TokenEvent
 from .prompts import Prompt
 
 
-def show(events: Iterator[TokenEvent], prompts: list[Prompt], *, as_text: bool, as_json: bool, stream: bool) -> None:
+def show(
+    events: Iterator[TokenEvent], prompts: list[Prompt], requests: list[Request], as_json: bool, stream: bool
+) -> None:
     """Print continuations to stdout and, on a terminal, progress to stderr.
-
-    Args:
-        as_text: the events carry text; without a tokenizer they do not, and ids are shown instead.
 
     Results appear in the order of the prompts; with `stream` and JSON, in the order in which they end. On
     ranks that do not lead there are no prompts, and only the events are run through.
     """
-    results = [Result(index, prompt) for index, prompt in enumerate(prompts)]
-    printer = JSONPrinter(results, stream) if as_json else TextPrinter(results, stream, as_text)
+    results = {
+        (index, choice): Result(index, choice, prompt, request)
+        for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
+        for choice in range(request.params.n)
+    }
+    ordered = list(results.values())
+    printer = JSONPrinter(ordered, stream) if as_json else TextPrinter(ordered, stream)
     quiet = not prompts or not sys.stderr.isatty() or (stream and not as_json)
     with tqdm(desc="generating", unit=" tokens", file=sys.stderr, disable=quiet, leave=False) as progress:
         for event in events:
-            results[event.request].add(event)
+            result = results[event.request, event.choice]
+            result.add(event)
             if event.finish_reason:  # a line may be printed now, and not behind the bar
                 progress.clear()
-            printer.update(results[event.request], event)
+            printer.update(result, event)
             progress.update()
     sys.stdout.flush()
 
 
 class Result:
-    """What has been generated for one prompt so far."""
+    """What has been generated for one continuation of a prompt so far."""
 
-    def __init__(self, index: int, prompt: Prompt) -> None:
-        self.index = index
+    def __init__(self, index: int, choice: int, prompt: Prompt, request: Request) -> None:
+        self.index, self.choice = index, choice
         self.prompt = prompt
+        self.num_choices = request.params.n
+        self.has_text = request.decoder is not None  # without a tokenizer, ids are shown instead
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
+        self._reports_logprobs = request.params.logprobs is not None
+        self._echoes = request.params.echo and choice == 0
+        self._events: list[TokenEvent] = []
+        self._prompt_events: list[TokenEvent] = []
 
     def add(self, event: TokenEvent) -> None:
         """Take one more token."""
+        self.finish_reason = event.finish_reason
+        if event.is_prompt:
+            self._prompt_events.append(event)
+            return
         self.text += event.text
         self.tokens.append(event.token)
-        self.finish_reason = event.finish_reason
+        if self._reports_logprobs:
+            self._events.append(event)
 
     def to_json(self) -> str:
         """The object that --json prints."""
-        return json.dumps(
-            {
-                "index": self.index,
-                "prompt": self.prompt.as_given,
-                "text": self.text,
-                "tokens": self.tokens,
-                "finish_reason": self.finish_reason,
-            },
-            ensure_ascii=False,
-        )
+        shown = {"index": self.index}
+        if self.num_choices > 1:
+            shown["choice"] = self.choice
+        shown |= {
+            "prompt": self.prompt.as_given,
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+        }
+        if self._reports_logprobs:
+            shown |= _log_probabilities(self._events, "")
+        if self._echoes:
+            shown["prompt_tokens"] = [event.token for event in self._prompt_events]
+            if self._reports_logprobs:
+                shown |= _log_probabilities(self._prompt_events, "prompt_")
+        return json.dumps(shown, ensure_ascii=False)
+
+
+def _log_probabilities(events: list[TokenEvent], prefix: str) -> dict[str, Any]:
+    return {
+        f"{prefix}logprobs": [event.logprob for event in events],
+        f"{prefix}top_logprobs": [[list(pair) for pair in event.top_logprobs] for event in events],
+    }
 
 
 class JSONPrinter:
@@ -86,10 +116,10 @@ class JSONPrinter:
 class TextPrinter:
     """Prompt and continuation, one prompt after the other; with `stream` the one in front as it grows."""
 
-    def __init__(self, results: list[Result], stream: bool, as_text: bool) -> None:
+    def __init__(self, results: list[Result], stream: bool) -> None:
         self._results = results
         self._stream = stream
-        self._as_text = as_text
+        self._num_prompts = len({result.index for result in results})
         self._next = 0
         self._printed: int | None = None  # characters of the result in front; None: not even its prompt
 
@@ -107,10 +137,14 @@ class TextPrinter:
     def _print(self, front: Result) -> None:
         if self._printed is None:
             if len(self._results) > 1:
-                print(f"{'' if front.index == 0 else chr(10)}=== prompt {front.index + 1} of {len(self._results)} ===")
+                print(f"{'' if front is self._results[0] else chr(10)}=== {self._title(front)} ===")
             prompt = front.prompt.as_given
             print(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)), end="")
             self._printed = 0
-        grown = front.text if self._as_text else " " + " ".join(map(str, front.tokens))
+        grown = front.text if front.has_text else "".join(f" {token}" for token in front.tokens)
         print(grown[self._printed :], end="\n" if front.finish_reason else "", flush=True)
         self._printed = len(grown)
+
+    def _title(self, front: Result) -> str:
+        parts = [("prompt", front.index, self._num_prompts), ("continuation", front.choice, front.num_choices)]
+        return ", ".join(f"{name} {number + 1} of {count}" for name, number, count in parts if count > 1)

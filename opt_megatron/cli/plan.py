@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .convert import size_in_bytes
+from .arguments import size_in_bytes
 
 if TYPE_CHECKING:
     from ..checkpoint.planning import RankPlan

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the user gave it: text, or token ids that are used as they are."""
+    """A prompt as the user gave it: text, or token ids that are used as they are, and its own options."""
 
     text: str | None = None
     tokens: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def as_given(self) -> str | list[int]:
@@ -89,20 +91,22 @@ def _lines(content: bytes, where: str) -> list[Prompt]:
         raise UserError(f"{where}: holds no prompt")
     if _json_prompt(lines[0][1]) is None:
         return [Prompt(text=line) for _, line in lines]
-    return [Prompt(text=_required_json_prompt(line, number, where)) for number, line in lines]
+    return [_required_json_prompt(line, number, where) for number, line in lines]
 
 
-def _json_prompt(line: str) -> str | None:
+def _json_prompt(line: str) -> Prompt | None:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
     prompt = value.get("prompt") if isinstance(value, dict) else None
-    return prompt if isinstance(prompt, str) else None
+    return Prompt(text=prompt, options=value.get("options", {})) if isinstance(prompt, str) else None
 
 
-def _required_json_prompt(line: str, number: int, where: str) -> str:
+def _required_json_prompt(line: str, number: int, where: str) -> Prompt:
     prompt = _json_prompt(line)
     if prompt is None:
         raise UserError(f"{where}: line {number} is not a JSON object with a string 'prompt', as line 1 is")
+    if not isinstance(prompt.options, dict):
+        raise UserError(f"{where}: line {number}: 'options' is not an object of options and their values")
     return prompt

@@ -2,58 +2,91 @@
 
     [kind, how many numbers follow, number, number, ...]      filled up to a fixed size
 
-A plan that is longer than the fixed size (a prefill's tokens) sends the rest in a second broadcast.
+A plan that is longer than the fixed size (a long piece of a prompt) sends the rest in a second broadcast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
 from ..parallel import ParallelContext
 
 _HEADER = 2
-_INLINE = 254  # numbers in the first broadcast: 2 KiB with the header
+_INLINE = 510  # numbers in the first broadcast: 4 KiB with the header
 
 
 class Kind(IntEnum):
     """What to do."""
 
-    ALLOCATE = 0  # slots, length
-    FORWARD = 1  # a Step
-    MOVE = 2  # source slot, target slot
-    STOP = 3
+    ALLOCATE = 0  # tokens of the cache, for each model
+    FORWARD = 1  # which model, and a Step
+    COPY = 2  # which model, source extent (start, size), target extent (start, size), from token, to token
+    WAIT = 3  # nothing; sent while there is nothing to do, so that no rank thinks the leader lost
+    STOP = 4
+
+
+class Output(IntEnum):
+    """What a step is to give the leader for the tokens that it asks about."""
+
+    BEST = 0  # the best id and its logit alone: greedy decoding
+    LOGITS = 1  # logits of the whole vocabulary
+    HIDDEN = 2  # logits, and behind them the hidden state after the last layer
+
+
+class Extent(NamedTuple):
+    """Where a row's keys and values are in the cache: `size` tokens from `start` on."""
+
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence's part of a step.
+
+    Attributes:
+        extent: its place in the cache.
+        position: of the first of `tokens`; the cache holds what comes before.
+        tokens: what is fed, at most up to the extent's end.
+        asked: how many of the last of `tokens` the leader wants the output for.
+    """
+
+    extent: Extent
+    position: int
+    tokens: tuple[int, ...]
+    asked: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass over rows that stand in neighbouring slots of the cache.
+    """One forward pass over rows of any lengths."""
 
-    Attributes:
-        starts: [b] position of each row's first token in this step.
-        counts: [b] how many of the row's tokens are real; the rest, on the right, is padding.
-        tokens: [b][s]
-    """
-
-    first_slot: int
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    rows: tuple[Row, ...]
+    output: Output
 
     def to_numbers(self) -> list[int]:
         """A flat list that `from_numbers` understands."""
-        flat = [token for row in self.tokens for token in row]
-        return [self.first_slot, len(self.starts), len(self.tokens[0]), *self.starts, *self.counts, *flat]
+        numbers = [self.output, len(self.rows)]
+        for row in self.rows:
+            numbers += [*row.extent, row.position, row.asked, len(row.tokens)]
+        for row in self.rows:
+            numbers += row.tokens
+        return numbers
 
     @classmethod
     def from_numbers(cls, numbers: list[int]) -> Step:
         """The inverse of `to_numbers`."""
-        first_slot, rows, columns = numbers[:3]
-        starts, counts, flat = numbers[3 : 3 + rows], numbers[3 + rows : 3 + 2 * rows], numbers[3 + 2 * rows :]
-        tokens = tuple(tuple(flat[row * columns : (row + 1) * columns]) for row in range(rows))
-        return cls(first_slot, tuple(starts), tuple(counts), tokens)
+        output, count = numbers[:2]
+        rows, begin = [], 2 + 5 * count
+        for head in range(2, begin, 5):
+            start, size, position, asked, length = numbers[head : head + 5]
+            rows.append(Row(Extent(start, size), position, tuple(numbers[begin : begin + length]), asked))
+            begin += length
+        return cls(tuple(rows), Output(output))
 
 
 class PlanChannel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -9,7 +10,8 @@ from ..config import OPTConfig
 from ..errors import UserError
 from .sampling import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "refused"]
+TopLogProbs = tuple[tuple[int, float], ...]
 
 
 class TextDecoder(Protocol):
@@ -28,38 +30,88 @@ class Request:
 
     Attributes:
         prompt: token ids, BOS included, as they are fed to the model.
-        decoder: makes the events' text; without one, text is empty and stop strings cannot be used.
+        decoder: makes a decoder for the events' text, a new one for every continuation (`tokenizer.stream`);
+            without it text is empty and stop strings cannot be used.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
-    decoder: TextDecoder | None = None
+    decoder: Callable[[], TextDecoder] | None = None
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token.
+    """One token, or the end of a request that was cancelled or refused.
 
     Attributes:
-        request: index of the request in the order given to `generate`.
-        token: its id; an end-of-sequence token is reported too.
-        text: what this token adds to the text, possibly nothing (half a character, the start of a stop string).
-        finish_reason: "stop" or "length" on the request's last event, else None.
+        request: the request's number, in the order given to `generate`.
+        token: its id; an end-of-sequence token is reported too. None when cancelled or refused.
+        text: what this token adds to the text, possibly nothing (half a character, the start of a stop string);
+            of a refused request the reason.
+        finish_reason: on the last event of a continuation, else None.
+        choice: which of the request's `n` continuations.
+        logprob: natural logarithm of the model's own probability, before any filter; None where not asked for,
+            and for the first token of a prompt.
+        top_logprobs: the likeliest ids with theirs, best first.
+        is_prompt: a token of the prompt, when `echo` asks for them (with choice 0, before all others).
     """
 
     request: int
-    token: int
+    token: int | None
     text: str
     finish_reason: FinishReason | None = None
+    choice: int = 0
+    logprob: float | None = None
+    top_logprobs: TopLogProbs = ()
+    is_prompt: bool = False
 
 
 @dataclass(frozen=True)
 class Completion:
-    """All that was generated for one request."""
+    """All that was generated for one continuation of a request; `prompt_events` only with `echo`."""
 
     tokens: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    request: int = 0
+    choice: int = 0
+    logprobs: tuple[float | None, ...] = ()
+    top_logprobs: tuple[TopLogProbs, ...] = ()
+    prompt_events: tuple[TokenEvent, ...] = ()
+
+
+class CompletionBuilder:
+    """Gathers events into completions."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[int, int], list[TokenEvent]] = {}
+        self._prompts: dict[int, list[TokenEvent]] = {}
+
+    def add(self, event: TokenEvent) -> None:
+        """Take the next event."""
+        if event.is_prompt:
+            self._prompts.setdefault(event.request, []).append(event)
+            if event.finish_reason is None:
+                return
+        self._events.setdefault((event.request, event.choice), []).append(event)
+
+    def completions(self) -> list[Completion]:
+        """In the order of requests and their continuations."""
+        return [self._complete(key, events) for key, events in sorted(self._events.items())]
+
+    def _complete(self, key: tuple[int, int], events: list[TokenEvent]) -> Completion:
+        request, choice = key
+        kept = [event for event in events if event.token is not None and not event.is_prompt]
+        return Completion(
+            tokens=tuple(event.token for event in kept),
+            text="".join(event.text for event in events if not event.is_prompt),
+            finish_reason=events[-1].finish_reason or "length",
+            request=request,
+            choice=choice,
+            logprobs=tuple(event.logprob for event in kept),
+            top_logprobs=tuple(event.top_logprobs for event in kept),
+            prompt_events=tuple(self._prompts.get(request, ())) if choice == 0 else (),
+        )
 
 
 def check_request(request: Request, config: OPTConfig, what: str = "the prompt") -> None:
@@ -74,15 +126,26 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
     strange = [token for token in request.prompt if not 0 <= token < config.vocab_size]
     if strange:
         raise UserError(f"{what} holds the id {strange[0]}, but ids go from 0 to {config.vocab_size - 1}")
-    if length >= limit:
+    for name, ids in (
+        ("logit_bias", [token for token, _ in request.params.logit_bias]),
+        ("stop_token_ids", request.params.stop_token_ids),
+    ):
+        if any(not 0 <= token < config.vocab_size for token in ids):
+            raise UserError(f"{what}: {name} has {ids}, but ids go from 0 to {config.vocab_size - 1}")
+    _check_length(length, request.params, limit, what)
+    if (request.params.stop or request.params.stop_regex) and request.decoder is None:
+        raise UserError(f"{what} has stop strings, which need a tokenizer to be found in the output")
+
+
+def _check_length(length: int, params: SamplingParams, limit: int, what: str) -> None:
+    longest = limit if params.max_new_tokens == 0 else limit - 1  # scoring alone needs no room
+    if length > longest:
         raise UserError(
             f"{what} has {length} tokens with BOS, and the model has {limit} positions: "
-            f"shorten it to {limit - 1} or fewer"
+            f"shorten it to {longest} or fewer"
         )
-    if length + request.params.max_new_tokens > limit:
+    if length + params.max_new_tokens > limit:
         raise UserError(
-            f"{what} has {length} tokens with BOS; {request.params.max_new_tokens} new ones would pass the model's "
+            f"{what} has {length} tokens with BOS; {params.max_new_tokens} new ones would pass the model's "
             f"{limit} positions: ask for {limit - length} or fewer"
         )
-    if request.params.stop and request.decoder is None:
-        raise UserError(f"{what} has stop strings, which need a tokenizer to be found in the output")

@@ -1,6 +1,6 @@
-"""OPT's self-attention on Megatron-core: its projections, torch's attention kernel, our KV cache.
+"""OPT's attention on Megatron-core: torch's attention kernel for the forward pass of whole sequences.
 
-Shapes: s = tokens of this step, t = keys, b = rows of the batch, n = attention heads of this tensor
+Shapes: s = queries, t = keys, b = rows of the batch, n = attention heads of this tensor
 parallel rank, d = head_dim. Megatron's order is [s, b, n, d], the kernel's is [b, n, s, d].
 """
 
@@ -9,33 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-
-
-class OPTSelfAttention(SelfAttention):
-    """Megatron's SelfAttention, except that keys and values pass through our cache, not through core's.
-
-    Core's static cache has one length for the whole batch and its dynamic one needs flash-attention on
-    CUDA. Ours (`generation/kv_cache.py`) has a length per row and any device.
-    """
-
-    def _adjust_key_value_for_inference(
-        self,
-        inference_context: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotary_pos_emb: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
-        if inference_context is not None:
-            key, value = inference_context.update(self.layer_number, key, value)
-        return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
 
 class OPTCoreAttention(MegatronModule):

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..config import POSITION_OFFSET, OPTConfig
 from ..core_compat import cuda_calls_stay_on_cpu
+from ..errors import UserError
 from ..parallel import ParallelContext, check_layout
 from .attention import padding_mask_to_inputs
+from .embedding import Int8Embedding, Int8ProjectedOutputLayer, OPTEmbedding, ProjectedOutputLayer
+from .linear import DeferredWeight, Int8OutputLayer, OPTOutputLayer
 from .megatron_config import transformer_config
-from .projection import ProjectedEmbedding, ProjectedOutputLayer
-from .spec import block_spec
+from .spec import LINEAR_LAYERS, block_spec
 
 
 class OPTModel(GPTModel):
@@ -24,6 +26,7 @@ class OPTModel(GPTModel):
     Args:
         opt_config: the architecture.
         parallel_output: leave the logits split over the vocabulary (training does). May be set later.
+        quantization: None, or "int8" for a model of 8-bit weights that can only be run.
     """
 
     def __init__(
@@ -33,11 +36,13 @@ class OPTModel(GPTModel):
         parallel: ParallelContext,
         *,
         parallel_output: bool = False,
+        quantization: str | None = None,
     ) -> None:
-        self.opt_config = opt_config  # needed by the hook below, which GPTModel's constructor calls
+        # Needed by the hook below, which GPTModel's constructor calls.
+        self.opt_config, self.quantization = opt_config, quantization
         super().__init__(
             config=core_config,
-            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device),
+            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, quantization),
             vocab_size=opt_config.vocab_size,
             max_sequence_length=opt_config.num_position_rows,
             pre_process=parallel.is_first_stage,
@@ -45,39 +50,64 @@ class OPTModel(GPTModel):
             parallel_output=parallel_output,
             share_embeddings_and_output_weights=True,
         )
+        if quantization is not None:  # not earlier: core sums the tied weights over the stages
+            for module in self.modules():
+                if isinstance(module, DeferredWeight):
+                    module.defer_weight()
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put in OPT's own embedding and head before GPTModel ties them."""
+        config, width = self.config, self.opt_config.word_embed_proj_dim
         if self.pre_process:
             self.embedding.embedding_dropout = nn.Dropout(0.0)  # OPT drops nothing out of its embeddings
-        if self.opt_config.has_embedding_projection:
-            self._project_embedding()
-        with cuda_calls_stay_on_cpu():
-            super().setup_embeddings_and_output_layer()
-
-    def _project_embedding(self) -> None:
-        width, rows = self.opt_config.word_embed_proj_dim, self.vocab_size
-        if self.pre_process:
-            self.embedding.word_embeddings = ProjectedEmbedding(
-                rows,
+            embedding = OPTEmbedding if self.quantization is None else Int8Embedding
+            self.embedding.word_embeddings = embedding(
+                self.vocab_size,
                 width,
-                self.config.hidden_size,
-                init_method=self.config.embedding_init_method,
-                config=self.config,
+                config.hidden_size,
+                init_method=config.embedding_init_method,
+                config=config,
                 tp_group=self.pg_collection.tp,
             )
         if self.post_process:
-            self.output_layer = ProjectedOutputLayer(
-                self.config.hidden_size,
-                width,
-                rows,
-                config=self.config,
-                init_method=self.config.init_method,
+            sizes = (width, self.vocab_size)
+            if self.opt_config.has_embedding_projection:
+                sizes = (config.hidden_size, *sizes)
+            self.output_layer = self._output_layer_class()(
+                *sizes,
+                config=config,
+                init_method=config.init_method,
                 bias=False,
                 gather_output=not self.parallel_output,
                 skip_weight_param_allocation=self.pre_process,
                 tp_group=self.pg_collection.tp,
             )
+        with cuda_calls_stay_on_cpu():
+            super().setup_embeddings_and_output_layer()
+
+    def _output_layer_class(self) -> type[OPTOutputLayer]:
+        # A head beside the embedding has no weight of its own that would have to be read as 8 bits.
+        own_int8 = self.quantization is not None and not self.pre_process
+        if self.opt_config.has_embedding_projection:
+            return Int8ProjectedOutputLayer if own_int8 else ProjectedOutputLayer
+        return Int8OutputLayer if own_int8 else OPTOutputLayer
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """The dtype of parameters that are not quantised, also after `half()` and the like."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.device.type != "meta")
+
+    def prepare_inference(self) -> None:
+        """Exchange weights for what runs fastest here (kernels.py), one layer at a time; once.
+
+        Afterwards the model can be run, with `forward` too, but has no weights to read, train or save.
+        """
+        for module in self.modules():
+            if isinstance(module, OPTOutputLayer) and module.product is None:
+                weight = self.embedding.word_embeddings.head_weight() if self.pre_process else module.weight
+                module.prepare_head(weight, quantized=self.quantization is not None)
+            elif hasattr(module, "prepare_inference") and module is not self:
+                module.prepare_inference()
 
     def forward(
         self,
@@ -86,35 +116,31 @@ class OPTModel(GPTModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """One pass.
+        """One pass over whole sequences. (Generation goes through `inference.InferenceModel`.)
 
         Args:
             input_ids: [b, s]
             position_ids: [b, s], the first token's being 0; by default they follow the attention mask.
             attention_mask: [b, s] with 0 for padding, as in transformers, or a bool mask [b, 1, s, t]
                 with True where a query may look. None is causal, without padding.
-            kwargs: GPTModel's, `labels` and `inference_context` among them.
+            kwargs: GPTModel's, `labels` among them.
 
         Returns:
             On the last pipeline stage logits [b, s, vocabulary], split over the tensor parallel ranks only
-            if `parallel_output`; with an `inference_context` only the rows' last tokens, s = 1. On other
-            stages hidden states [s, b, hidden_size].
+            if `parallel_output`. On other stages hidden states [s, b, hidden_size].
         """
         if attention_mask is not None and attention_mask.dim() == 2:
             derived_positions, attention_mask = padding_mask_to_inputs(attention_mask)
             position_ids = derived_positions if position_ids is None else position_ids
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
-        gather = kwargs.get("inference_context") is not None or not self.parallel_output
         return super().forward(
-            input_ids, position_ids + POSITION_OFFSET, attention_mask, runtime_gather_output=gather, **kwargs
+            input_ids,
+            position_ids + POSITION_OFFSET,
+            attention_mask,
+            runtime_gather_output=not self.parallel_output,
+            **kwargs,
         )
-
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        context = kwargs.get("inference_context")
-        if context is not None and self.post_process:
-            hidden_states = context.select_last(hidden_states)  # only these rows need logits
-        return super()._postprocess(hidden_states, *args, **kwargs)
 
 
 def build_model(
@@ -123,17 +149,21 @@ def build_model(
     dtype: torch.dtype,
     *,
     parallel_output: bool = False,
+    quantization: str | None = None,
     **overrides: Any,
 ) -> OPTModel:
     """This rank's part of the model on the context's device, in evaluation mode, weights not initialised.
 
     Args:
-        dtype: of the parameters.
+        dtype: of the parameters (with a quantisation, of those that stay as they are, and of activations).
+        quantization: None or "int8".
         overrides: fields of TransformerConfig that differ (training).
 
     Raises:
-        UserError: the model does not divide by the layout.
+        UserError: the model does not divide by the layout, or there is no such quantisation.
     """
+    if quantization not in LINEAR_LAYERS:
+        raise UserError(f"quantization {quantization!r}: choose int8 or none")
     check_layout(
         config,
         parallel.tensor_model_parallel_size,
@@ -141,5 +171,5 @@ def build_model(
         parallel.world_size,
     )
     core_config = transformer_config(config, parallel, dtype, **overrides)
-    model = OPTModel(config, core_config, parallel, parallel_output=parallel_output)
+    model = OPTModel(config, core_config, parallel, parallel_output=parallel_output, quantization=quantization)
     return model.to(device=parallel.device, dtype=dtype).eval()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -29,8 +29,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from ..config import OPTConfig
-from .attention import OPTCoreAttention, OPTSelfAttention
-from .linear import OPTColumnParallelLinear, OPTRowParallelLinear
+from .attention import OPTCoreAttention
+from .linear import Int8ColumnParallelLinear, Int8RowParallelLinear, OPTColumnParallelLinear, OPTRowParallelLinear
+
+# What stands in a layer's places for linear layers, by the kind of quantisation: (column, row) parallel.
+LINEAR_LAYERS = {
+    None: (OPTColumnParallelLinear, OPTRowParallelLinear),
+    "int8": (Int8ColumnParallelLinear, Int8RowParallelLinear),
+}
 
 
 class BiasDropoutAddNorm(MegatronModule):
@@ -66,10 +72,12 @@ def norm_implementation(device: torch.device) -> Any:
     return WrappedTorchNorm
 
 
-def block_spec(config: OPTConfig, core_config: TransformerConfig, device: torch.device) -> TransformerBlockSubmodules:
+def block_spec(
+    config: OPTConfig, core_config: TransformerConfig, device: torch.device, quantization: str | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the final norm where the model has one."""
     norm = norm_implementation(device)
-    layer = layer_spec(config, core_config, norm)
+    layer = layer_spec(config, core_config, norm, quantization)
     num_layers = get_num_layers_to_build(core_config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers,
@@ -77,20 +85,21 @@ def block_spec(config: OPTConfig, core_config: TransformerConfig, device: torch.
     )
 
 
-def layer_spec(config: OPTConfig, core_config: TransformerConfig, norm: Any) -> ModuleSpec:
-    """One layer, pre-norm or post-norm as the config says."""
+def layer_spec(
+    config: OPTConfig, core_config: TransformerConfig, norm: Any, quantization: str | None = None
+) -> ModuleSpec:
+    """One layer, pre-norm or post-norm as the config says, with linear layers of the given kind."""
+    column, row = LINEAR_LAYERS[quantization]
     attention = ModuleSpec(
-        module=OPTSelfAttention,
+        module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=OPTColumnParallelLinear,
+            linear_qkv=column,
             core_attention=OPTCoreAttention,
-            linear_proj=OPTRowParallelLinear,
+            linear_proj=row,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=OPTColumnParallelLinear, linear_fc2=OPTRowParallelLinear)
-    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
     if config.do_layer_norm_before:
         before, after = norm, get_bias_dropout_add
     else:

@@ -35,17 +35,17 @@ def test_what_ranks_hold_adds_up_to_the_model():
 def test_activations_cover_what_a_prefill_allocates(models, alone):
     """The peak of a real forward pass, by torch's own count of CPU allocations, against the plan's figure."""
     from opt_megatron.checkpoint.load import load_model
-    from opt_megatron.generation.plan import Kind, Step
+    from opt_megatron.generation.plan import Extent, Output, Row, Step
     from opt_megatron.generation.runner import ModelRunner
 
     directory = models["pre-norm"][0]
     config = OPTConfig.from_directory(directory)
     plan = plan_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
-    runner = ModelRunner(load_model(directory, None, alone), alone)
-    runner.do(Kind.ALLOCATE, [4, 200])
-    step = Step(0, (0,) * 4, (200,) * 4, ((5,) * 200,) * 4)
+    runner = ModelRunner(load_model(directory, None, alone), alone, config.num_tokens)
+    runner.allocate(4 * 200)
+    step = Step(tuple(Row(Extent(200 * n, 200), 0, (5,) * 200, 1) for n in range(4)), Output.LOGITS)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        runner.do(Kind.FORWARD, step.to_numbers())
+        runner.forward(step)
     current = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.nbytes():

@@ -209,3 +209,83 @@ def test_when_a_rank_is_killed_the_other_ends(victim, sizes):
     _, errors = processes[1 - victim].communicate(timeout=60)
     assert processes[1 - victim].returncode == 1
     assert "lost the connection to another rank" in errors and "Traceback" not in errors
+
+
+def test_several_continuations_scores_and_echo_in_json(capsys):
+    arguments = ("--prompt", "Once upon a time", "--max-new-tokens", "4", "--n", "2", "--logprobs", "1", "--echo")
+    code, out, _ = run(capsys, *arguments, "--json")
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert code == 0 and (first["choice"], second["choice"]) == (0, 1) and first["tokens"] != second["tokens"]
+    assert len(first["logprobs"]) == len(first["top_logprobs"]) == 4
+    assert first["prompt_tokens"] == TOKENIZER.encode("Once upon a time") and "prompt_tokens" not in second
+    assert first["prompt_logprobs"][0] is None and all(score < 0 for score in first["prompt_logprobs"][1:])
+    _, out, _ = run(capsys, *arguments)
+    assert out.startswith("=== continuation 1 of 2 ===\nOnce upon a time") and "=== continuation 2 of 2 ===" in out
+    code, out, _ = run(capsys, "--prompt", "Once", "--max-new-tokens", "0", "--echo", "--logprobs", "0", "--json")
+    assert code == 0 and json.loads(out)["tokens"] == [] and len(json.loads(out)["prompt_logprobs"]) == 2
+
+
+def test_a_prompt_may_have_its_own_options(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "Once upon a time", "options": {"temperature": 0, "max_new_tokens": 3}},
+        {"prompt": "Once upon a time", "options": {"temperature": 0, "stop": " there", "max_new_tokens": 30}},
+        {"prompt": "Once upon a time"},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    _, out, _ = run(capsys, "--prompt-file", str(path), "--json", "--max-new-tokens", "5")
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [len(result["tokens"]) for result in results] == [3, 1, 5]
+    assert [result["finish_reason"] for result in results] == ["length", "stop", "length"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temprature": 1}, "prompt 1: there is no option 'temprature'"),
+        ({"temperature": "hot"}, "temperature is 'hot', but must be of the kind float"),
+        ({"top_k": True}, "top_k is True"),
+        ({"stop": [1]}, "stop is"),
+        ({"logit_bias": [1]}, "logit_bias is"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias has [9999], but ids go from 0 to 4095"),
+        ({"stop_regex": "("}, "stop_regex"),
+        ([], "'options' is not an object"),
+    ],
+)
+def test_wrong_options_of_a_prompt_are_one_line(capsys, tmp_path, options, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "Once", "options": options}))
+    code, out, err = run(capsys, "--prompt-file", str(path))
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-beams", "3", "--top-k", "3"), "has no meaning in a beam search"),
+        (("--num-beams", "30"), "needs 30 rows at a time; raise max_batch_size, which is 16"),
+        (("--kv-cache-memory", "1kB"), "kv_cache_memory is 1000 bytes, but one token takes 8192"),
+        (("--kv-cache-memory", "1MB", "--max-new-tokens", "300"), "tokens of KV cache and 122 fit"),
+        (("--prefill-chunk-size", "0"), "--prefill-chunk-size is 0"),
+        (("--draft-model", "story", "--prompt-lookup"), "use one of them"),
+        (("--logit-bias", "5:3"), "is not an id and a number"),
+        (("--n", "2", "--temperature", "0"), "n is 2, but must be 1 at temperature 0"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, "--prompt", "Once", *arguments)
+    assert code == 2 and out == "" and message in err
+    assert err.splitlines()[-1].startswith("opt-megatron: error: ")
+
+
+def test_searches_quantisation_and_speculation_run_from_the_command_line(capsys):
+    base = ("--prompt", "Once upon a time", "--max-new-tokens", "12", "--json")
+    greedy = (*base, "--temperature", "0")
+    plain = run(capsys, *greedy)[1]
+    assert run(capsys, *greedy, "--prompt-lookup")[1] == plain
+    assert run(capsys, *greedy, "--draft-model", "story", "--num-speculative-tokens", "3")[1] == plain
+    beams = [json.loads(line) for line in run(capsys, *base, "--num-beams", "3", "--n", "3")[1].splitlines()]
+    assert [line["choice"] for line in beams] == [0, 1, 2] and len({tuple(line["tokens"]) for line in beams}) == 3
+    for extra in (("--quantization", "int8"), ("--penalty-alpha", "0.6", "--top-k", "4")):
+        code, out, _ = run(capsys, *(base if "--top-k" in extra else greedy), *extra)
+        assert code == 0 and len(json.loads(out)["tokens"]) == 12

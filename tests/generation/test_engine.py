@@ -1,5 +1,8 @@
 """The engine against transformers' greedy search, at every layout, alone and in a batch."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import rank_jobs
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.plan import Step
+from opt_megatron.generation.plan import Extent, Output, Row, Step
 from opt_megatron.generation.request import Request, check_request
 from opt_megatron.generation.sampling import SamplingParams
 from opt_megatron.tokenizer import OPTTokenizer
@@ -60,6 +63,56 @@ def test_eight_unequal_prompts_give_what_each_gives_alone(models, alone, name, m
     assert batched == [oracle_greedy(model, list(r.prompt), n) for r, n in zip(requests, lengths, strict=True)]
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 16, 17])
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
+def test_prompts_in_pieces_give_the_oracles_tokens(models, alone, name, chunk):
+    directory, model = models[name]
+    engine = Engine(load_model(directory, None, alone), alone, prefill_chunk_size=chunk)
+    base = prompts_for(model)[1]  # of which two begin with the first 20 tokens
+    requests = [Request(p, replace(GREEDY_200, max_new_tokens=12)) for p in (base, (*base[:20], 7), *prompts_for(model))]
+    expected = [oracle_greedy(model, list(request.prompt), 12) for request in requests]
+    assert [completion.tokens for completion in engine.complete(requests)] == expected
+
+
+@pytest.mark.parametrize("name", ["pre-norm", "story"])
+def test_probabilities_are_the_oracles(models, alone, name):
+    directory, model = models[name]
+    engine = Engine(load_model(directory, None, alone), alone)
+    prompts = prompts_for(model)[:3]
+    options = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3}  # which change no probability
+    params = SamplingParams(max_new_tokens=12, logprobs=5, echo=True, ignore_eos=True, **options)
+    for prompt, completion in zip(prompts, engine.complete([Request(p, params) for p in prompts]), strict=True):
+        tokens = [*prompt, *completion.tokens]
+        with torch.no_grad():
+            scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)[:-1]
+        first, *others = completion.prompt_events
+        assert (first.token, first.logprob, first.top_logprobs) == (prompt[0], None, ())
+        assert tuple(event.token for event in completion.prompt_events) == prompt
+        own = torch.tensor([*(event.logprob for event in others), *completion.logprobs])
+        assert (own - scores.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]).abs().max() <= 1e-4
+        top = [*(event.top_logprobs for event in others), *completion.top_logprobs]
+        best = scores.topk(5)
+        assert [[token for token, _ in row] for row in top] == best.indices.tolist()
+        assert (torch.tensor([[value for _, value in row] for row in top]) - best.values).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_prompt_can_be_scored_alone(models, ranks, tp, pp):
+    directory, model = models["pre-norm"]
+    params = SamplingParams(max_new_tokens=0, echo=True, logprobs=0)
+    prompts = [*prompts_for(model), (5,) * 256]  # the last one takes every position
+    requests = [Request(prompt, params) for prompt in prompts]
+    for completions in ranks(tp * pp).run(rank_jobs.generate, directory, tp, pp, requests):
+        assert [(c.tokens, c.text, c.finish_reason) for c in completions] == [((), "", "length")] * 9
+        for prompt, completion in zip(prompts, completions, strict=True):
+            with torch.no_grad():
+                scores = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            first, *scored = [event.logprob for event in completion.prompt_events]
+            expected = scores[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+            assert first is None and len(scored) == len(prompt) - 1
+            assert torch.allclose(torch.tensor(scored), expected, atol=1e-4)
+
+
 def test_cached_equals_uncached(models, alone):
     directory, model = models["pre-norm"]
     ours = load_model(directory, None, alone)
@@ -75,10 +128,10 @@ def test_one_seed_gives_one_text_at_every_layout(models, ranks):
     directory = models["pre-norm"][0]
     results = [
         result
-        for tp, pp in ((2, 1), (1, 2), (4, 1), (2, 2))
+        for tp, pp in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
         for result in ranks(tp * pp).run(rank_jobs.sampled_tokens, directory, tp, pp)
     ]
-    assert len(results) == 12
+    assert len(results) == 13
     assert all(result == results[0] for result in results)
     assert len(set(results[0])) == 3
 
@@ -90,7 +143,8 @@ def test_sampling_does_not_depend_on_the_rest_of_the_batch(models, alone):
         Request(prompt, SamplingParams(max_new_tokens=20, seed=seed, top_k=40, ignore_eos=True))
         for seed, prompt in enumerate(prompts_for(model))
     ]
-    assert engine.complete(requests) == [engine.complete([request])[0] for request in requests]
+    batched = [replace(completion, request=0) for completion in engine.complete(requests)]
+    assert batched == [engine.complete([request])[0] for request in requests]
     other_seed = Request(requests[0].prompt, SamplingParams(max_new_tokens=20, seed=99, top_k=40, ignore_eos=True))
     assert engine.complete([other_seed]) != engine.complete(requests[:1])
 
@@ -127,7 +181,7 @@ def test_text_stop_strings_and_streams(models, alone):
 
     def run(**options):
         params = SamplingParams(max_new_tokens=50, temperature=0, **options)
-        events = list(engine.generate([Request(prompt, params, tokenizer.stream())]))
+        events = list(engine.generate([Request(prompt, params, tokenizer.stream)]))
         return "".join(event.text for event in events), events
 
     text, events = run()
@@ -137,6 +191,10 @@ def test_text_stop_strings_and_streams(models, alone):
     stopped, events = run(stop=("never to be seen", stop))
     assert stopped == text[: text.index(stop)]
     assert events[-1].finish_reason == "stop" and len(events) < 50
+    assert run(stop=(stop,), include_stop=True)[0] == text[: text.index(stop) + len(stop)]
+    word = next(re.finditer(r"[a-z]{5}", text))
+    assert run(stop_regex=(r"[a-z]{5}", "never"))[0] == text[: word.start()]
+    assert run(stop_regex=(r"[a-z]{5}",), include_stop=True)[0] == text[: word.end()]
 
 
 @pytest.mark.parametrize(
@@ -174,9 +232,15 @@ def test_a_caller_may_stop_listening(models, ranks):
     assert len(first) == 2 and second == []
 
 
-@given(st.integers(0, 5), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1), st.data())
-def test_plans_survive_the_wire(first_slot, rows, data):
-    width = data.draw(st.integers(1, 6))
-    tokens = data.draw(st.lists(st.tuples(*[st.integers(0, 60000)] * width), min_size=len(rows), max_size=len(rows)))
-    step = Step(first_slot, tuple(r[0] for r in rows), tuple(r[1] for r in rows), tuple(tokens))
-    assert Step.from_numbers(step.to_numbers()) == step
+ROWS = st.builds(
+    Row,
+    st.builds(Extent, st.integers(0, 10**6), st.integers(1, 2048)),
+    st.integers(0, 2047),
+    st.lists(st.integers(0, 60000), min_size=1, max_size=5).map(tuple),
+    st.integers(0, 5),
+)
+
+
+@given(st.lists(ROWS).map(tuple), st.sampled_from(Output))
+def test_plans_survive_the_wire(rows, output):
+    assert Step.from_numbers(Step(rows, output).to_numbers()) == Step(rows, output)

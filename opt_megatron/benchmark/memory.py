@@ -1,0 +1,46 @@
+"""A system's peak memory, taken in a fresh process by what Linux says of it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from .peer import Peer, Setup
+from .workload import Prompt
+
+
+def measure_memory(kind: type[Peer], setup: Setup, prompts: list[Prompt], new_tokens: int) -> dict[str, float]:
+    """Load a model and use it once.
+
+    Returns:
+        MB by name. `libraries`: resident after the imports, before the model. `loading`, `running`: the peaks of
+        resident memory (VmHWM) until the model is loaded, and from then on; libraries and mapped files count.
+        `growth`: of the process's own memory (RssAnon), from before the model to after the run. On CUDA also
+        `device`: the peak of what torch allocated. What the system does not tell is left out.
+    """
+    kind.prepare(setup)
+    libraries, before = _status("VmRSS"), _status("RssAnon")
+    peer = kind(setup)
+    loading = _status("VmHWM")
+    # The peak starts anew where the kernel lets us; elsewhere `running` is the peak of both.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    peer.generate(prompts, new_tokens)
+    after = _status("RssAnon")
+    known = {"libraries": libraries, "loading": loading, "running": _status("VmHWM")}
+    known["growth"] = None if before is None or after is None else after - before
+    if setup.device == "cuda":
+        import torch
+
+        known["device"] = torch.cuda.max_memory_allocated() / 1e6
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _status(field: str) -> float | None:
+    """A size of this process in MB, or None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    values = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(values[0]) * 1024 / 1e6 if values else None

@@ -1,0 +1,97 @@
+"""Embedding and output head: tied, divided over the vocabulary, and for 350m narrower than the model.
+
+H = hidden_size, W = the embedding's width (H, but for 350m), V = vocabulary rows of this tensor parallel
+rank. 350m has two bias-free matrices between the widths, replicated on every tensor parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from .kernels import quantize_rows
+from .linear import DeferredWeight, Int8OutputLayer, OPTOutputLayer
+
+
+class OPTEmbedding(VocabParallelEmbedding):
+    """Token embedding [V, W], and 350m's `project_in` [H, W] after it, before positions are added."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, hidden_size: int, **kwargs: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, **kwargs)
+        is_projected = embedding_dim != hidden_size
+        self.project_in = _projection(embedding_dim, hidden_size, self.weight) if is_projected else None
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """This rank's rows [..., W] for ids [...] counted from its first row."""
+        return embedding(ids, self.weight)
+
+    def local_rows(self, ids: Tensor) -> Tensor:
+        """This rank's part [..., W] of the sum over the ranks: its rows, and zeros for the others' ids."""
+        if self.tp_group.size() == 1:
+            return self.rows(ids)
+        foreign = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
+        return self.rows((ids - self.vocab_start_index).masked_fill(foreign, 0)).masked_fill(foreign[..., None], 0)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """[..., W] -> [..., H]"""
+        return rows if self.project_in is None else self.project_in(rows)
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, H]"""
+        return self.project(super().forward(input_))
+
+    def head_weight(self) -> Tensor:
+        """[V, W], for a head on the same rank."""
+        return self.weight
+
+
+class Int8Embedding(DeferredWeight, OPTEmbedding):
+    """8-bit rows with a scale each."""
+
+    def take_weight(self, weight: Tensor) -> None:
+        """Quantise by row."""
+        table, scales = quantize_rows(weight)
+        self.register_buffer("table", table, persistent=False)
+        self._scales = scales
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows in the parameters' dtype."""
+        return (self.table[ids] * self._scales.to(ids.device)[ids][..., None]).to(self.weight.dtype)
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, H]"""
+        return self.project(reduce_from_tensor_model_parallel_region(self.local_rows(input_), group=self.tp_group))
+
+    def head_weight(self) -> Tensor:
+        """[V, W], made anew: quantising it again gives the same 8-bit numbers."""
+        return self.rows(torch.arange(self.table.size(0), device=self.table.device))
+
+
+class ProjectedOutputLayer(OPTOutputLayer):
+    """350m: `project_out` [W, H], then the head [V, W]."""
+
+    def __init__(self, hidden_size: int, word_embed_proj_dim: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(word_embed_proj_dim, output_size, **kwargs)
+        self.project_out = nn.Linear(hidden_size, word_embed_proj_dim, bias=False)
+
+    def infer(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, V]"""
+        return self.product(self.project_out(hidden), None)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, H] -> logits [s, b, V] (or of the whole vocabulary, when gathered), and no bias"""
+        if self.product is None:  # core's product, by way of OPTOutputLayer
+            return super().forward(self.project_out(input_), *args, **kwargs)
+        return super().forward(input_, *args, **kwargs)
+
+
+class Int8ProjectedOutputLayer(Int8OutputLayer, ProjectedOutputLayer):
+    """Both."""
+
+
+def _projection(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)

@@ -1,0 +1,171 @@
+"""The engine with a rule in the place of the model: batches, plans, choices, and nothing of tensors."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_model import RuleModel, rule_engine
+
+from opt_megatron.checkpoint.load import load_model
+from opt_megatron.errors import UserError
+from opt_megatron.generation.branches import seed_of_choice
+from opt_megatron.generation.engine import Engine
+from opt_megatron.generation.plan import Kind
+from opt_megatron.generation.request import Request
+from opt_megatron.generation.runner import carry_out
+from opt_megatron.generation.sampling import SamplingParams
+
+VOCABULARY = 12
+BASE = tuple(n * n % 11 for n in range(60))  # prompts begin with it, so that they share prefixes
+KINDS = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.8, "top_k": 6},
+    "penalised": {"temperature": 0, "repetition_penalty": 1.5},
+    "scored": {"temperature": 0.9, "logprobs": 2},
+    "echoed": {"temperature": 0, "echo": True, "logprobs": 1},
+    "three": {"n": 3, "top_p": 0.9},
+    "best": {"best_of": 3, "n": 2},
+    "beams": {"num_beams": 3, "n": 2},
+    "contrastive": {"penalty_alpha": 0.4, "top_k": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def make(models, alone):
+    """An engine whose model is a rule."""
+    model = load_model(models["pre-norm"][0], None, alone)
+
+    def engine(rule=None, draft=None, **options):
+        options |= {} if draft is None else {"draft_model": model}
+        made = Engine(model, alone, **({"num_tokens": VOCABULARY} | options))
+        return rule_engine(made, rule or RuleModel(VOCABULARY), draft)
+
+    per_token = Engine(model, alone)._runners[0].cache_bytes_per_token
+    engine.bytes = lambda tokens: tokens * per_token
+    return engine
+
+
+def request(prompt, new=8, **options) -> Request:
+    return Request(tuple(prompt), SamplingParams(max_new_tokens=new, ignore_eos=True, **options))
+
+
+def without_numbers(completions):
+    return [replace(completion, request=0, prompt_events=()) for completion in completions]
+
+
+REQUESTS = st.builds(
+    lambda shared, own, new, kind, seed: request((*BASE[:shared], *own), new, seed=seed, **KINDS[kind]),
+    st.sampled_from([0, 1, 15, 16, 17, 40, 60]),
+    st.lists(st.integers(0, 11), min_size=1, max_size=3),
+    st.integers(1, 8),
+    st.sampled_from(list(KINDS)),
+    st.integers(0, 3),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(REQUESTS, min_size=1, max_size=8), st.integers(3, 9), st.sampled_from([1, 3, 20, 256]), st.integers(0, 200))
+def test_any_batch_gives_what_each_request_gives_alone(make, requests, max_batch_size, chunk, room):
+    alone = [make().complete([one]) for one in requests]
+    memory = make.bytes(3 * 71 + room)  # enough for the largest one
+    engine = make(max_batch_size=max_batch_size, prefill_chunk_size=chunk, kv_cache_memory=memory)
+    batched = engine.complete(requests)
+    for number, expected in enumerate(alone):
+        mine = [completion for completion in batched if completion.request == number]
+        assert without_numbers(mine) == without_numbers(expected)
+        events = [[replace(event, request=0) for event in c.prompt_events] for c in mine]
+        assert events == [list(c.prompt_events) for c in expected]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "penalised"])
+def test_tokens_are_those_of_the_rule(make, kind, chunk):
+    rule = RuleModel(VOCABULARY)
+    requests = [request(BASE[n : n + 20 + n], 12, seed=n, **KINDS[kind]) for n in range(6)]
+    completions = make(rule, prefill_chunk_size=chunk).complete(requests)
+    assert [c.tokens for c in completions] == [rule.continued(r.prompt, r.params) for r in requests]
+
+
+def test_a_step_computes_no_more_of_prompts_than_a_chunk(make):
+    rule = RuleModel(VOCABULARY)
+    make(rule, prefill_chunk_size=10).complete([request(BASE[:45], 1, temperature=0), request((9, *BASE[:44]), 1)])
+    assert (rule.steps, rule.fed) == (9, 90)
+
+
+def test_plans_are_all_that_a_follower_needs(make):
+    """What is sent, carried out by another rank's runners, leaves the same in the caches."""
+    rule, draft, other, other_draft = (RuleModel(VOCABULARY, blend=blend) for blend in (0, 0.5, 0, 0.5))
+    engine = make(rule, draft, prefill_chunk_size=20, max_batch_size=4, kv_cache_memory=2 * make.bytes(220))
+    sent = []
+    engine._channel.send = lambda kind, numbers: sent.append((kind, [int(number) for number in numbers]))
+    engine.complete([request(BASE[: 30 + 3 * n], 6, **options) for n, options in enumerate(KINDS.values())])
+    kinds = [kind for kind, _ in sent]
+    assert kinds[0] is Kind.ALLOCATE and kinds[-1] is Kind.STOP and set(kinds[1:-1]) == {Kind.FORWARD, Kind.COPY}
+    for kind, numbers in sent:
+        carry_out([other, other_draft], kind, numbers)
+    assert (other.cells, other_draft.cells) == (rule.cells, draft.cells)
+
+
+def test_each_of_n_samples_has_a_seed_of_its_own(make):
+    rule = RuleModel(VOCABULARY)
+    one = request(BASE[:30], 10, n=4, seed=5)
+    completions = make(rule).complete([one])
+    assert [c.choice for c in completions] == [0, 1, 2, 3]
+    expected = [rule.continued(one.prompt, one.params, seed_of_choice(5, choice)) for choice in range(4)]
+    assert [c.tokens for c in completions] == expected
+    assert len(set(expected)) == 4
+    assert seed_of_choice(5, 0) == 5
+
+
+def test_best_of_returns_the_likeliest_samples(make):
+    five = request(BASE[:30], 10, n=5, seed=5, logprobs=0)
+    samples = make().complete([five])
+    best = sorted(samples, key=lambda c: -sum(c.logprobs))[:2]
+    params = replace(five.params, n=2, best_of=5)
+    completions = make().complete([Request(five.prompt, params)])
+    assert completions == [replace(c, choice=rank) for rank, c in enumerate(best)]
+    silent = make().complete([Request(five.prompt, replace(params, logprobs=None))])
+    assert [c.tokens for c in silent] == [c.tokens for c in best]
+    assert all(c.logprobs == (None,) * 10 for c in silent)
+
+
+def test_requests_wait_for_memory_and_refused_is_what_can_never_run(make):
+    rule = RuleModel(VOCABULARY)
+    engine = make(rule, kv_cache_memory=make.bytes(60))
+    requests = [request((n, *BASE[:19]), 9, temperature=0) for n in range(5)]  # of 28 tokens
+    assert [c.tokens for c in engine.complete(requests)] == [rule.continued(r.prompt, r.params) for r in requests]
+    assert rule.rows == 2
+    with pytest.raises(UserError, match="prompt 2 needs 61 tokens of KV cache and 60 fit into kv_cache_memory") as error:
+        engine.complete([requests[0], request(BASE[:50], 12)])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="kv_cache_memory is 100 bytes, but one token takes"):
+        make(kv_cache_memory=100)
+    with pytest.raises(UserError, match="prompt 1 needs 4 rows at a time; raise max_batch_size, which is 3"):
+        make(max_batch_size=3).complete([request(BASE, num_beams=4)])
+
+
+def test_ends_of_all_kinds(make):
+    rule = RuleModel(VOCABULARY)
+    plain = make(rule).complete([request(BASE, 40, temperature=0)])[0].tokens
+    assert 2 in plain[1:]  # the end-of-sequence token
+
+    def run(**options):
+        params = SamplingParams(**({"max_new_tokens": 40, "temperature": 0} | options))
+        return make(rule).complete([Request(BASE, params)])[0]
+
+    first = plain.index(2)
+    assert (run().tokens, run().finish_reason) == (plain[: first + 1], "stop")
+    later = run(min_new_tokens=first + 1)
+    assert len(later.tokens) > first + 1 and later.tokens[:first] == plain[:first] and 2 not in later.tokens[:-1]
+    other = plain[4]
+    stopped = run(ignore_eos=True, stop_token_ids=(other,))
+    assert (stopped.tokens, stopped.finish_reason) == (plain[: plain.index(other) + 1], "stop")
+    never = run(ignore_eos=True, stop_token_ids=(other,), min_new_tokens=40)
+    assert len(never.tokens) == 40 and other not in never.tokens and never.finish_reason == "length"
+
+
+@pytest.mark.parametrize("option", ["max_batch_size", "prefill_chunk_size", "num_speculative_tokens"])
+def test_options_out_of_range(make, option):
+    with pytest.raises(UserError, match=f"{option} is 0, but must be at least 1"):
+        make(**{option: 0})

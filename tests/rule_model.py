@@ -1,0 +1,103 @@
+"""A language model that is a rule instead of weights, in the place of the engine's runner.
+
+The logits follow from all tokens so far, as the cache holds them: whoever writes, copies or reads the cache at a
+wrong place gets other tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opt_megatron.generation.engine import Engine
+from opt_megatron.generation.plan import Output, Step
+from opt_megatron.generation.sampling import SamplingParams, TokenHistory, choose
+
+HIDDEN_SIZE = 6
+
+
+class RuleModel:
+    """A Runner (`generation/runner.py`).
+
+    Args:
+        vocabulary: tokens.
+        seed: of the rule.
+        blend: how much of the logits is another seed's rule; makes a draft that is like the model.
+
+    Attributes:
+        steps: made so far; fed: tokens in all of them; rows: of the largest.
+    """
+
+    def __init__(self, vocabulary: int, seed: int = 0, blend: float = 0.0) -> None:
+        self.vocabulary, self._seed, self._blend = vocabulary, seed, blend
+        self.cells: list[int | None] = []
+        self.steps = self.fed = self.rows = 0
+        self.logits = functools.cache(self._logits)
+
+    def allocate(self, tokens: int) -> None:
+        self.cells = [None] * max(tokens, len(self.cells))
+
+    def copy(self, numbers: list[int]) -> None:
+        source, source_size, target, target_size, begin, end = numbers
+        assert 0 <= begin < end <= min(source_size, target_size)
+        self.cells[target + begin : target + end] = self.cells[source + begin : source + end]
+
+    def forward(self, step: Step) -> Tensor:
+        assert step.rows and all(row.tokens and row.asked <= len(row.tokens) for row in step.rows)
+        self.steps += 1
+        self.rows = max(self.rows, len(step.rows))
+        outputs = []
+        for row in step.rows:
+            self.fed += len(row.tokens)
+            start, end = row.extent.start, row.position + len(row.tokens)
+            assert end <= row.extent.size
+            self.cells[start + row.position : start + end] = row.tokens
+            for seen in range(end - row.asked + 1, end + 1):
+                outputs.append(self._output(tuple(self.cells[start : start + seen]), step.output))
+        return torch.stack(outputs) if outputs else torch.empty(0, 1)
+
+    def _output(self, tokens: tuple[int, ...], kind: Output) -> Tensor:
+        logits = self.logits(tokens)
+        if kind is Output.BEST:
+            return torch.stack((logits.argmax().double(), logits.amax().double()))
+        return torch.cat((logits, self.hidden(tokens))) if kind is Output.HIDDEN else logits
+
+    def _logits(self, tokens: tuple[int, ...]) -> Tensor:
+        own = 2 * _noise(self.vocabulary, tokens, self._seed)
+        return own + self._blend * _noise(self.vocabulary, tokens, self._seed + 1) if self._blend else own
+
+    def hidden(self, tokens: tuple[int, ...]) -> Tensor:
+        """The hidden state [H] of the last of `tokens`."""
+        return _noise(HIDDEN_SIZE, tokens, self._seed + 2)
+
+    def continued(self, prompt: Sequence[int], params: SamplingParams, seed: int | None = None) -> tuple[int, ...]:
+        """What the engine has to generate, one token after another and without a cache; never ends early."""
+        history = TokenHistory(prompt)
+        generator = torch.Generator().manual_seed(params.seed if seed is None else seed)
+        for _ in range(params.max_new_tokens):
+            logits = self.logits(tuple(history.tokens))
+            history.append(choose(logits[None], [(params, history, generator)])[0])
+        return tuple(history.output)
+
+    def probability(self, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+        """Of a continuation, sampled without filters."""
+        tokens, total = list(prompt), 0.0
+        for token in continuation:
+            total += float(self.logits(tuple(tokens)).log_softmax(-1)[token])
+            tokens.append(token)
+        return math.exp(total)
+
+
+def rule_engine(engine: Engine, rule: RuleModel, draft: RuleModel | None = None) -> Engine:
+    """Put rules in the places of the engine's models."""
+    assert len(engine._runners) == (1 if draft is None else 2)
+    engine._runners[:] = [rule] if draft is None else [rule, draft]
+    return engine
+
+
+def _noise(size: int, tokens: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(hash((seed, *tokens)) % 2**63))
