@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opt_megatron.checkpoint.load import load_model
+from opt_megatron.collectives import Distributed, SharedMemory, tensor_parallel_collectives
 from opt_megatron.errors import UserError
 from opt_megatron.generation import engine as engine_module
 from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.plan import Extent, Kind, Output, Row, Step
+from opt_megatron.generation.memory import round_up
+from opt_megatron.generation.plan import BLOCK, Extent, Kind, Output, Row, Step
 from opt_megatron.generation.queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
 from opt_megatron.generation.runner import ModelRunner, carry_out
@@ -25,16 +30,16 @@ def start(tp: int, pp: int) -> ParallelContext:
     return init_parallel(tp, pp, seed=1234)
 
 
-def generate(directory: Path, tp: int, pp: int, requests: list[Request], max_batch_size: int = 8) -> list[Completion]:
+def generate(
+    directory: Path, tp: int, pp: int, requests: list[Request], quantization: str | None = None
+) -> list[Completion]:
     """Load and complete the requests."""
     parallel = start(tp, pp)
-    model = load_model(directory, None, parallel)
-    return Engine(model, parallel, max_batch_size=max_batch_size).complete(requests)
+    model = load_model(directory, None, parallel, quantization=quantization)
+    return Engine(model, parallel, max_batch_size=8).complete(requests)
 
 
-def speculate(
-    directory: Path, draft: Path | None, tp: int, pp: int, requests: list[Request]
-) -> list[Completion]:
+def speculate(directory: Path, draft: Path | None, tp: int, pp: int, requests: list[Request]) -> list[Completion]:
     """Complete the requests with a draft model, or by prompt lookup without one."""
     parallel = start(tp, pp)
     draft_model = None if draft is None else load_model(draft, None, parallel)
@@ -42,13 +47,15 @@ def speculate(
     return Engine(model, parallel, draft_model=draft_model, prompt_lookup=draft is None).complete(requests)
 
 
-def cached_logits(directory: Path, tp: int, pp: int, tokens: list[int], prefill: int) -> torch.Tensor | None:
+def cached_logits(
+    directory: Path, tp: int, pp: int, tokens: list[int], prefill: int, quantization: str | None = None
+) -> torch.Tensor | None:
     """Logits after the first `prefill` tokens and after each later one, through the KV cache: [n, vocabulary]."""
     parallel = start(tp, pp)
-    model = load_model(directory, None, parallel)
+    model = load_model(directory, None, parallel, quantization=quantization)
     runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
-    runner.allocate(len(tokens) + 5)
-    extent = Extent(5, len(tokens))
+    extent = Extent(BLOCK, round_up(len(tokens), BLOCK))
+    runner.allocate(extent.start + extent.size)
     rows = [Row(extent, 0, tuple(tokens[:prefill]), 1)]
     rows += [Row(extent, n, (tokens[n],), 1) for n in range(prefill, len(tokens))]
     outputs = [runner.forward(Step((row,), Output.LOGITS)) for row in rows]
@@ -180,6 +187,69 @@ def served_from_a_queue(directory: Path, tp: int) -> dict[int, str]:
     if parallel.is_leader:
         thread.join()
     return ends
+
+
+def shared_memory_and_distributed(tp: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Sum and gather of a tensor through shared memory, which are compared with torch.distributed's; the sum."""
+    from megatron.core import parallel_state
+
+    rank = start(tp, 1).rank
+    group = parallel_state.get_tensor_model_parallel_group()
+    shared, distributed = SharedMemory(group), Distributed(group)
+    mine = (torch.randn(shape, generator=torch.Generator().manual_seed(rank)) * 100).to(dtype)
+    kept = mine.clone()
+    parts = distributed.all_gather(mine.double()).to(dtype)
+    gathered, total = shared.all_gather(mine), shared.all_reduce(mine)
+    assert torch.equal(gathered, parts) and gathered.dtype is total.dtype is dtype
+    assert torch.equal(total, sum(parts.chunk(tp, dim=-1)))  # in the order of ranks, in the tensor's own dtype
+    exact = distributed.all_reduce(mine.double().clone())
+    assert torch.allclose(total.double(), exact, rtol=0, atol=float(exact.abs().max()) * torch.finfo(dtype).eps * tp)
+    assert torch.equal(mine, kept)
+    columns = mine.t() if mine.dim() == 2 else mine[..., ::2]  # not contiguous
+    assert torch.equal(shared.all_gather(columns), distributed.all_gather(columns.double()).to(dtype))
+    shared.all_reduce(mine[:0])
+    assert torch.equal(total, sum(parts.chunk(tp, dim=-1)))  # a result stays good in later rounds
+    return total
+
+
+def many_rounds(tp: int, rounds: int) -> None:
+    """Small and large tensors in turn, with ranks that are late now and then."""
+    from megatron.core import parallel_state
+
+    rank = start(tp, 1).rank
+    shared = SharedMemory(parallel_state.get_tensor_model_parallel_group())
+    for number in range(rounds):
+        if number % 97 == rank:
+            time.sleep(0.002)
+        size = 1 + number * 37 % 5000
+        total = shared.all_reduce(torch.full((size,), float(number + rank)))
+        assert torch.equal(total, torch.full((size,), float(tp * number + tp * (tp - 1) // 2)))
+        assert shared.all_gather(torch.tensor([number + rank])).tolist() == [number + r for r in range(tp)]
+
+
+def kinds_of_collectives(tp: int, pp: int) -> tuple[str, bool]:
+    """Which class is chosen, and whether it is made once."""
+    parallel = start(tp, pp)
+    first = tensor_parallel_collectives(parallel)
+    return type(first).__name__, tensor_parallel_collectives(parallel) is first
+
+
+def with_a_peer_that_ends(rank: int, store: str, how: str, pipe: Any) -> None:
+    """A process of its own: one of two ranks; rank 1 ends after the first round, and 0 tells what it sees then."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shared = SharedMemory(dist.group.WORLD)
+    total = shared.all_reduce(torch.ones(3))
+    if rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    try:
+        shared.all_reduce(torch.ones(3))
+    except RuntimeError as error:
+        pipe.send((total.tolist(), str(error)))
+    os._exit(0)
 
 
 def context_facts(tp: int, pp: int) -> tuple[int, int, bool, bool, int]:

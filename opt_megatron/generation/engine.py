@@ -21,8 +21,8 @@ from ..parallel import ParallelContext, on_all_ranks
 from .beam import BeamBranch
 from .branches import BestOf, Branch, CachedSequence, SamplingBranch
 from .contrastive import ContrastiveBranch
-from .memory import CacheMemory
-from .plan import Kind, Output, PlanChannel, Row, Step
+from .memory import CacheMemory, round_up
+from .plan import BLOCK, Kind, Output, PlanChannel, Row, Step
 from .queue import RequestQueue
 from .request import Completion, CompletionBuilder, Request, TokenEvent, check_request
 from .runner import ModelRunner, carry_out
@@ -92,13 +92,16 @@ class Engine:
         self._draft = DraftModel(lambda step: self._forward(_DRAFT_MODEL, step), num_tokens)
 
     def _tokens_that_fit(self, kv_cache_memory: int | None) -> int:
-        longest = self._max_batch_size * self._config.max_position_embeddings
+        longest = self._max_batch_size * round_up(self._config.max_position_embeddings, BLOCK)
         if kv_cache_memory is None:
             return longest
         per_token = sum(runner.cache_bytes_per_token for runner in self._runners)
-        if kv_cache_memory < per_token:
-            raise UserError(f"kv_cache_memory is {kv_cache_memory} bytes, but one token takes {per_token} on each rank")
-        return min(longest, kv_cache_memory // per_token)
+        if kv_cache_memory < per_token * BLOCK:
+            raise UserError(
+                f"kv_cache_memory is {kv_cache_memory} bytes, but {BLOCK} tokens, the least that can be had, take "
+                f"{per_token * BLOCK} on each rank"
+            )
+        return min(longest, kv_cache_memory // (per_token * BLOCK) * BLOCK)
 
     def generate(self, requests: Sequence[Request] | RequestQueue) -> Iterator[TokenEvent]:
         """Continue all requests; called on every rank, and read to its end there.
@@ -148,7 +151,8 @@ class Engine:
         """Raise UserError unless the model and the cache can run the request."""
         check_request(request, self._config, what)
         branches = self._branches(0, request)
-        rows, tokens = len(branches[0].sequences), len(branches[0].sequences) * branches[0].size
+        rows = len(branches[0].sequences)
+        tokens = rows * round_up(branches[0].size, BLOCK)
         if rows > self._max_batch_size:
             raise UserError(
                 f"{what} needs {rows} rows at a time; raise max_batch_size, which is {self._max_batch_size}"
@@ -166,13 +170,13 @@ class Engine:
         if not isinstance(requests, RequestQueue):
             for index, request in enumerate(requests):
                 self.check(request, f"prompt {index + 1}")
-            sizes = [b.size for r in requests for b in self._branches(0, r) for _ in b.sequences]
+            sizes = [round_up(b.size, BLOCK) for r in requests for b in self._branches(0, r) for _ in b.sequences]
             tokens = min(tokens, sum(sorted(sizes)[-self._max_batch_size :]))
             requests = RequestQueue(requests)
             requests.close()
         if tokens:
             self._do(Kind.ALLOCATE, [tokens] * len(self._runners))
-        self._scheduler = Scheduler(CacheMemory(tokens), self._max_batch_size, self._chunk)
+        self._scheduler = Scheduler(CacheMemory(tokens, BLOCK), self._max_batch_size, self._chunk)
         self._best_of: dict[int, BestOf] = {}
         self._queue = requests
         return requests

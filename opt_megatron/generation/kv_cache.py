@@ -1,13 +1,17 @@
 """Keys and values of many sequences in one memory, and attention over them.
 
-A sequence owns an extent: neighbouring tokens of the cache, as many as it can ever need, so that its keys are
-read without gathering and without padding, whatever the lengths of its neighbours. Nothing outside a
-sequence's own tokens is ever read: memory need not be cleared, and a sequence is shortened by writing over
-its end. Within an extent heads come first, keys as [n, d, size] and values as [n, size, d]: both products of
-a decoding step then run along memory, which on a CPU costs a quarter less than with keys as [n, size, d].
+A sequence owns an extent of the cache, as many tokens as it can ever need. Nothing outside its own tokens has
+an influence on it: memory need not be cleared, and a sequence is shortened by writing over its end.
+
+Memory is divided into blocks of 64 tokens. Within a block heads come first, keys as [n, d, 64] and values as
+[n, 64, d]. So what attention of one query needs are weighted sums of rows: the scores of a block are the sum
+of its d rows of keys with the query as weights, the output is the sum of rows of values with the
+probabilities as weights. On a CPU torch's `embedding_bag` makes such sums, of any number of rows each, at the
+speed of memory: all queries of a step in two calls a layer, whatever the lengths of their sequences, without
+padding. (Batched products of one query over the same memory took 1.6 times as long, and one call a sequence.)
 
 T = tokens of the step, C = tokens of the cache, L = layers of this pipeline stage, n = attention heads of
-this tensor parallel rank, d = head_dim.
+this tensor parallel rank, d = head_dim, Q = queries that stand alone, t = keys of one of them.
 """
 
 from __future__ import annotations
@@ -18,48 +22,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .plan import Extent, Row
+from .plan import BLOCK, Extent, Row
 
-_SHORT = 16  # a row of at most so many tokens is stored by index and attends by two batched products
+_SHORT = 8  # the tokens of a row of at most so many are queries that stand alone
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Rows that attend in one call: one long row, or short ones alike in extents that stand side by side.
+class _Long:
+    """A row of many tokens, a piece of a prompt.
 
     Attributes:
-        first, rows, columns: tokens [first, first + rows * columns) of the step, as rows x columns.
-        position: of the first column; length: keys that the last column sees.
-        extent: of the first row.
-        mask: [columns, length]; bool, True where a query may look, for a long row that does not begin its
-            sequence; what is added to the scores, for short rows of several tokens; else None.
+        tokens: of the step.
+        mask: bool [columns, t], True where a query may look; None for a piece that begins its sequence.
     """
 
-    first: int
-    rows: int
-    columns: int
-    position: int
-    extent: Extent
+    tokens: slice
+    row: Row
     mask: Tensor | None
-
-    @property
-    def length(self) -> int:
-        return self.position + self.columns
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.first, self.first + self.rows * self.columns)
-
-    @property
-    def is_short(self) -> bool:
-        return self.columns <= _SHORT
 
 
 class KVCache:
     """The cache of one model on this rank.
 
     Args:
-        num_layers: L; num_heads: n; tokens: C.
+        num_layers: L; num_heads: n; tokens: C, a multiple of BLOCK.
     """
 
     def __init__(
@@ -69,9 +55,11 @@ class KVCache:
         self._num_heads, self._head_dim = num_heads, head_dim
         self._width = num_heads * head_dim
         self._scale = head_dim**-0.5
-        # [L, keys or values, C * n * d]; an operating system gives pages of it as they are first written.
+        # An operating system gives pages of it as they are first written.
         self._memory = torch.empty((num_layers, 2, tokens * self._width), dtype=dtype, device=device)
-        self._layers = [(keys, values, values.view(-1, head_dim)) for keys, values in self._memory.unbind()]
+        self._layers = list(self._memory.unbind())
+        # embedding_bag is fast for float32 on a CPU alone.
+        self._uses_bags = device.type == "cpu" and dtype == torch.float32
 
     @property
     def nbytes(self) -> int:
@@ -89,29 +77,26 @@ class KVCache:
         Returns:
             positions [T]
         """
-        self._groups = self._grouped(rows)
-        spans = [range(row.position, row.position + len(row.tokens)) for row in rows]
-        self._place_short(rows)
-        return torch.tensor([position for span in spans for position in span], device=self._memory.device)
-
-    def _place_short(self, rows: tuple[Row, ...]) -> None:
-        """Where the keys and values of short rows go, and which tokens of the step they are."""
-        places, tokens, first = [], [], 0
+        self._long: list[_Long] = []
+        alone: list[tuple[int, int, int]] = []  # token of the step, first block, position
+        positions: list[int] = []
         for row in rows:
-            count = len(row.tokens)
-            if count <= _SHORT:
-                places += [(*row.extent, row.position + i) for i in range(count)]
-                tokens += range(first, first + count)
-            first += count
-        device = self._memory.device
-        self._short: Tensor | slice | None = None
-        if places:
-            self._short = slice(None) if len(tokens) == first else torch.tensor(tokens, device=device)
-            start, size, position = torch.tensor(places, device=device)[:, :, None].unbind(1)  # [t, 1]
-            heads = torch.arange(self._num_heads, device=device)
-            self._value_places = (start * self._num_heads + heads * size + position).view(-1)  # rows of d
-            columns = torch.arange(self._width, device=device)
-            self._key_places = (start * self._width + columns * size + position).view(-1)  # single numbers
+            first, count = len(positions), len(row.tokens)
+            if count <= _SHORT and self._uses_bags:
+                block = row.extent.start // BLOCK
+                alone += [(first + i, block, row.position + i) for i in range(count)]
+            else:
+                self._long.append(_Long(slice(first, first + count), row, self._mask(row.position, count)))
+            positions += range(row.position, row.position + count)
+        self._bags = _Bags(alone, self._num_heads, self._head_dim) if alone else None
+        self._all_alone = not self._long
+        return torch.tensor(positions, device=self._memory.device)
+
+    def _mask(self, position: int, columns: int) -> Tensor | None:
+        if columns == 1 or position == 0:  # sees everything, or is plainly causal
+            return None
+        every = torch.ones(columns, position + columns, dtype=torch.bool, device=self._memory.device)
+        return every.tril(position)
 
     def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
         """Store this step's keys and values, and attend.
@@ -123,106 +108,155 @@ class KVCache:
         Returns:
             softmax(q d**-0.5 k^T) v of every token over its own sequence so far, [T, n * d]
         """
-        keys, values, value_rows = self._layers[layer]
-        if self._short is not None:
-            _, key, value = query_key_value[self._short].unbind(2)  # [t, n, d]
-            keys.index_copy_(0, self._key_places, key.reshape(-1))
-            value_rows.index_copy_(0, self._value_places, value.reshape(-1, self._head_dim))
-        outputs = []
-        for group in self._groups:
-            own = query_key_value[group.tokens]
-            outputs.append(
-                self._attend_short(group, own, keys, values)
-                if group.is_short
-                else self._attend_long(group, own, keys, values)
-            )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        keys, values = self._layers[layer]
+        if self._all_alone:
+            return self._bags.attend(query_key_value, keys, values, self._scale)
+        output = query_key_value.new_empty(query_key_value.size(0), self._width)
+        for long in self._long:
+            output[long.tokens] = self._attend_long(long, query_key_value[long.tokens], keys, values)
+        if self._bags is not None:
+            chosen = self._bags.tokens
+            output[chosen] = self._bags.attend(query_key_value[chosen], keys, values, self._scale)
+        return output
 
-    def _attend_short(self, group: _Group, query_key_value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """All rows' heads as one batch of products."""
-        n, d, size, batch = self._num_heads, self._head_dim, group.extent.size, group.rows * self._num_heads
-        queries = query_key_value[:, :, 0] * self._scale  # [rows * columns, n, d]
-        if group.columns > 1:
-            queries = queries.view(group.rows, group.columns, n, d).transpose(1, 2)
-        offset = group.extent.start * self._width
-        seen_keys = keys.as_strided((batch, d, group.length), (size * d, size, 1), keys.storage_offset() + offset)
-        seen = values.as_strided((batch, group.length, d), (size * d, d, 1), values.storage_offset() + offset)
-        scores = torch.bmm(queries.reshape(batch, group.columns, d), seen_keys)
-        if group.mask is not None:
-            scores += group.mask
-        output = torch.bmm(scores.softmax(-1), seen)  # [rows * n, columns, d]
-        if group.columns > 1:
-            output = output.view(group.rows, n, group.columns, d).transpose(1, 2)
-        return output.reshape(-1, self._width)
-
-    def _attend_long(self, group: _Group, query_key_value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """A piece of a prompt: torch's attention kernel, which wants keys as [n, length, d]."""
+    def _attend_long(self, long: _Long, query_key_value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Torch's attention kernel, which wants keys and values as [n, t, d]."""
         query, key, value = query_key_value.permute(2, 1, 0, 3)  # [n, columns, d]
-        begin, end = group.position, group.length
-        all_keys, all_values = self._in_extent(group.extent, keys, values)
-        all_keys[:, :, begin:end] = key.transpose(1, 2)
-        all_values[:, begin:end] = value
-        seen_keys = key if begin == 0 else all_keys[:, :, :end].transpose(1, 2).contiguous()
+        row = long.row
+        end = row.position + len(row.tokens)
+        self._store(row.extent, row.position, key, value, keys, values)
+        if row.position > 0:
+            key, value = self._gather(row.extent, end, keys, values)
         output = scaled_dot_product_attention(
             query[None],
-            seen_keys[None],
-            all_values[None, :, :end],
-            attn_mask=group.mask,
-            is_causal=group.mask is None,
+            key[None],
+            value[None],
+            attn_mask=long.mask,
+            is_causal=long.mask is None and len(row.tokens) > 1,
             scale=self._scale,
         )
         return output[0].transpose(0, 1).reshape(-1, self._width)
 
-    def _in_extent(self, extent: Extent, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., n, d, size] and [..., n, size, d] of memory [..., C * n * d]"""
-        begin, length = extent.start * self._width, extent.size * self._width
-        n, d = self._num_heads, self._head_dim
+    def _store(self, extent: Extent, position: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        key_blocks, value_blocks = self._in_blocks(extent, keys, values)
+        done, count = 0, key.size(1)
+        while done < count:
+            block, within = divmod(position + done, BLOCK)
+            size = min(BLOCK - within, count - done)
+            key_blocks[block, :, :, within : within + size] = key[:, done : done + size].transpose(1, 2)
+            value_blocks[block, :, within : within + size] = value[:, done : done + size]
+            done += size
+
+    def _gather(self, extent: Extent, end: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The first `end` keys and values of an extent, [n, end, d]."""
+        count = -(-end // BLOCK)
+        key_blocks, value_blocks = (blocks[:count] for blocks in self._in_blocks(extent, keys, values))
         return (
-            keys.narrow(-1, begin, length).unflatten(-1, (n, d, extent.size)),
-            values.narrow(-1, begin, length).unflatten(-1, (n, extent.size, d)),
+            key_blocks.permute(1, 0, 3, 2).reshape(self._num_heads, count * BLOCK, self._head_dim)[:, :end],
+            value_blocks.transpose(0, 1).reshape(self._num_heads, count * BLOCK, self._head_dim)[:, :end],
         )
 
-    def _grouped(self, rows: tuple[Row, ...]) -> list[_Group]:
-        groups, first, index = [], 0, 0
-        while index < len(rows):
-            head, count = rows[index], _alike(rows, index)
-            columns = len(head.tokens)
-            mask = self._mask(head.position, columns)
-            groups.append(_Group(first, count, columns, head.position, head.extent, mask))
-            first += count * columns
-            index += count
-        return groups
-
-    def _mask(self, position: int, columns: int) -> Tensor | None:
-        is_long = columns > _SHORT
-        if columns == 1 or (is_long and position == 0):  # sees everything, or is plainly causal
-            return None
-        every = torch.ones(columns, position + columns, dtype=torch.bool, device=self._memory.device)
-        visible = every.tril(position)
-        if is_long:
-            return visible
-        return torch.zeros(visible.shape, dtype=self._memory.dtype, device=visible.device).masked_fill(
-            ~visible, -torch.inf
+    def _in_blocks(self, extent: Extent, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., blocks, n, d, 64] and [..., blocks, n, 64, d] of memory [..., C * n * d]"""
+        begin, length = extent.start * self._width, extent.size * self._width
+        n, d, count = self._num_heads, self._head_dim, extent.size // BLOCK
+        return (
+            keys.narrow(-1, begin, length).unflatten(-1, (count, n, d, BLOCK)),
+            values.narrow(-1, begin, length).unflatten(-1, (count, n, BLOCK, d)),
         )
 
     def copy(self, source: Extent, target: Extent, begin: int, end: int) -> None:
         """Tokens [begin, end) of one extent over those of another, in all layers."""
         keys, values = self._memory.unbind(1)
-        from_keys, from_values = self._in_extent(source, keys, values)
-        to_keys, to_values = self._in_extent(target, keys, values)
-        to_keys[..., begin:end] = from_keys[..., begin:end]
-        to_values[..., begin:end, :] = from_values[..., begin:end, :]
+        from_keys, from_values = self._in_blocks(source, keys, values)
+        to_keys, to_values = self._in_blocks(target, keys, values)
+        for block in range(begin // BLOCK, -(-end // BLOCK)):
+            inside = slice(max(begin - block * BLOCK, 0), min(end - block * BLOCK, BLOCK))
+            to_keys[:, block, :, :, inside] = from_keys[:, block, :, :, inside]
+            to_values[:, block, :, inside] = from_values[:, block, :, inside]
 
 
-def _alike(rows: tuple[Row, ...], index: int) -> int:
-    """How many rows from `index` on are short, of one position and one number of tokens, and side by side."""
-    head, count = rows[index], 1
-    if len(head.tokens) > _SHORT:
-        return 1
-    while index + count < len(rows):
-        row, expected = rows[index + count], head.extent.start + count * head.extent.size
-        place = (row.position, len(row.tokens), *row.extent)
-        if place != (head.position, len(head.tokens), expected, head.extent.size):
-            break
-        count += 1
-    return count
+class _Bags:
+    """Attention of queries that stand alone, as weighted sums of rows of the cache.
+
+    A bag of keys is a block of one head and query: d rows of 64 scores. A bag of values is a head of a query:
+    t rows of d. Indices are made once a step and serve all layers.
+
+    Attributes:
+        tokens: [Q] of the step.
+    """
+
+    def __init__(self, queries: list[tuple[int, int, int]], n: int, d: int) -> None:
+        self.tokens, first_blocks, positions = torch.tensor(queries).unbind(1)  # [Q]
+        self._n, self._d = n, d
+        lengths = positions + 1
+        heads = torch.arange(n)
+        newest = first_blocks + positions // BLOCK
+        cells = newest[:, None] * n + heads  # [Q, n]: block and head
+        within = (positions % BLOCK)[:, None]
+        self._value_places = (cells * BLOCK + within).view(-1)
+        self._key_places = ((cells[..., None] * d + torch.arange(d)) * BLOCK + within[..., None]).view(-1)
+        self._index_keys(first_blocks, lengths, heads)
+        self._index_values(first_blocks, lengths, heads)
+
+    def _index_keys(self, first_blocks: Tensor, lengths: Tensor, heads: Tensor) -> None:
+        counts = -(-lengths // BLOCK)  # blocks of each query
+        self._width = int(counts.max()) * BLOCK
+        blocks = torch.arange(self._width // BLOCK)
+        is_there = (blocks < counts[:, None])[:, None].expand(-1, self._n, -1)  # [Q, n, most blocks]
+        cells = (first_blocks[:, None] + blocks)[:, None] * self._n + heads[:, None]  # [Q, n, most blocks]
+        if not is_there.all():
+            cells = cells[is_there]
+            self._bag_places = is_there.reshape(-1).nonzero()[:, 0]  # bags, among [Q, n, most blocks]
+            self._bag_queries = self._bag_places // len(blocks)  # bags, among [Q, n]
+        else:
+            self._bag_places = None
+        self._key_rows = (cells.reshape(-1, 1) * self._d + torch.arange(self._d)).view(-1).int()
+        self._key_offsets = torch.arange(0, self._key_rows.numel() + 1, self._d, dtype=torch.int32)
+
+    def _index_values(self, first_blocks: Tensor, lengths: Tensor, heads: Tensor) -> None:
+        # With one length for all, a slice of the scores does what else takes a mask and a selection.
+        self._length = int(lengths[0]) if bool((lengths == lengths[0]).all()) else None
+        positions = torch.arange(self._width if self._length is None else self._length)
+        rows = (first_blocks[:, None] + positions // BLOCK) * (self._n * BLOCK) + positions % BLOCK  # [Q, most]
+        rows = (rows[:, None] + heads[:, None] * BLOCK).reshape(-1)  # [Q * n * most]
+        if self._length is None:
+            is_there = (positions < lengths[:, None])[:, None]  # [Q, 1, most]
+            self._beyond = ~is_there
+            self._weights = is_there.expand(-1, self._n, -1).reshape(-1).nonzero()[:, 0]
+            rows = rows[self._weights]
+        self._value_rows = rows.int()
+        offsets = torch.zeros(lengths.numel() * self._n + 1, dtype=torch.int32)
+        offsets[1:] = lengths.repeat_interleave(self._n).cumsum(0)
+        self._value_offsets = offsets
+
+    def attend(self, query_key_value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Store and attend: [Q, n, 3, d] -> [Q, n * d]."""
+        n, d = self._n, self._d
+        query, key, value = query_key_value.unbind(2)
+        value_rows = values.view(-1, d)
+        keys.index_copy_(0, self._key_places, key.reshape(-1))
+        value_rows.index_copy_(0, self._value_places, value.reshape(-1, d))
+        scores = self._scores((query * scale).view(-1, d), keys.view(-1, BLOCK)).view(-1, n, self._width)
+        if self._length is not None:
+            probabilities = scores[:, :, : self._length].softmax(-1).view(-1)
+        else:  # masked, and not added to: what lies there may be no number
+            probabilities = scores.masked_fill(self._beyond, -torch.inf).softmax(-1).view(-1)
+            probabilities = probabilities.index_select(0, self._weights)
+        return _sum_bags(value_rows, self._value_rows, self._value_offsets, probabilities).view(-1, n * d)
+
+    def _scores(self, queries: Tensor, key_rows: Tensor) -> Tensor:
+        """[Q * n, d] -> [Q * n, most blocks, 64]"""
+        blocks = self._width // BLOCK
+        if self._bag_places is None:
+            weights = queries[:, None].expand(-1, blocks, -1).reshape(-1)
+            return _sum_bags(key_rows, self._key_rows, self._key_offsets, weights)
+        weights = queries.index_select(0, self._bag_queries).view(-1)
+        sums = _sum_bags(key_rows, self._key_rows, self._key_offsets, weights)
+        scores = queries.new_empty(queries.size(0) * blocks, BLOCK)
+        return scores.index_copy_(0, self._bag_places, sums)
+
+
+def _sum_bags(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Sums of weighted rows of `table`: bag i are `rows[offsets[i]:offsets[i + 1]]`."""
+    return torch.embedding_bag(table, rows, offsets, False, 0, False, weights, True)[0]

@@ -10,14 +10,14 @@ _MOST_RETIRED = 64  # ended sequences that are remembered; each is compared with
 
 
 class CacheMemory:
-    """Gives out extents of a cache of `tokens` tokens.
+    """Gives out extents of a cache of `tokens` tokens, each a multiple of `block` tokens.
 
     An extent that is given back with what it holds stays readable until its memory is needed, so that a
     prompt that begins like an earlier one need not be computed again.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, block: int = 1) -> None:
+        self.tokens, self._block = tokens, block
         self._used: list[Extent] = []  # in the order of their starts
         self._retired: dict[Extent, tuple[int, ...]] = {}  # oldest first
 
@@ -27,10 +27,11 @@ class CacheMemory:
         return sum(extent.size for extent in self._used)
 
     def allocate(self, size: int) -> Extent | None:
-        """An extent of `size` tokens at the lowest free place, or None where there is none.
+        """An extent of at least `size` tokens at the lowest free place, or None where there is none.
 
         Retired extents give way, oldest first.
         """
+        size = round_up(size, self._block)
         while True:
             extent = self._first_fit(size)
             if extent is not None or not self._retired:
@@ -75,6 +76,11 @@ class CacheMemory:
                 return Extent(begin, size)
             begin = extent.start + extent.size
         return Extent(begin, size) if self.tokens - begin >= size else None
+
+
+def round_up(size: int, block: int) -> int:
+    """The next multiple of `block`."""
+    return -(-size // block) * block
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

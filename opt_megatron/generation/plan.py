@@ -37,8 +37,11 @@ class Output(IntEnum):
     HIDDEN = 2  # logits, and behind them the hidden state after the last layer
 
 
+BLOCK = 64  # tokens; extents begin at multiples of it, so that a block of the cache belongs to one sequence
+
+
 class Extent(NamedTuple):
-    """Where a row's keys and values are in the cache: `size` tokens from `start` on."""
+    """Where a row's keys and values are in the cache: `size` tokens from `start` on, both multiples of BLOCK."""
 
     start: int
     size: int

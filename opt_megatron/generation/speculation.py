@@ -37,14 +37,12 @@ class PromptLookup:
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
-        self._indices: dict[int, _NGrams] = {}
+        self._indices: dict[SamplingBranch, _NGrams] = {}
 
     def propose(self, branches: Sequence[SamplingBranch]) -> None:
         """Look up each branch's newest three tokens, or two."""
-        alive = {id(branch) for branch in branches}
-        self._indices = {key: index for key, index in self._indices.items() if key in alive}
-        for branch in branches:
-            index = self._indices.setdefault(id(branch), _NGrams())
+        self._indices = {branch: self._indices.get(branch) or _NGrams() for branch in branches}
+        for branch, index in self._indices.items():
             room = min(self._num_tokens, branch.room_for_proposals)
             tokens = index.after_last(branch.lead.tokens)[:room]
             branch.proposal = Proposal(tokens, [None] * len(tokens))

@@ -85,14 +85,15 @@ class Int8:
         self._zeros = torch.zeros(len(scales), dtype=torch.int32)
         self._weight = torch.ops.onednn.qlinear_prepack(quantized, None)
         self._levels = 127 if _adds_in_32_bits() else 63
-        self._offset = torch.tensor(self._levels + 1.5, dtype=weight.dtype)
+        self._offset = torch.tensor(self._levels + 1.5)
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
         largest = x.abs().amax(-1, keepdim=True)  # [T, 1]
-        # zero point + x / largest * levels; adding a half and cutting off rounds to the nearest. A row of zeros
-        # divides by zero, gives any 8-bit numbers, and is multiplied by zero below.
-        quantized = torch.addcdiv(self._offset, x, largest, value=self._levels).to(torch.uint8)
+        # zero point + x / largest * levels; adding a half and cutting off rounds to the nearest (in float32: in half
+        # precision there is no half beside 128). A row of zeros divides by zero, gives any 8-bit numbers, and is
+        # multiplied by zero below.
+        quantized = torch.addcdiv(self._offset, x.float(), largest.float(), value=self._levels).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise.default(
             quantized, 1 / self._levels, self._levels + 1, self._weight, self._channels, self._zeros,
             None, 1.0, 0, x.dtype, "none", [], "",
@@ -126,7 +127,8 @@ def quantize(weight: Tensor) -> Product:
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [O, I] and scales [O] with weight ~ int8 * scale: symmetric, to the nearest, by row."""
     scales = weight.abs().amax(1).float().clamp_(min=1e-12).div_(127)
-    return (weight / scales[:, None].to(weight.dtype)).round_().to(torch.int8), scales
+    # In float32: bfloat16 has no 127.4, and 128 is no int8.
+    return (weight.float() / scales[:, None]).round_().to(torch.int8), scales
 
 
 def _finish(output: Tensor, relu: bool, residual: Tensor | None) -> Tensor:

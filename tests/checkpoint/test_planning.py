@@ -13,8 +13,8 @@ from opt_megatron.config import OPTConfig, released_config
 def test_weights_cache_and_reads_are_what_ranks_really_hold(models, ranks, name, tp, pp):
     directory = models[name][0]
     config = OPTConfig.from_directory(directory)
-    plans = plan_ranks(config, tp, pp, Workload(3, 50, "float32"), "float32")
-    measured = ranks(tp * pp).run(rank_jobs.bytes_held_and_read, directory, tp, pp, 3, 50)
+    plans = plan_ranks(config, tp, pp, Workload(3, 128, "float32"), "float32")
+    measured = ranks(tp * pp).run(rank_jobs.bytes_held_and_read, directory, tp, pp, 3, 128)
     assert [(p.weights, p.kv_cache, p.read_from_disk) for p in plans] == measured
 
 
@@ -42,8 +42,8 @@ def test_activations_cover_what_a_prefill_allocates(models, alone):
     config = OPTConfig.from_directory(directory)
     plan = plan_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
     runner = ModelRunner(load_model(directory, None, alone), alone, config.num_tokens)
-    runner.allocate(4 * 200)
-    step = Step(tuple(Row(Extent(200 * n, 200), 0, (5,) * 200, 1) for n in range(4)), Output.LOGITS)
+    runner.allocate(4 * 256)
+    step = Step(tuple(Row(Extent(256 * n, 256), 0, (5,) * 200, 1) for n in range(4)), Output.LOGITS)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         runner.forward(step)
     current = peak = 0

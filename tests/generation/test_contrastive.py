@@ -58,7 +58,9 @@ def test_it_differs_from_greedy_search_and_takes_filters(models, alone):
 def test_probabilities_are_the_models(models, alone):
     directory, model = models["pre-norm"]
     prompt = prompts_for(model)[0]
-    (done,) = Engine(load_model(directory, None, alone), alone).complete([Request(prompt, search(9, 4, 0.6, logprobs=3))])
+    (done,) = Engine(load_model(directory, None, alone), alone).complete(
+        [Request(prompt, search(9, 4, 0.6, logprobs=3))]
+    )
     with torch.no_grad():
         scores = model(torch.tensor([[*prompt, *done.tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     own = scores.gather(1, torch.tensor(done.tokens)[:, None])[:, 0]

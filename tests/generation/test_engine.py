@@ -68,8 +68,9 @@ def test_eight_unequal_prompts_give_what_each_gives_alone(models, alone, name, m
 def test_prompts_in_pieces_give_the_oracles_tokens(models, alone, name, chunk):
     directory, model = models[name]
     engine = Engine(load_model(directory, None, alone), alone, prefill_chunk_size=chunk)
-    base = prompts_for(model)[1]  # of which two begin with the first 20 tokens
-    requests = [Request(p, replace(GREEDY_200, max_new_tokens=12)) for p in (base, (*base[:20], 7), *prompts_for(model))]
+    base = prompts_for(model)[1]
+    prompts = [base, (*base[:20], 7), *prompts_for(model)]  # three begin alike
+    requests = [Request(prompt, replace(GREEDY_200, max_new_tokens=12)) for prompt in prompts]
     expected = [oracle_greedy(model, list(request.prompt), 12) for request in requests]
     assert [completion.tokens for completion in engine.complete(requests)] == expected
 

@@ -11,7 +11,7 @@ from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.branches import seed_of_choice
 from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.plan import Kind
+from opt_megatron.generation.plan import BLOCK, Kind
 from opt_megatron.generation.request import Request
 from opt_megatron.generation.runner import carry_out
 from opt_megatron.generation.sampling import SamplingParams
@@ -42,7 +42,7 @@ def make(models, alone):
         return rule_engine(made, rule or RuleModel(VOCABULARY), draft)
 
     per_token = Engine(model, alone)._runners[0].cache_bytes_per_token
-    engine.bytes = lambda tokens: tokens * per_token
+    engine.memory = lambda blocks: blocks * BLOCK * per_token
     return engine
 
 
@@ -54,23 +54,41 @@ def without_numbers(completions):
     return [replace(completion, request=0, prompt_events=()) for completion in completions]
 
 
-REQUESTS = st.builds(
-    lambda shared, own, new, kind, seed: request((*BASE[:shared], *own), new, seed=seed, **KINDS[kind]),
-    st.sampled_from([0, 1, 15, 16, 17, 40, 60]),
-    st.lists(st.integers(0, 11), min_size=1, max_size=3),
-    st.integers(1, 8),
-    st.sampled_from(list(KINDS)),
-    st.integers(0, 3),
+def requests_of(kinds) -> st.SearchStrategy:
+    one = st.builds(
+        lambda shared, own, new, kind, seed, ignore_eos: Request(
+            (*BASE[:shared], *own), SamplingParams(max_new_tokens=new, seed=seed, ignore_eos=ignore_eos, **KINDS[kind])
+        ),
+        st.sampled_from([0, 1, 15, 16, 17, 40, 60]),
+        st.lists(st.integers(0, 11), min_size=1, max_size=3),
+        st.integers(1, 8),
+        st.sampled_from(kinds),
+        st.integers(0, 3),
+        st.booleans(),
+    )
+    return st.lists(one, min_size=1, max_size=8)
+
+
+def drafted(kind: str) -> dict:
+    return {"draft": RuleModel(VOCABULARY, blend=0.5)} if kind == "model" else {"prompt_lookup": kind == "lookup"}
+
+
+# With a draft, random numbers are drawn in an order that the batch has an influence on.
+CERTAIN = ["greedy", "penalised", "echoed", "beams", "contrastive"]
+DRAFTS_AND_REQUESTS = st.one_of(
+    st.tuples(st.just("none"), requests_of(list(KINDS))),
+    st.tuples(st.sampled_from(["lookup", "model"]), requests_of(CERTAIN)),
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(REQUESTS, min_size=1, max_size=8), st.integers(3, 9), st.sampled_from([1, 3, 20, 256]), st.integers(0, 200))
-def test_any_batch_gives_what_each_request_gives_alone(make, requests, max_batch_size, chunk, room):
+@settings(max_examples=150, deadline=None)
+@given(DRAFTS_AND_REQUESTS, st.integers(3, 9), st.sampled_from([1, 3, 20, 256]), st.integers(6, 9))
+def test_any_batch_gives_what_each_request_gives_alone(make, draft_and_requests, max_batch_size, chunk, blocks):
+    draft, requests = draft_and_requests
     alone = [make().complete([one]) for one in requests]
-    memory = make.bytes(3 * 71 + room)  # enough for the largest one
-    engine = make(max_batch_size=max_batch_size, prefill_chunk_size=chunk, kv_cache_memory=memory)
-    batched = engine.complete(requests)
+    memory = make.memory(blocks) * (2 if draft == "model" else 1)  # six are enough for the largest request
+    options = {"max_batch_size": max_batch_size, "prefill_chunk_size": chunk, "kv_cache_memory": memory}
+    batched = make(**drafted(draft), **options).complete(requests)
     for number, expected in enumerate(alone):
         mine = [completion for completion in batched if completion.request == number]
         assert without_numbers(mine) == without_numbers(expected)
@@ -96,7 +114,7 @@ def test_a_step_computes_no_more_of_prompts_than_a_chunk(make):
 def test_plans_are_all_that_a_follower_needs(make):
     """What is sent, carried out by another rank's runners, leaves the same in the caches."""
     rule, draft, other, other_draft = (RuleModel(VOCABULARY, blend=blend) for blend in (0, 0.5, 0, 0.5))
-    engine = make(rule, draft, prefill_chunk_size=20, max_batch_size=4, kv_cache_memory=2 * make.bytes(220))
+    engine = make(rule, draft, prefill_chunk_size=20, max_batch_size=4, kv_cache_memory=2 * make.memory(3))
     sent = []
     engine._channel.send = lambda kind, numbers: sent.append((kind, [int(number) for number in numbers]))
     engine.complete([request(BASE[: 30 + 3 * n], 6, **options) for n, options in enumerate(KINDS.values())])
@@ -132,14 +150,15 @@ def test_best_of_returns_the_likeliest_samples(make):
 
 def test_requests_wait_for_memory_and_refused_is_what_can_never_run(make):
     rule = RuleModel(VOCABULARY)
-    engine = make(rule, kv_cache_memory=make.bytes(60))
-    requests = [request((n, *BASE[:19]), 9, temperature=0) for n in range(5)]  # of 28 tokens
+    engine = make(rule, kv_cache_memory=make.memory(2) + 999)
+    requests = [request((n, *BASE[:19]), 9, temperature=0) for n in range(5)]
     assert [c.tokens for c in engine.complete(requests)] == [rule.continued(r.prompt, r.params) for r in requests]
     assert rule.rows == 2
-    with pytest.raises(UserError, match="prompt 2 needs 61 tokens of KV cache and 60 fit into kv_cache_memory") as error:
-        engine.complete([requests[0], request(BASE[:50], 12)])
+    message = "prompt 2 needs 192 tokens of KV cache and 128 fit into kv_cache_memory"
+    with pytest.raises(UserError, match=message) as error:
+        engine.complete([requests[0], request(BASE[:50], 80)])
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="kv_cache_memory is 100 bytes, but one token takes"):
+    with pytest.raises(UserError, match="kv_cache_memory is 100 bytes, but 64 tokens, the least that can be had, take"):
         make(kv_cache_memory=100)
     with pytest.raises(UserError, match="prompt 1 needs 4 rows at a time; raise max_batch_size, which is 3"):
         make(max_batch_size=3).complete([request(BASE, num_beams=4)])

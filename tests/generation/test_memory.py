@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from opt_megatron.generation.memory import CacheMemory, common_prefix
 
@@ -18,25 +18,26 @@ def longest_gap(extents) -> int:
 
 
 class Memory(RuleBasedStateMachine):
-    def __init__(self):
-        super().__init__()
-        self.memory = CacheMemory(TOKENS)
+    @initialize(block=st.sampled_from([1, 4]))
+    def begin(self, block):
+        self.memory, self.block = CacheMemory(TOKENS, block), block
         self.used = []
         self.retired = {}  # oldest first
 
     @rule(size=st.integers(1, 15))
     def allocate(self, size):
+        whole = -(-size // self.block) * self.block
         before = list(self.retired)
         extent = self.memory.allocate(size)
         left = [old for old in before if self.memory.is_retired(old)]
         gone = before[: len(before) - len(left)]
         assert left == before[len(gone) :]  # the oldest gave way, and no more of them than had to
         if gone:
-            assert longest_gap([*self.used, gone[-1], *left]) < size
+            assert longest_gap([*self.used, gone[-1], *left]) < whole
         if extent is None:
-            assert not left and longest_gap(self.used) < size
+            assert not left and longest_gap(self.used) < whole
         else:
-            assert extent.size == size
+            assert extent.size == whole and extent.start % self.block == 0
             self.used.append(extent)
         self.retired = {old: self.retired[old] for old in left}
 

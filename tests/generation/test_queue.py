@@ -10,7 +10,7 @@ from rule_model import RuleModel, rule_engine
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation import engine as engine_module
 from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.plan import Kind
+from opt_megatron.generation.plan import BLOCK, Kind
 from opt_megatron.generation.queue import RequestQueue
 from opt_megatron.generation.request import Request
 from opt_megatron.generation.sampling import SamplingParams
@@ -98,13 +98,13 @@ def test_cancelled_requests_end_and_leave_the_others_alone(engine):
 
 def test_what_a_cancelled_request_held_is_free_at_the_next_step(model, alone):
     per_token = Engine(model, alone)._runners[0].cache_bytes_per_token
-    engine = Engine(model, alone, num_tokens=VOCABULARY, kv_cache_memory=60 * per_token)
+    engine = Engine(model, alone, num_tokens=VOCABULARY, kv_cache_memory=BLOCK * per_token)
     rule_engine(engine, RuleModel(VOCABULARY))
     queue, events = RequestQueue([request(0, new=50), request(1, new=50)]), []
     for event in engine.generate(queue):
         events.append(event)
         if len(events) == 3:
-            assert used(engine) == 52 and {e.request for e in events} == {0}
+            assert used(engine) == BLOCK and {e.request for e in events} == {0}
             queue.cancel(0)
             queue.close()
     assert [event.request for event in events] == [0] * 4 + [1] * 50

@@ -128,6 +128,15 @@ def test_one_that_waits_for_a_prefix_lets_others_pass():
     assert loop.model.fed == 50 + 1 + 10 + 3 * 4
 
 
+def test_one_waits_no_longer_than_until_its_prefix_is_computed():
+    loop = Loop(1000, chunk=40)
+    loop.add(branch(0, range(100)), branch(1, [*range(30), 7, 7]))
+    assert [loop.step(), loop.step()] == [[(0, 40)], [(0, 40)]]
+    assert [b.number for b in loop.scheduler.running] == [0, 1]
+    loop.run()
+    assert loop.model.fed == 100 + 2 + 2 * 4
+
+
 def test_the_prefix_of_an_ended_request_is_copied_as_long_as_it_is_there():
     loop = Loop(200)
     loop.add(branch(0, range(60)))

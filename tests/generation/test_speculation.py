@@ -146,7 +146,7 @@ def probability(rule: RuleModel, params: SamplingParams, tokens) -> float:
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"echo": True}, {"num_beams": 3}])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"echo": True}])
 def test_what_is_certain_does_not_depend_on_the_draft(model, alone, kind, options):
     rule, made = RuleModel(12), {"num_tokens": 12, "max_batch_size": 4, "prefill_chunk_size": 7}
     requests = greedy([tuple(n * n % 11 for n in range(begin, 30)) for begin in range(0, 20, 3)], 20, **options)
