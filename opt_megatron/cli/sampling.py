@@ -48,8 +48,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, kind, text in _NUMBERS:
         known = "" if defaults[name] is None else f"; default: {defaults[name]:g}"
+        # torchrun takes --n for an abbreviation of its own options, even behind the script's name.
+        flags = ("--num-return-sequences", "--n") if name == "n" else (_flag(name),)
         group.add_argument(
-            _flag(name), type=kind, default=defaults[name], metavar="N" if kind is int else "X", help=text + known
+            *flags, dest=name, type=kind, default=defaults[name], metavar="N" if kind is int else "X", help=text + known
         )
     for name, text in _FLAGS:
         group.add_argument(_flag(name), action="store_true", help=text)
@@ -96,7 +98,7 @@ def with_options(params: SamplingParams, options: dict[str, Any], where: str) ->
         return replace(params, **{name: _plain(name, value) for name, value in options.items()})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{where}: an option has a value of the wrong kind in {options}") from None
 
 
@@ -126,7 +128,10 @@ def _scalar(name: str, value: Any) -> Any:
     fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits:
         raise UserError(f"{name} is {value!r}, but must be of the kind {kind.__name__}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise UserError(f"{name} is {str(value)[:20]}..., which is more than a number can be") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .branches import Branch, CachedSequence, Copy, Feed
 from .memory import common_prefix
 from .request import Request, TokenEvent
@@ -127,6 +128,11 @@ class BeamBranch(Branch):
         scores = torch.stack([self._filtered(row, feed.sequence) for row, feed in zip(rows, feeds, strict=True)])
         steps = self._search.advance(scores)
         if self._search.is_done:
+            if len(self._search.best()) < self.request.params.n:
+                raise UserError(
+                    f"the beam search found {len(self._search.best())} continuations and n is {self.request.params.n}: "
+                    "options leave too few tokens possible"
+                )
             self.is_finished = True
             return self._report()
         self._rearrange(steps, copy)

@@ -128,15 +128,13 @@ class SamplingBranch(Branch):
         self._echo = params.echo and choice == 0
         # How many alternatives to report with every token; None for no probabilities at all.
         self._reported = 0 if params.best_of is not None and params.logprobs is None else params.logprobs
-        if self._echo and self._reported is None:
-            self._reported = 0
         self._continuation = Continuation(request, eos, choice)
         self._prompt_decoder = request.decoder() if self._echo and request.decoder else None
 
     @property
     def output(self) -> Output:
         """The best ids alone, where nothing else can be chosen or is reported."""
-        plain = self.request.params.is_plain_greedy and self._reported is None
+        plain = self.request.params.is_plain_greedy and self._reported is None and not self._echo
         return Output.BEST if plain else Output.LOGITS
 
     @property
@@ -147,7 +145,8 @@ class SamplingBranch(Branch):
     @property
     def room_for_proposals(self) -> int:
         """Tokens that a draft may propose: the last new token is never fed."""
-        if self.is_prefilling or not self.lead.cached:
+        # None for the first new token, however the prompt came into the cache: a seed gives one text.
+        if len(self.lead.tokens) == len(self.request.prompt):
             return 0
         return max(0, self.size - len(self.lead.tokens))
 
@@ -187,10 +186,10 @@ class SamplingBranch(Branch):
         """Output i speaks of the token after position begin + i; the first token has no probability."""
         prompt = self.request.prompt
         predicted = list(prompt[begin + 1 : end + 1])
-        scores = top_log_probabilities(output[: len(predicted)], predicted, self._reported)
+        scores = top_log_probabilities(output[: len(predicted)], predicted, self._reported or 0)
         events = [self._echo_event(prompt[0], None, ())] if begin == 0 else []
         events += [self._echo_event(token, *score) for token, score in zip(predicted, scores, strict=True)]
-        if end == len(prompt) and self.request.params.max_new_tokens == 0:
+        if end >= len(prompt) - 1 and self.request.params.max_new_tokens == 0:  # nothing is left to predict
             self.is_finished = True
             events[-1] = replace(events[-1], finish_reason="length")
         return events

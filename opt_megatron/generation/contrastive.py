@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..errors import UserError
 from .branches import Branch, Copy, Feed
 from .plan import Output
 from .request import Request, TokenEvent, TopLogProbs
@@ -88,6 +89,8 @@ class ContrastiveBranch(Branch):
         """Append a candidate to each sequence."""
         self._logits = logits
         scores = filtered_scores(logits, self._filters, self._history)
+        if scores.isfinite().sum() < len(self.sequences):
+            raise UserError(f"options leave fewer tokens possible than top_k, which is {len(self.sequences)}")
         probabilities, tokens = scores.softmax(-1).topk(len(self.sequences))
         self._probabilities = probabilities.tolist()
         for sequence, token in zip(self.sequences, tokens.tolist(), strict=True):

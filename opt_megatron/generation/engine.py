@@ -88,6 +88,12 @@ class Engine:
                 f"the draft model has {draft_model.opt_config.vocab_size} vocabulary rows and the model "
                 f"{self._config.vocab_size}: they must have the same tokenizer"
             )
+        positions = draft_model.opt_config.max_position_embeddings
+        if positions < self._config.max_position_embeddings:
+            raise UserError(
+                f"the draft model has {positions} positions and the model {self._config.max_position_embeddings}: "
+                "it must have as many"
+            )
         self._runners.append(ModelRunner(draft_model, self._parallel, self._num_tokens))
         self._draft = DraftModel(lambda step: self._forward(_DRAFT_MODEL, step), num_tokens)
 

@@ -9,6 +9,7 @@ from ..errors import UserError
 from .stopping import compile_pattern
 
 MOST_LOGPROBS = 100
+MOST_SEQUENCES = 256  # of one request: continuations, beams, candidates
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,13 @@ def _check_stops(params: SamplingParams) -> None:
 
 
 def _check_search(params: SamplingParams) -> None:
-    _check(params.num_beams >= 1, "num_beams", params.num_beams, "at least 1")
-    _check(params.n >= 1, "n", params.n, "at least 1")
-    good = params.best_of is None or params.best_of >= params.n
-    _check(good, "best_of", params.best_of, f"at least n, which is {params.n}")
+    span = f"from 1 to {MOST_SEQUENCES}"
+    _check(1 <= params.num_beams <= MOST_SEQUENCES, "num_beams", params.num_beams, span)
+    _check(1 <= params.n <= MOST_SEQUENCES, "n", params.n, span)
+    good = params.best_of is None or params.n <= params.best_of <= MOST_SEQUENCES
+    _check(good, "best_of", params.best_of, f"from n, which is {params.n}, to {MOST_SEQUENCES}")
+    # So that the longest sequence to this power is still a number.
+    _check(-20 <= params.length_penalty <= 20, "length_penalty", params.length_penalty, "from -20 to 20")
     if params.num_beams > 1:
         good = params.n <= params.num_beams
         _check(good, "n", params.n, f"at most num_beams, which is {params.num_beams}, in a beam search")
@@ -225,8 +229,8 @@ def _check_search(params: SamplingParams) -> None:
 
 
 def _check_contrastive(params: SamplingParams) -> None:
-    wanted = "at least 2 in a contrastive search (penalty_alpha above 0), which chooses among so many tokens"
-    _check(params.top_k >= 2, "top_k", params.top_k, wanted)
+    wanted = f"from 2 to {MOST_SEQUENCES} in a contrastive search (penalty_alpha above 0), which chooses among so many"
+    _check(2 <= params.top_k <= MOST_SEQUENCES, "top_k", params.top_k, wanted)
     _refuse_all(params, "penalty_alpha", "contrastive search", _FOREIGN_TO_CONTRASTIVE)
 
 

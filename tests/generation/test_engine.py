@@ -97,6 +97,21 @@ def test_probabilities_are_the_oracles(models, alone, name):
         assert (torch.tensor([[value for _, value in row] for row in top]) - best.values).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm", "story"])
+def test_probabilities_in_half_precision_are_near_the_oracles(models, alone, name, dtype):
+    directory, model = models[name]
+    engine = Engine(load_model(directory, None, alone, dtype), alone, prefill_chunk_size=11)
+    params = SamplingParams(max_new_tokens=20, temperature=0, logprobs=0, echo=True, ignore_eos=True)
+    (done,) = engine.complete([Request(prompts_for(model)[1], params)])
+    tokens = [event.token for event in done.prompt_events] + list(done.tokens)
+    ours = torch.tensor([*(event.logprob for event in done.prompt_events[1:]), *done.logprobs])
+    with torch.no_grad():
+        scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)[:-1]
+    error = (ours - scores.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]).abs().mean() / scores.std()
+    assert error < (0.005 if dtype == "float16" else 0.05)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_a_prompt_can_be_scored_alone(models, ranks, tp, pp):
     directory, model = models["pre-norm"]

