@@ -124,8 +124,8 @@ class SamplingBranch(Branch):
         self.generator = torch.Generator().manual_seed(seed_of_choice(params.seed, choice))
         self.proposal = Proposal()
         self.sum_of_logprobs = 0.0
-        self.may_share = not params.echo  # every token of the prompt must give its probabilities
         self._echo = params.echo and choice == 0
+        self.may_share = not self._echo  # every token of the prompt must give its probabilities
         # How many alternatives to report with every token; None for no probabilities at all.
         self._reported = 0 if params.best_of is not None and params.logprobs is None else params.logprobs
         self._continuation = Continuation(request, eos, choice)
