@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
 BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "ruff>=0.6"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "matplotlib>=3.8", "ruff>=0.6"]
 
 setup(
     name="opt-megatron",

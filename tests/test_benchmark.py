@@ -258,7 +258,8 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_result_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_a_result_is_not_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)  # as if all were installed
     (tmp_path / "benchmark.json").write_text("{}")
     with pytest.raises(UserError, match=r"benchmark\.json exists: .* or replace it with --force"):
         replace(tiny_settings(tmp_path), systems=("opt_megatron",)).check()

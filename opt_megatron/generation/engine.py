@@ -156,9 +156,9 @@ class Engine:
     def check(self, request: Request, what: str = "the prompt") -> None:
         """Raise UserError unless the model and the cache can run the request."""
         check_request(request, self._config, what)
-        branches = self._branches(0, request)
-        rows = len(branches[0].sequences)
-        tokens = rows * round_up(branches[0].size, BLOCK)
+        first = next(self._branches(0, request))
+        rows = len(first.sequences)
+        tokens = rows * round_up(first.size, BLOCK)
         if rows > self._max_batch_size:
             raise UserError(
                 f"{what} needs {rows} rows at a time; raise max_batch_size, which is {self._max_batch_size}"
@@ -176,7 +176,7 @@ class Engine:
         if not isinstance(requests, RequestQueue):
             for index, request in enumerate(requests):
                 self.check(request, f"prompt {index + 1}")
-            sizes = [round_up(b.size, BLOCK) for r in requests for b in self._branches(0, r) for _ in b.sequences]
+            sizes = [size for request in requests for size in self._sizes(request)]
             tokens = min(tokens, sum(sorted(sizes)[-self._max_batch_size :]))
             requests = RequestQueue(requests)
             requests.close()
@@ -187,14 +187,24 @@ class Engine:
         self._queue = requests
         return requests
 
-    def _branches(self, number: int, request: Request) -> list[Branch]:
+    def _branches(self, number: int, request: Request) -> Iterator[Branch]:
+        """One after the other: what they have in common can be seen on the first."""
         params = request.params
         eos = None if params.ignore_eos else self._config.eos_token_id
         if params.num_beams > 1:
-            return [BeamBranch(number, request, eos)]
-        if params.penalty_alpha > 0:
-            return [ContrastiveBranch(number, request, eos, self._num_tokens)]
-        return [SamplingBranch(number, request, eos, choice) for choice in range(params.best_of or params.n)]
+            yield BeamBranch(number, request, eos)
+        elif params.penalty_alpha > 0:
+            yield ContrastiveBranch(number, request, eos, self._num_tokens)
+        else:
+            for choice in range(params.best_of or params.n):
+                yield SamplingBranch(number, request, eos, choice)
+
+    def _sizes(self, request: Request) -> list[int]:
+        """Tokens of the extents that the request's sequences need, of no more of them than can run together."""
+        first = next(self._branches(0, request))
+        copies = request.params.best_of or request.params.n
+        sequences = copies if isinstance(first, SamplingBranch) else len(first.sequences)
+        return [round_up(first.size, BLOCK)] * min(sequences, self._max_batch_size)
 
     def _lead(self, queue: RequestQueue) -> Iterator[TokenEvent]:
         scheduler = self._scheduler

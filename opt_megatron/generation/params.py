@@ -9,7 +9,8 @@ from ..errors import UserError
 from .stopping import compile_pattern
 
 MOST_LOGPROBS = 100
-MOST_SEQUENCES = 256  # of one request: continuations, beams, candidates
+MOST_CONTINUATIONS = 100_000  # of one request
+MOST_ROWS = 1024  # beams or candidates of one request, which run at the same time
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,10 @@ def _check_stops(params: SamplingParams) -> None:
 
 
 def _check_search(params: SamplingParams) -> None:
-    span = f"from 1 to {MOST_SEQUENCES}"
-    _check(1 <= params.num_beams <= MOST_SEQUENCES, "num_beams", params.num_beams, span)
-    _check(1 <= params.n <= MOST_SEQUENCES, "n", params.n, span)
-    good = params.best_of is None or params.n <= params.best_of <= MOST_SEQUENCES
-    _check(good, "best_of", params.best_of, f"from n, which is {params.n}, to {MOST_SEQUENCES}")
+    _check(1 <= params.num_beams <= MOST_ROWS, "num_beams", params.num_beams, f"from 1 to {MOST_ROWS}")
+    _check(1 <= params.n <= MOST_CONTINUATIONS, "n", params.n, f"from 1 to {MOST_CONTINUATIONS}")
+    good = params.best_of is None or params.n <= params.best_of <= MOST_CONTINUATIONS
+    _check(good, "best_of", params.best_of, f"from n, which is {params.n}, to {MOST_CONTINUATIONS}")
     # So that the longest sequence to this power is still a number.
     _check(-20 <= params.length_penalty <= 20, "length_penalty", params.length_penalty, "from -20 to 20")
     if params.num_beams > 1:
@@ -229,8 +229,8 @@ def _check_search(params: SamplingParams) -> None:
 
 
 def _check_contrastive(params: SamplingParams) -> None:
-    wanted = f"from 2 to {MOST_SEQUENCES} in a contrastive search (penalty_alpha above 0), which chooses among so many"
-    _check(2 <= params.top_k <= MOST_SEQUENCES, "top_k", params.top_k, wanted)
+    wanted = f"from 2 to {MOST_ROWS} in a contrastive search (penalty_alpha above 0), which chooses among so many"
+    _check(2 <= params.top_k <= MOST_ROWS, "top_k", params.top_k, wanted)
     _refuse_all(params, "penalty_alpha", "contrastive search", _FOREIGN_TO_CONTRASTIVE)
 
 
