@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from ..cli import Parser
+from ..cli import Parser, end_with
 from ..config import OPTConfig, released_config, released_name
 from ..errors import UserError
 from .machine import usable_cores
@@ -28,18 +28,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Measure, and end the process with its exit code."""
     from .session import run
 
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        code = 0
-    except UserError as error:
-        code = _report(str(error), 2)
-    except KeyboardInterrupt:
-        code = _report("interrupted", 130)
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        code = _report(f"{name}{error.strerror or error}", 2)
-    sys.exit(code)
+    end_with("benchmark.py", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def parse(argv: list[str]) -> Settings:
@@ -134,8 +123,3 @@ def _size(word: str) -> tuple[str, OPTConfig]:
         path = path / "config.json" if path.is_dir() else path
         return path.resolve().parent.name, OPTConfig.from_file(path)
     return released_name(word) or word, released_config(word)
-
-
-def _report(message: str, code: int) -> int:
-    print(f"benchmark.py: error: {message}", file=sys.stderr, flush=True)
-    return code

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from ..errors import UserError
@@ -33,23 +34,36 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a subcommand and end the process with its exit code."""
-    try:
+
+    def run() -> None:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         arguments.run(arguments)
+
+    end_with("opt-megatron", run)
+
+
+def end_with(program: str, action: Callable[[], None]) -> NoReturn:
+    """Do the action and end the process: with 0, or with a line about what went wrong and its exit code.
+
+    Args:
+        program: how the line begins.
+    """
+    try:
+        action()
         sys.stdout.flush()
         code = 0
     except UserError as error:
-        code = _report(str(error), 2)
+        code = _report(program, str(error), 2)
     except KeyboardInterrupt:
-        code = _report("interrupted", 130)
+        code = _report(program, "interrupted", 130)
     except RecursionError:
-        code = _report("the input is nested too deeply", 2)
+        code = _report(program, "the input is nested too deeply", 2)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        code = _report(f"{name}{error.strerror or error}", 2)
+        code = _report(program, f"{name}{error.strerror or error}", 2)
     except RuntimeError as error:
         if not _is_lost_rank(error):
             raise
@@ -69,10 +83,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _report(message: str, code: int) -> int:
+def _report(program: str, message: str, code: int) -> int:
     # All ranks find the same mistakes; the leader speaks for them.
     if _rank() == 0:
-        print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     elif "torch" in sys.modules or code == 2:
         # torchrun ends every rank as soon as one fails; a silent one that fails first would silence the leader.
         time.sleep(_SECONDS_FOR_THE_LEADER)

@@ -108,6 +108,7 @@ class BeamBranch(Branch):
         size = len(request.prompt) + params.max_new_tokens - 1
         super().__init__(number, request, 0, params.num_beams, size)
         self._eos = eos
+        self._prompt_history = TokenHistory(request.prompt, eos)
         self._search = BeamSearch(params, [*params.stop_token_ids, *(() if eos is None else (eos,))])
         self._active = 1  # sequences that hold running beams
 
@@ -139,7 +140,7 @@ class BeamBranch(Branch):
         return []
 
     def _filtered(self, scores: Tensor, sequence: CachedSequence) -> Tensor:
-        history = TokenHistory(self.request.prompt, self._eos)
+        history = self._prompt_history.copy()
         for token in sequence.tokens[len(self.request.prompt) :]:
             history.append(token)
         return filtered_scores(scores, self.request.params, history)

@@ -138,11 +138,6 @@ class SamplingBranch(Branch):
         return Output.BEST if plain else Output.LOGITS
 
     @property
-    def reported(self) -> int | None:
-        """Alternatives that are reported with every token, None for no probabilities."""
-        return self._reported
-
-    @property
     def room_for_proposals(self) -> int:
         """Tokens that a draft may propose: the last new token is never fed."""
         # None for the first new token, however the prompt came into the cache: a seed gives one text.
@@ -249,13 +244,9 @@ class SamplingBranch(Branch):
 
     def accept(self, token: int, logits: Tensor | None = None) -> TokenEvent:
         """Take the next token; `logits` [V] where probabilities are reported."""
-        score: tuple[float | None, TopLogProbs] = (None, ())
+        logprob, top = None, ()
         if self._reported is not None:
-            score = top_log_probabilities(logits[None], [token], self._reported)[0]
-        return self.accept_scored(token, *score)
-
-    def accept_scored(self, token: int, logprob: float | None = None, top: TopLogProbs = ()) -> TokenEvent:
-        """Take the next token, of which the probabilities are known or not wanted."""
+            logprob, top = top_log_probabilities(logits[None], [token], self._reported)[0]
         self.lead.tokens.append(token)
         self.history.append(token)
         self.sum_of_logprobs += logprob or 0.0

@@ -223,11 +223,12 @@ class Engine:
     def _arrivals(self, queue: RequestQueue) -> Iterator[TokenEvent]:
         fresh, cancelled = queue.take()
         for number, request in fresh:
-            try:
-                self.check(request, f"request {number}")
-            except UserError as error:
-                yield self._refusal(number, error)
-                continue
+            if self._serves_queue:  # a list was checked before anything ran
+                try:
+                    self.check(request, f"request {number}")
+                except UserError as error:
+                    yield self._refusal(number, error)
+                    continue
             if request.params.best_of is not None:
                 self._best_of[number] = BestOf(request.params.n, request.params.best_of)
             self._scheduler.waiting.extend(self._branches(number, request))
@@ -277,11 +278,8 @@ class Engine:
         try:
             return self._shown(branch, action())
         except UserError as error:
-            for other in self._scheduler.running:
-                if other.number == branch.number:
-                    other.is_finished = True
-            waiting = self._scheduler.waiting
-            self._scheduler.waiting = type(waiting)(other for other in waiting if other.number != branch.number)
+            for other in self._scheduler.remove(branch.number):
+                other.is_finished = True
             self._best_of.pop(branch.number, None)
             return [self._refusal(branch.number, error)]
 

@@ -142,33 +142,29 @@ class DeferredWeight(nn.Module):
         return result
 
 
-class Int8ColumnParallelLinear(DeferredWeight, OPTColumnParallelLinear):
+class _Int8Weight(DeferredWeight):
+    """Keeps an 8-bit product."""
+
+    def take_weight(self, weight: Tensor) -> None:
+        """Quantise by row: an output channel, or an entry of the vocabulary."""
+        self.product = quantize(weight)
+
+
+class _Int8Linear(_Int8Weight):
+    """A layer's: deferred as soon as it is made, so that the layers' float weights never stand beside each other."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.defer_weight()
+
+
+class Int8ColumnParallelLinear(_Int8Linear, OPTColumnParallelLinear):
     """OPTColumnParallelLinear with 8-bit weights, for inference."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.defer_weight()
 
-    def take_weight(self, weight: Tensor) -> None:
-        """Quantise by output channel."""
-        self.product = quantize(weight)
-
-
-class Int8RowParallelLinear(DeferredWeight, OPTRowParallelLinear):
+class Int8RowParallelLinear(_Int8Linear, OPTRowParallelLinear):
     """OPTRowParallelLinear with 8-bit weights, for inference."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.defer_weight()
 
-    def take_weight(self, weight: Tensor) -> None:
-        """Quantise by output channel."""
-        self.product = quantize(weight)
-
-
-class Int8OutputLayer(DeferredWeight, OPTOutputLayer):
+class Int8OutputLayer(_Int8Weight, OPTOutputLayer):
     """The head of a pipeline stage that has no embedding, with 8-bit weights."""
-
-    def take_weight(self, weight: Tensor) -> None:
-        """Quantise by vocabulary row."""
-        self.product = quantize(weight)
