@@ -6,13 +6,18 @@ Every patch names what it replaces and why. On a machine with CUDA none of them 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import queue
+import types
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 _prepared = False
+_prepared_for_training = False
 
 
 def prepare_megatron() -> None:
@@ -87,6 +92,52 @@ def _track_cpu_random_state() -> None:
 
     core_random._CUDA_RNG_STATE_TRACKER = CPURNGStatesTracker()
     core_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def prepare_training() -> None:
+    """What training needs beside `prepare_megatron`: schedules, data sets and checkpoints on a CPU; once."""
+    global _prepared_for_training
+    if _prepared_for_training:
+        return
+    prepare_megatron()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import dist_checkpointing  # noqa: F401
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    # torch.distributed's tensors that checkpoints are written from, and storages that they are read from.
+    for message in ("TypedStorage is deprecated", "Please use DTensor instead", "torch.distributed is disabled"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    # Core passes the writers' results through a manager process, which it spawns at every save; here the writers
+    # are threads (training/checkpointing.py), and a queue within the process does.
+    filesystem_async._get_write_results_queue = queue.Queue
+    if not torch.cuda.is_available():
+        _let_schedules_run_on_cpu()
+        _let_recomputation_run_on_cpu()
+        torch.cuda.synchronize = lambda device=None: None  # before tensors are written to a checkpoint
+    _prepared_for_training = True
+
+
+def _let_schedules_run_on_cpu() -> None:
+    """`torch.zeros(..., device="cuda")` in pipeline_parallel/schedules.py, a counter of tokens -> the CPU."""
+
+    class TorchOnCPU(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
+
+    importlib.import_module("megatron.core.pipeline_parallel.schedules").torch = TorchOnCPU("torch")
+
+
+def _let_recomputation_run_on_cpu() -> None:
+    """Recomputed activations must see the random numbers of the first time: the CPU generator's, saved and set in
+    place of a GPU's by tensor_parallel/random.py."""
+    from megatron.core.tensor_parallel import random as core_random
+
+    core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
 @contextlib.contextmanager

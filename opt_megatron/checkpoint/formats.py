@@ -13,11 +13,13 @@ from .flagai_files import is_flagai, open_flagai
 from .huggingface import is_huggingface, open_huggingface
 from .megatron import is_megatron, open_megatron
 from .metaseq import is_metaseq, open_metaseq
+from .torch_dist import is_torch_dist, open_torch_dist
 from .view import Checkpoint
 
-# In this order: a Megatron directory may hold Hugging Face's files beside its own, FlagAI's names are more
-# special than Hugging Face's, and metaseq's are any .pt.
+# In this order: a training run has Megatron-LM's tracker file too, a Megatron directory may hold Hugging Face's
+# files beside its own, FlagAI's names are more special than Hugging Face's, and metaseq's are any .pt.
 _FORMATS = (
+    (is_torch_dist, open_torch_dist),
     (is_megatron, open_megatron),
     (is_flagai, open_flagai),
     (is_huggingface, open_huggingface),

@@ -66,12 +66,15 @@ def read_into(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContex
         CheckpointError: a tensor could not be read.
         RuntimeError: the parameter table and the model disagree (a bug of this project).
     """
+    from ..model.lora import is_factor
+
     parameters = dict(model.named_parameters())
     stage, stages = parallel.pipeline_model_parallel_rank, parallel.pipeline_model_parallel_size
     layers = layers_of_stage(checkpoint.config.num_layers, stages, stage)
     table = stage_parameters(checkpoint.config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage)
-    if {row.megatron for row in table} != parameters.keys():
-        difference = sorted({row.megatron for row in table} ^ parameters.keys())
+    stored = {name for name in parameters if not is_factor(name)}  # LoRA's factors begin as they were initialised
+    if {row.megatron for row in table} != stored:
+        difference = sorted({row.megatron for row in table} ^ stored)
         raise RuntimeError(f"the parameter table and the model differ in {difference}")
     with torch.no_grad():
         for row in table:

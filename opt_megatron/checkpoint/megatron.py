@@ -225,13 +225,14 @@ def _check_names(parameters: list[Parameter], models: list[dict[str, Source]], f
 def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: int) -> Source:
     """One canonical tensor out of the tensor parallel ranks' shards."""
     parts = len(parameter.canonical)
-    pieces = [shard if parts == 1 else _part_of(shard, part, parts, head_dim) for shard in shards]
+    pieces = [shard if parts == 1 else interleaved_part(shard, part, parts, head_dim) for shard in shards]
     if parameter.split is Split.REPLICATED:
         return Replicated(pieces, parameter.megatron)
     return Concatenated(pieces, parameter.split.value)
 
 
-def _part_of(shard: Source, part: int, parts: int, head_dim: int) -> Source:
+def interleaved_part(shard: Source, part: int, parts: int, head_dim: int) -> Source:
+    """Part number `part` of `parts` (q, k or v) of a tensor that holds them head by head."""
     if shard.shape[0] % (parts * head_dim):
         return shard  # left to check_tensors, which names the tensor: its rows cannot be whole heads
     return _InterleavedPart(shard, part, parts, head_dim)

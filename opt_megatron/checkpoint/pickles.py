@@ -8,6 +8,8 @@ read. (The format: torch/serialization.py and caffe2/serialize/inline_container.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +38,52 @@ _STORAGES = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a file that torch.save wrote by itself, as torch.distributed.checkpoint's files are made of."""
+
+    file: MappedFile
+    start: int
+    length: int
+
+
+class _PartFile(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, path: Path, part: Part) -> None:
+        self._file, self._part, self._at = path.open("rb"), part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.length}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._part.length - self._at))
+        self._file.seek(self._part.start + self._at)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class MappedTensors:
     """What one file holds: its object, with a `FileTensor` for every tensor.
+
+    Args:
+        part: of the file, where it is not all of it.
 
     Attributes:
         content: the object that was saved.
@@ -46,16 +92,17 @@ class MappedTensors:
         CheckpointError: the file is damaged, or of the format before torch 1.6.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = MappedFile(path)
+    def __init__(self, path: Path, part: Part | None = None) -> None:
+        self._file = MappedFile(path) if part is None else part.file
         try:
-            if not zipfile.is_zipfile(path):
-                raise CheckpointError(
-                    f"{path}: is truncated, or not a file that torch.save wrote in the format of torch 1.6 or later"
-                )
-            with zipfile.ZipFile(path) as archive:
-                records = _Records(archive, self._file)
-                self.content = pickle_machine.run(records.pickle(), _KNOWN, records.persistent_load)
+            with contextlib.nullcontext(path) if part is None else _PartFile(path, part) as source:
+                if not zipfile.is_zipfile(source):
+                    raise CheckpointError(
+                        f"{path}: is truncated, or not a file that torch.save wrote in the format of torch 1.6 or later"
+                    )
+                with zipfile.ZipFile(source) as archive:
+                    records = _Records(archive, self._file, 0 if part is None else part.start)
+                    self.content = pickle_machine.run(records.pickle(), _KNOWN, records.persistent_load)
         except CheckpointError:
             raise
         except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
@@ -92,13 +139,14 @@ class Storage:
     dtype: torch.dtype
     _data_offset: int | None = None
 
-    def values(self) -> Tensor:
-        """[num_elements] view of the file."""
+    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[stop - start] view of the file, or a copy where it does not lie as torch needs it."""
         if self._data_offset is None:
             header = self.file.tensor(self.header_offset, 30, torch.uint8).numpy().tobytes()
             name_size, extra_size = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
             self._data_offset = self.header_offset + 30 + name_size + extra_size
-        return self.file.tensor(self._data_offset, self.num_elements, self.dtype)
+        count = (self.num_elements if stop is None else stop) - start
+        return self.file.tensor(self._data_offset + start * self.dtype.itemsize, count, self.dtype)
 
 
 @dataclass(eq=False)
@@ -120,9 +168,10 @@ class FileTensor:
 class _Records:
     """The archive's records, found by name; none of them is ever extracted to the disk."""
 
-    def __init__(self, archive: zipfile.ZipFile, file: MappedFile) -> None:
+    def __init__(self, archive: zipfile.ZipFile, file: MappedFile, start: int) -> None:
         self._archive = archive
         self._file = file
+        self._start = start  # of the archive in the file
         self._storages: dict[tuple[str, torch.dtype], Storage] = {}
         self._entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -150,11 +199,12 @@ class _Records:
         """A storage's record, which lies within the file and is large enough."""
         entry = self._entry(f"data/{key}")
         size = num_elements * dtype.itemsize
-        if num_elements < 0 or size > entry.file_size or entry.header_offset + 30 + size > self._file.size:
+        header = self._start + entry.header_offset
+        if num_elements < 0 or size > entry.file_size or header + 30 + size > self._file.size:
             raise CheckpointError(
                 f"{self._file.path}: is damaged or incomplete: storage {key} of {size:,} bytes is not all there"
             )
-        return Storage(self._file, entry.header_offset, num_elements, dtype)
+        return Storage(self._file, header, num_elements, dtype)
 
     def _entry(self, name: str) -> zipfile.ZipInfo:
         entry = self._entries.get(self._prefix + name)

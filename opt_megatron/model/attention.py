@@ -6,9 +6,11 @@ parallel rank, d = head_dim. Megatron's order is [s, b, n, d], the kernel's is [
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,16 +48,24 @@ class OPTCoreAttention(MegatronModule):
             [s, b, n * d]
         """
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, n, s|t, d]
-        output = scaled_dot_product_attention(
-            q * self.softmax_scale,
-            k,
-            v,
-            attn_mask=attention_mask,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-            is_causal=attention_mask is None and q.size(2) > 1,
-            scale=1.0,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with self._own_random_numbers(dropout):
+            output = scaled_dot_product_attention(
+                q * self.softmax_scale,
+                k,
+                v,
+                attn_mask=attention_mask,
+                dropout_p=dropout,
+                is_causal=attention_mask is None and q.size(2) > 1,
+                scale=1.0,
+            )
         return output.permute(2, 0, 1, 3).flatten(2)  # [s, b, n * d]
+
+    def _own_random_numbers(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        """Each tensor parallel rank drops out of its own heads; with sequence parallelism core's block sees to it."""
+        if not dropout or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
 
 
 def padding_mask_to_inputs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

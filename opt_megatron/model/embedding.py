@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -48,6 +49,15 @@ class OPTEmbedding(VocabParallelEmbedding):
         """[V, W], for a head on the same rank."""
         return self.weight
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """core's, which knows of the table alone, and `project_in`, whole on every rank."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.project_in is not None:
+            groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+            own = {"project_in.weight": self.project_in.weight}
+            sharded |= make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets, **groups)
+        return sharded
+
 
 class Int8Embedding(DeferredWeight, OPTEmbedding):
     """8-bit rows with a scale each."""
@@ -77,6 +87,8 @@ class ProjectedOutputLayer(OPTOutputLayer):
     def __init__(self, hidden_size: int, word_embed_proj_dim: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(word_embed_proj_dim, output_size, **kwargs)
         self.project_out = nn.Linear(hidden_size, word_embed_proj_dim, bias=False)
+        # Stands before the gather, where each rank has its part of the sequence: core sums the gradients.
+        self.project_out.weight.sequence_parallel = self.sequence_parallel
 
     def infer(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, V]"""

@@ -1,18 +1,21 @@
-"""Matrix products of inference: x A^T with what follows it (bias, ReLU, residual) in as few calls as there are.
+"""Matrix products: x A^T with what follows it (bias, ReLU, residual) in as few calls as there are.
 
-Three kinds, chosen by `pack`:
+Three kinds for inference, chosen by `pack`:
 
     Plain   torch's linear, on any device and dtype
     Packed  oneDNN's, with the weight in its blocked order: on CPUs. On an AMD processor it read a 125m's
             weights at the speed of memory where torch's linear took 3.5 times as long, at any batch size.
     Int8    oneDNN's 8-bit product, weights by output channel and activations by token; weight-only on CUDA
 
+and `differentiable_product` for training, which is oneDNN's on a CPU in all three directions: torch's own
+(MKL) ran at 40 to 117 GFLOP/s a core where oneDNN's ran at 150 to 257.
+
 T = tokens of the step (any number), I = inputs, O = outputs, both of this tensor parallel rank.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +71,44 @@ class Packed:
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, bias, "add")
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, bias, "relu" if relu else "none", [], "")
+
+
+class _DifferentiableProduct(torch.autograd.Function):
+    """x A^T + b by oneDNN, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, I] -> [T, O]"""
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of x [T, I], of the weight [O, I] and of the bias [O], those that are needed."""
+        x, weight = ctx.saved_tensors
+        of_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        of_weight = _transposed_product(gradient, x) if ctx.needs_input_grad[1] else None
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias
+
+
+def differentiable_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x A^T + b for training. [..., I] -> [..., O]"""
+    if not Packed.supports(weight):
+        return linear(x, weight, bias)
+    # In two dimensions: the operator would hand out a view, which autograd lets nobody change in place.
+    return _DifferentiableProduct.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b for a [T, O] and b [T, I]. The wider of the two goes second: measured to be up to half as fast again."""
+    if a.size(1) > b.size(1):
+        return _product(b.t(), a.t(), None).t()
+    return _product(a.t(), b.t(), None)
 
 
 class Int8:

@@ -2,7 +2,8 @@
 
 Core adds the bias in a step of its own and wraps the product in an autograd function. In inference that
 costs time, and it rounds differently from torch's `linear`: with these, an fp32 OPT on one tensor parallel
-rank gives transformers' logits to the bit. Where gradients are needed, everything is core's.
+rank gives transformers' logits to the bit. Where gradients are needed, the products are core's on a GPU and
+oneDNN's on a CPU (kernels.py), with core's collectives around them.
 
 `prepare_inference` exchanges the weight for a `Product` (kernels.py), which is what decoding uses; the Int8
 classes, which a spec puts in the places of the others, never hold anything else.
@@ -17,20 +18,36 @@ import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .kernels import Plain, Product, pack, quantize
+from .kernels import Plain, Product, differentiable_product, pack, quantize
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _is_trained(x: Tensor, weight: Tensor) -> bool:
+    """Whether the model is being trained (or validated in between), rather than run."""
+    return weight.requires_grad or (torch.is_grad_enabled() and x.requires_grad)
 
 
-class _WithProduct(nn.Module):
+class _TrainedProduct(nn.Module):
+    """Exchanges the product inside core's parallel linear layers for `differentiable_product` on a CPU."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if weight.device.type != "cpu" or not (self.sequence_parallel or _is_trained(input, weight)):
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        if kwargs["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif kwargs["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        return differentiable_product(input, weight, kwargs["bias"])
+
+
+class _WithProduct(_TrainedProduct):
     """A layer that has a weight, or a product in its place.
 
     Attributes:
@@ -64,7 +81,7 @@ class OPTColumnParallelLinear(_WithProduct, ColumnParallelLinear):
         return super().forward(input_, *args, **kwargs)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.sequence_parallel or _needs_gradient(input, weight):
+        if self.sequence_parallel or _is_trained(input, weight):
             return super()._forward_impl(input, weight, *args, **kwargs)
         return linear(input, weight, kwargs["bias"])
 
@@ -87,7 +104,7 @@ class OPTRowParallelLinear(_WithProduct, RowParallelLinear):
         """[s, b, inputs of this rank] -> [s, b, outputs], and the bias where core leaves it to the caller"""
         if self.product is not None:
             partial = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])
-        elif self.sequence_parallel or _needs_gradient(input_, self.weight):
+        elif self.sequence_parallel or _is_trained(input_, self.weight):
             return super().forward(input_)
         else:
             partial = linear(input_, self.weight, self.bias if self._adds_bias else None)

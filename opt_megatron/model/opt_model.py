@@ -16,6 +16,7 @@ from ..parallel import ParallelContext, check_layout
 from .attention import padding_mask_to_inputs
 from .embedding import Int8Embedding, Int8ProjectedOutputLayer, OPTEmbedding, ProjectedOutputLayer
 from .linear import DeferredWeight, Int8OutputLayer, OPTOutputLayer
+from .lora import LoRAOptions, freeze_all_but_factors
 from .megatron_config import transformer_config
 from .spec import LINEAR_LAYERS, block_spec
 
@@ -27,6 +28,7 @@ class OPTModel(GPTModel):
         opt_config: the architecture.
         parallel_output: leave the logits split over the vocabulary (training does). May be set later.
         quantization: None, or "int8" for a model of 8-bit weights that can only be run.
+        lora: low-rank factors beside the linear layers, everything else being frozen.
     """
 
     def __init__(
@@ -37,12 +39,13 @@ class OPTModel(GPTModel):
         *,
         parallel_output: bool = False,
         quantization: str | None = None,
+        lora: LoRAOptions | None = None,
     ) -> None:
         # Needed by the hook below, which GPTModel's constructor calls.
         self.opt_config, self.quantization = opt_config, quantization
         super().__init__(
             config=core_config,
-            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, quantization),
+            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, quantization, lora),
             vocab_size=opt_config.vocab_size,
             max_sequence_length=opt_config.num_position_rows,
             pre_process=parallel.is_first_stage,
@@ -54,6 +57,16 @@ class OPTModel(GPTModel):
             for module in self.modules():
                 if isinstance(module, DeferredWeight):
                     module.defer_weight()
+        if lora is not None:
+            self._train_factors_alone()
+
+    def _train_factors_alone(self) -> None:
+        freeze_all_but_factors(self)
+        if self.pre_process:
+            # A recomputed layer whose input needs no gradient would give its factors none either.
+            self.embedding.register_forward_hook(
+                lambda module, inputs, output: output.requires_grad_() if torch.is_grad_enabled() else output
+            )
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put in OPT's own embedding and head before GPTModel ties them."""
@@ -150,6 +163,7 @@ def build_model(
     *,
     parallel_output: bool = False,
     quantization: str | None = None,
+    lora: LoRAOptions | None = None,
     **overrides: Any,
 ) -> OPTModel:
     """This rank's part of the model on the context's device, in evaluation mode, weights not initialised.
@@ -157,6 +171,7 @@ def build_model(
     Args:
         dtype: of the parameters (with a quantisation, of those that stay as they are, and of activations).
         quantization: None or "int8".
+        lora: factors to train, everything else frozen.
         overrides: fields of TransformerConfig that differ (training).
 
     Raises:
@@ -171,5 +186,7 @@ def build_model(
         parallel.world_size,
     )
     core_config = transformer_config(config, parallel, dtype, **overrides)
-    model = OPTModel(config, core_config, parallel, parallel_output=parallel_output, quantization=quantization)
+    model = OPTModel(
+        config, core_config, parallel, parallel_output=parallel_output, quantization=quantization, lora=lora
+    )
     return model.to(device=parallel.device, dtype=dtype).eval()

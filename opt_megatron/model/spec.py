@@ -23,20 +23,32 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import OPTConfig
 from .attention import OPTCoreAttention
 from .linear import Int8ColumnParallelLinear, Int8RowParallelLinear, OPTColumnParallelLinear, OPTRowParallelLinear
+from .lora import LoRAColumnParallelLinear, LoRAOptions, LoRARowParallelLinear
 
 # What stands in a layer's places for linear layers, by the kind of quantisation: (column, row) parallel.
 LINEAR_LAYERS = {
     None: (OPTColumnParallelLinear, OPTRowParallelLinear),
     "int8": (Int8ColumnParallelLinear, Int8RowParallelLinear),
 }
+
+
+class OPTLayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, which core's wrapper of it refuses for sequence parallelism.
+
+    There each tensor parallel rank normalises its part of the sequence; the mark makes core sum the gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
 
 
 class BiasDropoutAddNorm(MegatronModule):
@@ -69,15 +81,19 @@ def norm_implementation(device: torch.device) -> Any:
             return TENorm
         except ImportError:
             pass
-    return WrappedTorchNorm
+    return OPTLayerNorm
 
 
 def block_spec(
-    config: OPTConfig, core_config: TransformerConfig, device: torch.device, quantization: str | None = None
+    config: OPTConfig,
+    core_config: TransformerConfig,
+    device: torch.device,
+    quantization: str | None = None,
+    lora: LoRAOptions | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the final norm where the model has one."""
     norm = norm_implementation(device)
-    layer = layer_spec(config, core_config, norm, quantization)
+    layer = layer_spec(config, core_config, norm, quantization, lora)
     num_layers = get_num_layers_to_build(core_config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers,
@@ -86,20 +102,26 @@ def block_spec(
 
 
 def layer_spec(
-    config: OPTConfig, core_config: TransformerConfig, norm: Any, quantization: str | None = None
+    config: OPTConfig,
+    core_config: TransformerConfig,
+    norm: Any,
+    quantization: str | None = None,
+    lora: LoRAOptions | None = None,
 ) -> ModuleSpec:
     """One layer, pre-norm or post-norm as the config says, with linear layers of the given kind."""
-    column, row = LINEAR_LAYERS[quantization]
+    linear = _linear_layers(quantization, lora)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column,
+            linear_qkv=linear["linear_qkv"],
             core_attention=OPTCoreAttention,
-            linear_proj=row,
+            linear_proj=linear["linear_proj"],
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=linear["linear_fc1"], linear_fc2=linear["linear_fc2"])
+    )
     if config.do_layer_norm_before:
         before, after = norm, get_bias_dropout_add
     else:
@@ -116,3 +138,13 @@ def layer_spec(
             mlp_bda=after,
         ),
     )
+
+
+def _linear_layers(quantization: str | None, lora: LoRAOptions | None) -> dict[str, Any]:
+    """What stands in each of a layer's four places for linear layers."""
+    column, row = LINEAR_LAYERS[quantization]
+    layers: dict[str, Any] = {"linear_qkv": column, "linear_proj": row, "linear_fc1": column, "linear_fc2": row}
+    for name in lora.target_modules if lora else ():
+        adapted = LoRAColumnParallelLinear if layers[name] is column else LoRARowParallelLinear
+        layers[name] = ModuleSpec(module=adapted, params={"lora": lora})
+    return layers

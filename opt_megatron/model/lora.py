@@ -1,0 +1,179 @@
+"""LoRA: W x + (alpha / rank) B A x with W frozen, as layers that a spec puts in the places of the linear ones.
+
+(Hu et al. 2021, arXiv:2106.09685.) Of the two factors, the one that touches the dimension that tensor
+parallelism divides is divided with it, so that the sum of both products needs no further collective of that size:
+
+    column parallel     A [rank, I] on every rank       B [O / TP, rank]
+    row parallel        A [rank, I / TP]                B [O, rank] on every rank
+
+With TP = 2 a row-parallel layer therefore all-reduces `rank` numbers a token beside its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .kernels import differentiable_product
+from .linear import OPTColumnParallelLinear, OPTRowParallelLinear
+
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+FACTORS = ("lora_a", "lora_b")
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """What to adapt and how much.
+
+    Attributes:
+        rank: of the two factors.
+        alpha: the product is scaled by alpha / rank.
+        target_modules: of LORA_TARGETS. Megatron's `linear_qkv` is q, k and v in one: they share A.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"--lora-rank is {self.rank}, but must be at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UserError(f"--lora-alpha is {self.alpha}, but must be a positive number")
+        unknown = [name for name in self.target_modules if name not in LORA_TARGETS]
+        if unknown or not self.target_modules:
+            raise UserError(
+                f"--lora-target-modules has {', '.join(unknown) or 'nothing'}: choose from {', '.join(LORA_TARGETS)}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank"""
+        return self.alpha / self.rank
+
+
+class _LoRA(nn.Module):
+    """The two factors beside a frozen weight.
+
+    `lora_a` begins as torch's nn.Linear does (Kaiming-uniform, as in PEFT), `lora_b` as zeros: training starts
+    from the frozen model. training/initialize.py fills them, the same at every layout.
+    """
+
+    sequence_parallel: bool
+
+    def _add_factors(self, options: LoRAOptions, *, a_is_divided: bool, b_is_divided: bool) -> None:
+        self.lora = options
+        outputs, inputs = self.weight.shape
+        like = {"dtype": self.weight.dtype, "device": self.weight.device}
+        self.lora_a = nn.Parameter(torch.zeros(options.rank, inputs, **like))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, options.rank, **like))
+        for factor, dim, divided in ((self.lora_a, 1, a_is_divided), (self.lora_b, 0, b_is_divided)):
+            set_tensor_model_parallel_attributes(factor, divided, dim, 1)
+            # A whole factor sees one part of the sequence on each rank; the mark makes core sum its gradients.
+            factor.sequence_parallel = self.sequence_parallel and not divided
+        self.weight.requires_grad_(False)
+        self.bias.requires_grad_(False)
+
+    def prepare_inference(self) -> None:
+        """Add the product of the factors to the weight, and let the ordinary layer do the rest."""
+        with torch.no_grad():
+            self.weight += self.lora.scale * (self.lora_b.float() @ self.lora_a.float()).to(self.weight.dtype)
+        for name in FACTORS:
+            self.register_parameter(name, None)
+        super().prepare_inference()
+
+    def _is_merged(self) -> bool:
+        return self.lora_a is None
+
+
+class LoRAColumnParallelLinear(_LoRA, OPTColumnParallelLinear):
+    """Column parallel: B is divided with the outputs."""
+
+    def __init__(self, *args: Any, lora: LoRAOptions, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_factors(lora, a_is_divided=False, b_is_divided=True)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, inputs] -> [s, b, outputs of this rank], and no bias"""
+        output, bias = super().forward(input_, *args, **kwargs)
+        if self._is_merged():
+            return output, bias
+        low = differentiable_product(input_, self.lora_a, None)  # [s, b, rank]
+        if self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(low, group=self.tp_group)
+        else:
+            low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
+        return output + self.lora.scale * differentiable_product(low, self.lora_b, None), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """core's, with the factors."""
+        return _with_factors(self, super().sharded_state_dict, {"lora_b": 0}, prefix, sharded_offsets, metadata)
+
+
+class LoRARowParallelLinear(_LoRA, OPTRowParallelLinear):
+    """Row parallel: A is divided with the inputs."""
+
+    def __init__(self, *args: Any, lora: LoRAOptions, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_factors(lora, a_is_divided=True, b_is_divided=False)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, inputs of this rank] -> [s, b, outputs], and the bias where core leaves it to the caller"""
+        output, bias = super().forward(input_)
+        if self._is_merged():
+            return output, bias
+        low = differentiable_product(input_, self.lora_a, None)  # [s, b, rank], this rank's part of a sum
+        if self.sequence_parallel:
+            low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
+        else:
+            low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
+        return output + self.lora.scale * differentiable_product(low, self.lora_b, None), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """core's, with the factors."""
+        return _with_factors(self, super().sharded_state_dict, {"lora_a": 1}, prefix, sharded_offsets, metadata)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, _LoRA]]:
+    """The layers of a model that have factors, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, _LoRA) and not module._is_merged():
+            yield name, module
+
+
+def freeze_all_but_factors(model: nn.Module) -> None:
+    """Leave only the factors to be trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_factor(name))
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter of this name is one of LoRA's."""
+    return name.rpartition(".")[2] in FACTORS
+
+
+def _with_factors(
+    layer: _LoRA, of_core: Any, divided: dict[str, int], prefix: str, sharded_offsets: tuple, metadata: Any
+) -> dict[str, Any]:
+    # Core's method knows of a weight and a bias alone, and would take the factors for whole ones.
+    values = {name: getattr(layer, name) for name in FACTORS if getattr(layer, name) is not None}
+    sharded = of_core(prefix, sharded_offsets, metadata)
+    for name in FACTORS:
+        sharded.pop(prefix + name, None)
+    axes = {name: axis for name, axis in divided.items() if name in values}
+    groups = {"tp_group": layer.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+    return sharded | make_sharded_tensors_for_checkpoint(values, prefix, axes, sharded_offsets, **groups)

@@ -1,0 +1,439 @@
+"""Saving and resuming with megatron-core's dist_checkpointing (torch_dist), whole or not at all.
+
+    SAVE/iter_0000200/     .metadata  __0_0.distcp ...  common.pt  metadata.json    core's
+                           config.json  vocab.json ...                             so that `--load` reads it
+                           manifest.json                                           size and hash of every file
+    SAVE/latest_checkpointed_iteration.txt                                         as in Megatron-LM, for people
+    SAVE/.iter_0000300.partial/                                                    being written
+
+A checkpoint is written under its partial name and renamed once every rank has flushed its files: what has the
+final name is complete. Tensors are copied and written by a thread while training goes on; `poll` at the following
+steps finishes the work when all ranks are ready. Reading verifies the manifest first, and falls back to the
+newest checkpoint that is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import nn
+
+from ..checkpoint.torch_dist import INDEX_FILE
+from ..core_compat import prepare_training
+from ..errors import CheckpointError, UserError
+from ..parallel import ParallelContext, on_all_ranks
+from .optimizer import TrainingOptimizer
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+MANIFEST_FILE = "manifest.json"
+_NAME = re.compile(r"iter_(\d{7,})")
+_CHUNK = 2**22
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds beside parameters and optimizer.
+
+    Attributes:
+        iteration: steps made. consumed_samples: sequences of all ranks they took.
+        skipped: steps among them that were not applied.
+        run: of the settings, those that must not change or that others need to know (model, data, objective).
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped: int = 0
+    run: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the checkpoint's common part."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "skipped": self.skipped,
+            "run": json.dumps(self.run or {}),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingState:
+        """From one."""
+        numbers = {name: int(values[name]) for name in ("iteration", "consumed_samples", "skipped")}
+        return cls(**numbers, run=json.loads(values["run"]))
+
+
+class Checkpoints:
+    """The checkpoints of one run in one directory. Every rank has one and calls the same methods.
+
+    Args:
+        directory: SAVE above; made when something is saved.
+        keep: so many of the newest are kept, 0 keeps all.
+        companions: files to put beside the weights (config and tokenizer), name -> bytes.
+        background: write while training goes on.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        parallel: ParallelContext,
+        *,
+        keep: int = 0,
+        companions: dict[str, bytes] | None = None,
+        background: bool = True,
+    ) -> None:
+        prepare_training()
+        self.directory = directory
+        self._parallel, self._keep, self._background = parallel, keep, background
+        self._companions = companions or {}
+        self._writing: _Writing | None = None
+
+    def save(self, model: nn.Module, optimizer: TrainingOptimizer, state: TrainingState) -> None:
+        """Begin to write, after finishing the former checkpoint if it is still being written.
+
+        Raises (here, in `poll` or in `finish`):
+            UserError: the directory cannot be written.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.finish()
+        partial = self.directory / f".{_name_of(state.iteration)}.partial"
+        on_all_ranks(self._parallel, lambda: self._make_partial(partial) if self._parallel.is_leader else None)
+        request = dist_checkpointing.save(
+            _sharded_state(model, optimizer, state, self._parallel, is_loading=False),
+            str(partial),
+            sharded_strategy=_threaded_strategy(self._background),
+            async_sharded_save=True,
+        )
+        self._writing = _Writing(request, partial, state.iteration)
+        if not self._background:
+            self.finish()
+
+    def _make_partial(self, partial: Path) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, content in self._companions.items():
+                (partial / name).write_bytes(content)
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be written: {error.strerror or error}") from None
+
+    def remove_unfinished(self) -> None:
+        """Remove what a run that was killed had begun to write."""
+        for path in self.directory.glob(".iter_*.partial") if self._parallel.is_leader else ():
+            shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def is_ready_here(self) -> bool:
+        """This rank has nothing left to write, or has written it."""
+        return self._writing is None or self._writing.is_done
+
+    @property
+    def is_writing(self) -> bool:
+        """A checkpoint has been begun and not been finished."""
+        return self._writing is not None
+
+    def finish(self) -> int | None:
+        """Wait for the checkpoint that is being written and give it its name; returns its iteration.
+
+        Collective: call it on every rank, at once when all are `is_ready_here`.
+        """
+        if self._writing is None:
+            return None
+        writing, self._writing = self._writing, None
+        on_all_ranks(self._parallel, writing.wait)
+        writing.finalize()
+        entries = [None] * self._parallel.world_size
+        dist.all_gather_object(entries, writing.hashes(self._parallel.rank), group=self._parallel.control_group)
+        merged = {name: entry for entry in entries for name, entry in (entry or {}).items()}
+        on_all_ranks(self._parallel, lambda: self._publish(writing, merged) if self._parallel.is_leader else None)
+        return writing.iteration
+
+    def _publish(self, writing: _Writing, entries: dict[str, Any]) -> None:
+        target = self.directory / _name_of(writing.iteration)
+        try:
+            _write_flushed(writing.partial / INDEX_FILE, json.dumps(_index_of(writing.partial)))
+            for path in sorted(writing.partial.iterdir()):
+                if path.name not in entries:
+                    entries[path.name] = _entry(path)
+            _write_flushed(writing.partial / MANIFEST_FILE, json.dumps(entries, indent=1))
+            shutil.rmtree(target, ignore_errors=True)  # of a run that went on from an earlier step
+            writing.partial.rename(target)
+            _flush_directory(self.directory)
+            pointer = self.directory / f".{LATEST_FILE}"
+            _write_flushed(pointer, str(writing.iteration))
+            pointer.rename(self.directory / LATEST_FILE)
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
+        self._forget_old(writing.iteration)
+
+    def _forget_old(self, newest: int) -> None:
+        if self._keep:
+            older = [path for iteration, path in saved_checkpoints(self.directory) if iteration <= newest]
+            for path in older[self._keep :]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def load(self, path: Path, model: nn.Module, optimizer: TrainingOptimizer | None) -> TrainingState:
+        """Fill model, optimizer and random states from a checkpoint that `newest_whole` gave.
+
+        Args:
+            optimizer: None leaves the optimizer and the random states as they are.
+
+        Raises:
+            CheckpointError: on every rank; the checkpoint does not fit the run.
+        """
+        from megatron.core import dist_checkpointing
+
+        def read() -> dict[str, Any]:
+            try:
+                common = dist_checkpointing.load_common_state_dict(str(path))
+                state = TrainingState.from_dict(common["training"])
+                same_layout = common["layout"] == _layout(self._parallel)
+                wanted = _sharded_state(
+                    model, optimizer, state, self._parallel, is_loading=True, with_random_state=same_layout
+                )
+                return dist_checkpointing.load(wanted, str(path))
+            except Exception as error:  # core raises many kinds, some of them bare
+                raise CheckpointError(
+                    f"{path}: cannot be resumed from: {type(error).__name__}: {str(error)[:200]}"
+                ) from error
+
+        loaded = on_all_ranks(self._parallel, read)
+        model.load_state_dict(loaded["model"], strict=True)
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
+            if "random_state" in loaded:
+                _restore_random_state(loaded["random_state"])
+        return TrainingState.from_dict(loaded["training"])
+
+
+def saved_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """The complete checkpoints of a run, newest first: (iteration, directory)."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_whole(directory: Path, parallel: ParallelContext, say: Any = lambda text: None) -> Path | None:
+    """The newest checkpoint whose files are all there and have the manifest's hashes; None if there is none.
+
+    Ranks share the hashing. `say` is told of every one that is passed over.
+    """
+    for _, path in parallel.broadcast_object(saved_checkpoints(directory)):
+        problems: list[str | None] = [None] * parallel.world_size
+        mine = damage(path, parallel.rank, parallel.world_size)
+        dist.all_gather_object(problems, mine, group=parallel.control_group)
+        problem = next((text for text in problems if text), None)
+        if problem is None:
+            return path
+        say(f"{path} is passed over: {problem}")
+    return None
+
+
+def damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, as far as this rank's share of them tells; None if nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for name, (size, digest) in sorted(manifest.items())[rank::ranks]:
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
+            if _entry(file)[1] != digest:
+                return f"{name} is damaged (its hash differs)"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST_FILE} cannot be read ({error})"
+    return None
+
+
+class _Writing:
+    """A checkpoint that a thread of this rank is writing."""
+
+    def __init__(self, request: Any, partial: Path, iteration: int) -> None:
+        self.partial, self.iteration = partial, iteration
+        self._request = request
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def _write(self) -> None:
+        try:
+            if self._request.async_fn is not None:
+                self._request.async_fn(*self._request.async_fn_args)
+        except BaseException as error:  # told to the main thread, in `wait`
+            self._error = error
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until this rank's files are written."""
+        self._thread.join()
+        if self._error is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise UserError(f"{self.partial.parent}: the checkpoint could not be written: {self._error}")
+
+    def finalize(self) -> None:
+        """core's part after all ranks have written: the metadata files."""
+        for function in self._request.finalize_fns:
+            function()
+
+    def hashes(self, rank: int) -> dict[str, tuple[int, str]]:
+        """Size and hash of the files that this rank has written."""
+        return {path.name: _entry(path) for path in self.partial.glob(f"__{rank}_*.distcp")}
+
+
+def _threaded_strategy(background: bool) -> Any:
+    """core's strategy for torch_dist, writing in this process: core would fork one process for each file."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    def write(transforms: list[Any], buckets: list[Any], results: queue.Queue) -> None:
+        counts, answers = queue.Queue(), queue.Queue()
+        gathered = {}
+        for number, bucket in enumerate(buckets):
+            counts.put(number)
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, counts, True)
+            _, answer = answers.get()
+            if isinstance(answer, Exception):
+                raise answer
+            gathered[number] = answer
+        results.put(gathered)
+
+    class Threaded(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> Any:
+            request = super()._get_save_and_finalize_callbacks(writer, planned)
+            if request.async_fn is None:
+                return request
+            transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+            # Staged now: a GPU's tensors are copied to the host, and a CPU's too when training goes on changing them.
+            buckets = writer.preload_tensors(writer.write_buckets, False)
+            if background:
+                buckets = [(path, key, (data, _copied(tensors))) for path, key, (data, tensors) in buckets]
+            arguments = (transforms, buckets, writer.results_queue)
+            return request._replace(async_fn=write, async_fn_args=arguments, preload_fn=None)
+
+    return Threaded("torch_dist", 1, thread_count=1)
+
+
+def _copied(tensors: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
+    return [(item, tensor.clone()) for item, tensor in tensors]
+
+
+def _sharded_state(
+    model: nn.Module,
+    optimizer: TrainingOptimizer | None,
+    state: TrainingState,
+    parallel: ParallelContext,
+    *,
+    is_loading: bool,
+    with_random_state: bool = True,
+) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    model_state = model.sharded_state_dict()
+    sharded = {"model": model_state, "training": state.as_dict(), "layout": _layout(parallel)}
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading)
+        if with_random_state:
+            place = (
+                parallel.pipeline_model_parallel_rank,
+                parallel.tensor_model_parallel_rank,
+                parallel.data_parallel_rank,
+            )
+            sharded["random_state"] = ShardedObject("random_state", _random_state(), _layout(parallel), place)
+    return sharded
+
+
+def _index_of(path: Path) -> dict[str, Any]:
+    """Where each shard of each of the model's tensors stands: checkpoint/torch_dist.py reads this and no pickle."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = FileSystemReader(path).read_metadata()  # which this process has just written
+    where = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+    index: dict[str, Any] = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        if not isinstance(tensor, TensorStorageMetadata) or name.startswith("optimizer."):
+            continue
+        chunks = []
+        for chunk in tensor.chunks:
+            place = where[name, tuple(chunk.offsets)]
+            chunks.append(
+                {
+                    "offsets": list(chunk.offsets),
+                    "sizes": list(chunk.sizes),
+                    "file": place.relative_path,
+                    "start": place.offset,
+                    "length": place.length,
+                }
+            )
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        index[name] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks}
+    return index
+
+
+def _layout(parallel: ParallelContext) -> tuple[int, int, int]:
+    return (
+        parallel.pipeline_model_parallel_size,
+        parallel.tensor_model_parallel_size,
+        parallel.data_parallel_size,
+    )
+
+
+def _random_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _name_of(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _entry(path: Path) -> tuple[int, str]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return path.stat().st_size, digest.hexdigest()
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

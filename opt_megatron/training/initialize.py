@@ -1,0 +1,126 @@
+"""First values of a model's parameters: OPT's distributions, the same numbers at every layout.
+
+Every block of rows of every tensor has a generator of its own, seeded by the run's seed, the tensor's name and the
+block's number. So a rank draws what it holds (and, of row-parallel matrices, the columns beside it) and nothing
+else, and the model that is trained does not depend on how it is divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.table import (
+    EMBEDDING,
+    POSITIONS,
+    canonical_shapes,
+    layers_of_stage,
+    part_view,
+    rank_block,
+    stage_parameters,
+)
+from ..config import POSITION_OFFSET, OPTConfig
+from ..model.lora import adapted_layers
+from ..parallel import ParallelContext
+from .recipe import INIT_STD
+
+_ROWS_PER_BLOCK = 64
+
+
+def standard_deviation(name: str, config: OPTConfig, std: float) -> float | None:
+    """Of a canonical tensor's normal distribution around 0; None for biases (0) and norms (1 and 0).
+
+    As metaseq's baselines: `std`, and std / sqrt(2 L) for the matrices that write to the residual stream.
+    350m's projections have `std` too.
+    """
+    if name.endswith(".bias") or "layer_norm" in name:
+        return None
+    if name.endswith(("out_proj.weight", "fc2.weight")):
+        return std / math.sqrt(2 * config.num_layers)
+    return std
+
+
+@torch.no_grad()
+def initialize(
+    model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int, std: float = INIT_STD
+) -> None:
+    """Fill this rank's part of the model, LoRA's factors not included."""
+    parameters = dict(model.named_parameters())
+    shapes = canonical_shapes(config)
+    tp_rank, tp = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
+    stage = layers_of_stage(
+        config.num_layers, parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
+    )
+    for row in stage_parameters(config, stage, first=parallel.is_first_stage, last=parallel.is_last_stage):
+        target = parameters[row.megatron]
+        for part, name in enumerate(row.canonical):
+            block = rank_block(shapes[name], row.split, tp_rank, tp)
+            view = part_view(target, part, len(row.canonical), config.head_dim)
+            view.copy_(initial_values(name, config, seed, std, block[0])[:, *block[1:]].reshape(view.shape))
+
+
+def initial_values(name: str, config: OPTConfig, seed: int, std: float, rows: slice | None = None) -> Tensor:
+    """Rows of one canonical tensor as they are at the start, in float32: [rows, ...]."""
+    shape = canonical_shapes(config)[name]
+    rows = rows or slice(0, shape[0])
+    deviation = standard_deviation(name, config, std)
+    if deviation is None:
+        value = 1.0 if name.endswith("layer_norm.weight") else 0.0
+        return torch.full((rows.stop - rows.start, *shape[1:]), value)
+    values = normal_rows(name, (shape[0], shape[1]), rows, seed) * deviation
+    for index in _padding_rows(name, config):
+        if rows.start <= index < rows.stop:
+            values[index - rows.start] = 0
+    return values
+
+
+def normal_rows(name: str, shape: tuple[int, int], rows: slice, seed: int) -> Tensor:
+    """Rows of a [R, C] matrix of standard normal numbers that belongs to the name and the seed."""
+    first, last = rows.start // _ROWS_PER_BLOCK, -(-rows.stop // _ROWS_PER_BLOCK)
+    blocks = []
+    for number in range(first, last):
+        size = min(_ROWS_PER_BLOCK, shape[0] - number * _ROWS_PER_BLOCK)
+        generator = torch.Generator().manual_seed(_seed_of(name, number, seed))
+        blocks.append(torch.randn(size, shape[1], generator=generator))
+    start = first * _ROWS_PER_BLOCK
+    return torch.cat(blocks)[rows.start - start : rows.stop - start]
+
+
+@torch.no_grad()
+def initialize_factors(model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int) -> None:
+    """LoRA: A uniform in +-1 / sqrt(inputs), as nn.Linear begins (Kaiming with a = sqrt(5)), the same at every
+    layout; B stays 0."""
+    first = layers_of_stage(
+        config.num_layers, parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
+    ).start
+    for name, layer in adapted_layers(model):
+        whole_name = _with_global_layer(name, first)
+        divided = getattr(layer.lora_a, "partition_dim", -1) == 1 and layer.lora_a.tensor_model_parallel
+        parts = parallel.tensor_model_parallel_size if divided else 1
+        width = layer.lora_a.size(1)
+        generator = torch.Generator().manual_seed(_seed_of(f"{whole_name}.lora_a", 0, seed))
+        whole = torch.rand(layer.lora_a.size(0), width * parts, generator=generator) * 2 - 1
+        start = parallel.tensor_model_parallel_rank * width if divided else 0
+        layer.lora_a.copy_(whole[:, start : start + width] / math.sqrt(width * parts))
+        layer.lora_b.zero_()
+
+
+def _with_global_layer(name: str, first: int) -> str:
+    before, _, after = name.partition(".layers.")
+    number, _, rest = after.partition(".")
+    return f"{before}.layers.{int(number) + first}.{rest}"
+
+
+def _padding_rows(name: str, config: OPTConfig) -> tuple[int, ...]:
+    if name == EMBEDDING:
+        return (config.pad_token_id,)
+    # transformers' and metaseq's tables keep row 1 for padding; row 0 is never used and is left as it is drawn.
+    return (POSITION_OFFSET - 1,) if name == POSITIONS else ()
+
+
+def _seed_of(name: str, block: int, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,69 @@
+"""Loss curves of several runs as one PNG, from their metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UserError
+from .progress import METRICS_FILE
+
+MEASURES = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale")
+
+
+@dataclass
+class Curve:
+    """One run's measure: (iteration, value) of training and of validation."""
+
+    name: str
+    train: list[tuple[int, float]] = field(default_factory=list)
+    valid: list[tuple[int, float]] = field(default_factory=list)
+
+
+def read_curve(run: Path, measure: str) -> Curve:
+    """Read a run's directory, or its metrics file.
+
+    Raises:
+        UserError: there is no such file, or nothing of the measure in it.
+    """
+    path = run / METRICS_FILE if run.is_dir() else run
+    curve = Curve(run.name if run.is_dir() else run.parent.name)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; give a directory that train --save has written") from None
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            point = int(entry["iteration"]), float(entry[measure])
+            (curve.train if entry["kind"] == "train" else curve.valid).append(point)
+        except (ValueError, KeyError, TypeError):  # another measure's line, or the last one of a killed run
+            continue
+    if not curve.train and not curve.valid:
+        raise UserError(f"{path}: has no {measure}")
+    return curve
+
+
+def draw(curves: list[Curve], measure: str, output: Path) -> None:
+    """Draw training as lines and validation as points with lines, a colour a run.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing needs the package matplotlib: pip install 'opt-megatron[plot]'") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats a token)" if measure == "loss" else measure)
+    for number, curve in enumerate(curves):
+        colour = f"C{number % 10}"
+        if curve.train:
+            axes.plot(*zip(*curve.train, strict=True), color=colour, alpha=0.6, label=f"{curve.name}, training")
+        if curve.valid:
+            label = f"{curve.name}, validation"
+            axes.plot(*zip(*curve.valid, strict=True), color=colour, marker="o", markersize=4, label=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)

@@ -1,0 +1,135 @@
+"""Training a byte-level BPE in OPT's layout: four special tokens, the 256 bytes, then the merges.
+
+The special tokens have OPT's ids (fairseq's order) and are no part of the merges: in a text, `</s>` is four
+characters, which GPT-2's pattern cuts into three pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from ..errors import UserError
+from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
+from .preprocess import BadLines, check_inputs, read_texts
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+_MIN_FREQUENCY = 2  # a pair that occurs once teaches nothing
+# What facebook/opt-125m says of its tokenizer (special_tokens_map.json, tokenizer_config.json).
+_ROLES = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+_CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **_ROLES}
+
+
+@dataclass
+class Summary:
+    """What a tokenizer was trained on, and its size."""
+
+    vocab_size: int = 0
+    texts: int = 0
+    text_bytes: int = 0
+    seconds: float = 0.0
+    bad: BadLines = field(default_factory=BadLines)
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: Path,
+    vocab_size: int,
+    *,
+    json_key: str = "text",
+    strict: bool = False,
+    force: bool = False,
+    show_progress: bool = False,
+) -> Summary:
+    """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json to the directory `output`.
+
+    The same texts give the same files. A small corpus may hold too few pairs for `vocab_size`; the vocabulary is
+    smaller then, as the summary says.
+
+    Args:
+        inputs: JSON lines, each an object with a text under `json_key`; also `.gz`.
+        vocab_size: special tokens and bytes included.
+        force: replace a tokenizer that is in the directory; other files there stay in any case.
+
+    Raises:
+        UserError: a size below 260, files that cannot be read, no text in them, a tokenizer there without `force`.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab-size is {vocab_size}, but 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+            f"take {SMALLEST_VOCABULARY} already"
+        )
+    check_inputs(inputs)
+    _check_output(output, force)
+    summary = Summary()
+    started = time.monotonic()
+    bpe = _train(_count(read_texts(inputs, json_key, summary.bad, strict=strict), summary), vocab_size, show_progress)
+    if not summary.texts:
+        raise UserError("; ".join(["the input holds no texts", *summary.bad.report()]))
+    summary.vocab_size = bpe.get_vocab_size()
+    summary.seconds = time.monotonic() - started
+    _write(bpe, output)
+    return summary
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file, not a directory")
+    present = [name for name in TOKENIZER_FILES if (output / name).exists()]
+    if present and not force:
+        raise UserError(f"{output}: holds a tokenizer already ({', '.join(present)}); --force replaces it")
+
+
+def _count(texts: Iterator[str], summary: Summary) -> Iterator[str]:
+    for text in texts:
+        summary.texts += 1
+        summary.text_bytes += len(text.encode())
+        yield text
+
+
+def _train(texts: Iterator[str], vocab_size: int, show_progress: bool) -> Tokenizer:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=_MIN_FREQUENCY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def _write(bpe: Tokenizer, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        bpe.model.save(str(partial))
+        for name, content in (("tokenizer_config.json", _CONFIG), ("special_tokens_map.json", _ROLES)):
+            (partial / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        OPTTokenizer.from_directory(partial)  # raises unless everything here will read it
+        _publish(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, output: Path) -> None:
+    if not output.exists():
+        partial.chmod(0o755)  # mkdtemp lets nobody else read
+        partial.rename(output)
+        return
+    for name in TOKENIZER_FILES:  # a tokenizer.json of the former one would be read in place of the new files
+        if (partial / name).exists():
+            os.replace(partial / name, output / name)
+        else:
+            (output / name).unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""Saving and resuming: the same curve, at the same layout to the bit; nothing but whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import training_jobs as jobs
+from ranks import RankPool
+
+from opt_megatron.checkpoint.formats import open_checkpoint
+from opt_megatron.checkpoint.load import load_model
+from opt_megatron.errors import CheckpointError
+from opt_megatron.model.lora import LoRAOptions
+from opt_megatron.parallel import ParallelContext
+from opt_megatron.training.checkpointing import LATEST_FILE, damage, saved_checkpoints
+from opt_megatron.training.pretraining_data import DataOptions
+from opt_megatron.training.progress import METRICS_FILE
+from opt_megatron.training.schedule import Schedule
+from opt_megatron.training.session import TrainingSettings
+from opt_megatron.training.trainer import TrainerOptions
+
+
+@pytest.fixture
+def settings(corpus: str, four_layers: Path) -> TrainingSettings:
+    """Twelve steps from scratch with dropout, a checkpoint every four, of OPT's initialisation."""
+    base = jobs.settings_for(four_layers)
+    return TrainingSettings(
+        base.config.replace(dropout=0.1, attention_dropout=0.1),
+        Schedule(1e-3, 1e-4, 3, 12),
+        TrainerOptions(12, jobs.GLOBAL, 2, jobs.SEQ, save_interval=4),
+        data=DataOptions(train_data_path=[corpus]),
+        init_std=0.02,
+    )
+
+
+def losses_of(run: Path) -> list[float]:
+    """The losses in metrics.jsonl, which must be of the steps 1, 2, 3 ..."""
+    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def without_dropout(settings: TrainingSettings) -> TrainingSettings:
+    """Dropout depends on the layout; the rest of a run does not."""
+    return replace(settings, config=settings.config.replace(dropout=0.0, attention_dropout=0.0))
+
+
+@pytest.mark.parametrize(("tp", "pp", "world"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 2)])
+def test_a_resumed_run_is_the_same_to_the_bit(
+    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path, tp: int, pp: int, world: int
+) -> None:
+    ranks(world).run(jobs.whole_run, tmp_path / "whole", tp, pp, settings)
+    ranks(world).run(jobs.whole_run, tmp_path / "cut", tp, pp, settings, 5)
+    said = ranks(world).run(jobs.whole_run, tmp_path / "cut", tp, pp, settings)[0]
+    assert "iteration 5" in said[0]
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert len(losses_of(tmp_path / "whole")) == 12
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    """Whether the newest checkpoints of two runs hold the same bits."""
+    first, second = open_checkpoint(left), open_checkpoint(right)
+    return all(torch.equal(first.read(name), second.read(name)) for name in first.tensors)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, 1, 2), (1, 2, 2)), ((1, 2, 2), (1, 1, 1)), ((1, 1, 1), (2, 2, 4)), ((2, 1, 4), (1, 1, 2))],
+)
+def test_a_run_goes_on_at_another_layout(
+    ranks: Callable[[int], RankPool],
+    settings: TrainingSettings,
+    tmp_path: Path,
+    before: tuple[int, int, int],
+    after: tuple[int, int, int],
+) -> None:
+    settings = without_dropout(settings)
+    ranks(1).run(jobs.whole_run, tmp_path / "whole", 1, 1, settings)
+    ranks(before[2]).run(jobs.whole_run, tmp_path / "cut", *before[:2], settings, 6)
+    ranks(after[2]).run(jobs.whole_run, tmp_path / "cut", *after[:2], settings)
+    assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
+
+
+def test_350ms_projections_are_saved_too(
+    ranks: Callable[[int], RankPool], settings: TrainingSettings, post_norm: Path, tmp_path: Path
+) -> None:
+    config = open_checkpoint(post_norm).config.replace(dropout=0.0)
+    settings = replace(settings, config=config, load=str(post_norm), schedule=Schedule(1e-4, 1e-5, 0, 12))
+    ranks(2).run(jobs.whole_run, tmp_path / "whole", 2, 1, settings)
+    ranks(2).run(jobs.whole_run, tmp_path / "cut", 2, 1, settings, 4)
+    ranks(2).run(jobs.whole_run, tmp_path / "cut", 1, 2, settings)
+    assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
+    open_checkpoint(tmp_path / "cut")  # finds every tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_main_parameters(
+    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    settings = replace(settings, dtype=dtype)
+    ranks(1).run(jobs.whole_run, tmp_path / "whole", 1, 1, settings)
+    ranks(1).run(jobs.whole_run, tmp_path / "cut", 1, 1, settings, 7)
+    ranks(1).run(jobs.whole_run, tmp_path / "cut", 1, 1, settings)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert losses_of(tmp_path / "cut")[-1] < losses_of(tmp_path / "cut")[0]
+
+
+def test_the_newest_whole_checkpoint_is_taken(
+    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path
+) -> None:
+    ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings)
+    whole = losses_of(tmp_path / "run")
+    newest, older = (tmp_path / "run" / f"iter_{n:07d}" for n in (12, 8))
+    shard = next(newest.glob("__0_*.distcp"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    next(older.glob("__1_*.distcp")).unlink()
+    (tmp_path / "run" / ".iter_0000016.partial").mkdir()
+    said = ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings)[0]
+    assert "damaged" in said[0] and "missing" in said[1] and "iteration 4" in said[2]
+    assert losses_of(tmp_path / "run") == whole
+    assert damage(newest) is None
+    assert not list((tmp_path / "run").glob(".iter*"))
+
+
+def test_only_the_last_are_kept(ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path) -> None:
+    ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, replace(settings, keep_last=2))
+    assert [iteration for iteration, _ in saved_checkpoints(tmp_path / "run")] == [12, 8]
+    assert (tmp_path / "run" / LATEST_FILE).read_text() == "12"
+
+
+def test_other_settings_are_another_run(
+    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path
+) -> None:
+    ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, settings, 4)
+    with pytest.raises(AssertionError, match=r"belongs to another run .seed was 1 and is 2"):
+        ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, replace(settings, seed=2))
+
+
+def test_lora_is_merged_as_it_is_read(
+    ranks: Callable[[int], RankPool],
+    settings: TrainingSettings,
+    four_layers: Path,
+    alone: ParallelContext,
+    tmp_path: Path,
+) -> None:
+    lora = LoRAOptions(4, 8.0)
+    settings = replace(settings, load=str(four_layers), lora=lora, schedule=Schedule(1e-2, 1e-3, 0, 12))
+    ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings)
+    parameters, logits = ranks(2).run(jobs.adapted_logits, tmp_path / "run", 2, 1, settings)[0]
+    model = load_model(tmp_path / "run", None, alone)
+    tokens = torch.arange(4, 24)[None]
+    assert (model(tokens) - logits).abs().max() <= 1e-4
+    base = load_model(four_layers, None, alone)
+    assert (base(tokens) - logits).abs().max() > 1e-2
+    assert parameters  # the factors have moved
+
+
+def test_what_is_read_is_checked(ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path) -> None:
+    ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, settings, 4)
+    path = tmp_path / "run" / "iter_0000004"
+    index = json.loads((path / "tensors.json").read_text())
+    for change, message in {
+        "gone": "1 missing",
+        "outside": "makes no sense",
+        "beyond": "damaged or incomplete",
+        "strange": "makes no sense",
+        "elsewhere": "something else|does not lie|is damaged|truncated",
+    }.items():
+        copy = tmp_path / change
+        shutil.copytree(path, copy)
+        broken = json.loads(json.dumps(index))
+        entry = broken["decoder.final_layernorm.weight"]
+        if change == "gone":
+            del broken["decoder.final_layernorm.weight"]
+        elif change == "outside":
+            entry["chunks"][0]["file"] = "../iter_0000004/__0_0.distcp"
+        elif change == "beyond":
+            entry["chunks"][0]["start"] = 10**9
+        elif change == "strange":
+            entry["dtype"] = "int64"
+        else:
+            entry["chunks"][0]["start"] = 0
+        (copy / "tensors.json").write_text(json.dumps(broken))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(copy).read("model.decoder.final_layer_norm.weight")

@@ -1,0 +1,90 @@
+"""The CPU optimizer's rules: clipping, skipping, loss scaling; and which random numbers ranks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import training_jobs as jobs
+from ranks import RankPool
+from torch import nn
+
+from opt_megatron.parallel import ParallelContext
+from opt_megatron.training.optimizer import CPUOptimizer, LossScale, OptimizerOptions
+
+
+def parameters(dtype: torch.dtype, gradient: float) -> list[nn.Parameter]:
+    """A matrix and a vector of ones with one gradient in all elements."""
+    made = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2, 2), (4,))]
+    for parameter in made:
+        parameter.main_grad = torch.full(parameter.shape, gradient)
+        parameter.tensor_model_parallel = False
+    return made
+
+
+def test_decay_is_for_matrices_and_the_norm_is_clipped(alone: ParallelContext) -> None:
+    made = parameters(torch.float32, 10.0)
+    outcome = CPUOptimizer(made, OptimizerOptions(weight_decay=0.5)).step(0.1)
+    assert outcome.applied
+    assert outcome.grad_norm == pytest.approx(10 * math.sqrt(8))
+    assert made[0].main_grad.norm() ** 2 + made[1].main_grad.norm() ** 2 == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(made[1], torch.full((4,), 0.9))  # Adam's first step is lr
+    torch.testing.assert_close(made[0], torch.full((2, 2), 1 - 0.1 * 0.5 - 0.1))
+
+
+@pytest.mark.parametrize(("gradient", "limit"), [(float("nan"), 0.0), (float("inf"), 0.0), (10.0, 5.0)])
+def test_a_bad_step_changes_nothing(alone: ParallelContext, gradient: float, limit: float) -> None:
+    made = parameters(torch.float32, gradient)
+    optimizer = CPUOptimizer(made, OptimizerOptions(skip_grad_norm=limit))
+    outcome = optimizer.step(0.1)
+    assert not outcome.applied
+    assert all((parameter == 1).all() for parameter in made)
+    for parameter in made:
+        parameter.main_grad.fill_(0.1)
+    assert optimizer.step(0.1).applied
+
+
+def test_half_precision_moves_by_less_than_it_can_show(alone: ParallelContext) -> None:
+    made = parameters(torch.bfloat16, 1.0)
+    optimizer = CPUOptimizer(made, OptimizerOptions(weight_decay=0.0))
+    for _ in range(8):  # a bfloat16 step from 1 is 2**-8; eight steps of 1e-3 add up to two
+        optimizer.step(1e-3)
+        for parameter in made:
+            parameter.main_grad.fill_(1.0)
+    assert made[0].detach().float().max() == pytest.approx(1 - 8e-3, abs=2**-8)
+    assert (made[0] < 1).all()
+
+
+def test_the_loss_scale_follows_overflows(alone: ParallelContext) -> None:
+    made = parameters(torch.float16, float("inf"))
+    optimizer = CPUOptimizer(made, OptimizerOptions(loss_scale_window=2))
+    assert optimizer.scale_loss(torch.tensor(1.5)) == 6.0
+    assert not optimizer.step(0.1).applied
+    assert optimizer.scale_loss(torch.tensor(1.0)) == 2.0
+    for parameter in made:
+        parameter.main_grad.fill_(4.0)
+    outcome = optimizer.step(0.1)
+    assert outcome.applied
+    assert outcome.grad_norm == pytest.approx(2 * math.sqrt(8))  # unscaled
+    optimizer.step(0.1)
+    assert optimizer.scale_loss(torch.tensor(1.0)) == 4.0
+
+
+def test_the_loss_scale_has_a_bottom() -> None:
+    scale = LossScale(OptimizerOptions(initial_loss_scale=1.0, min_loss_scale=0.25), is_used=True)
+    for _ in range(5):
+        scale.update(overflowed=True)
+    assert scale.value == 0.25
+    assert scale.is_smallest
+
+
+def test_ranks_agree_on_hidden_dropout_and_differ_in_their_heads(ranks: Callable[[int], RankPool]) -> None:
+    (first, own, later), (first_2, own_2, later_2) = ranks(2).run(jobs.dropped, 2)
+    assert torch.equal(first, first_2)
+    assert torch.equal(later, later_2)
+    assert not torch.equal(own, own_2)
+    (first, own, _), (first_2, own_2, _) = ranks(2).run(jobs.dropped, 1)  # data parallel
+    assert not torch.equal(first, first_2)
+    assert not torch.equal(own, own_2)

@@ -1,0 +1,166 @@
+"""What the training tests let every rank do (importable by the rank processes)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opt_megatron.checkpoint.formats import open_checkpoint
+from opt_megatron.core_compat import prepare_training
+from opt_megatron.parallel import ParallelContext, init_parallel
+
+prepare_training()
+
+from opt_megatron.training.batches import Batches  # noqa: E402
+from opt_megatron.training.checkpointing import Checkpoints, TrainingState, newest_whole  # noqa: E402
+from opt_megatron.training.objective import forward_backward  # noqa: E402
+from opt_megatron.training.schedule import Schedule  # noqa: E402
+from opt_megatron.training.session import TrainingSettings, build, seed_dropout, train  # noqa: E402
+from opt_megatron.training.trainer import Trainer, TrainerOptions  # noqa: E402
+
+SEQ, GLOBAL = 32, 8
+
+
+class RandomTokens(torch.utils.data.Dataset):
+    """Samples of random tokens, the same for the same seed."""
+
+    def __init__(self, num_samples: int, vocab_size: int, seq_length: int = SEQ, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._tokens = torch.randint(4, vocab_size, (num_samples, seq_length + 1), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self._tokens[index]
+        mask = torch.ones(len(row) - 1)
+        mask[: index % 3] = 0  # unequal numbers of tokens, so that a mean of means would differ
+        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "position_ids": torch.arange(len(row) - 1)}
+
+
+def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes: Any) -> TrainingSettings:
+    """Settings of a short run that begins with a checkpoint's weights, without dropout."""
+    config = open_checkpoint(directory).config.replace(dropout=0.0, attention_dropout=0.0)
+    settings = TrainingSettings(
+        config,
+        Schedule(3e-3, 3e-4, 5, max(iterations, 5)),
+        TrainerOptions(iterations, GLOBAL, micro, SEQ),
+        load=str(directory),
+    )
+    return replace(settings, **changes)
+
+
+def start(tp: int, pp: int) -> ParallelContext:
+    """Groups of this layout on the running world; what remains of it is data parallel."""
+    return init_parallel(tp, pp, seed=1)
+
+
+def _batches(settings: TrainingSettings, parallel: ParallelContext, num_samples: int) -> Batches:
+    options = settings.trainer
+    data = RandomTokens(num_samples, settings.config.vocab_size, options.seq_length)
+    place = (parallel.data_parallel_rank, parallel.data_parallel_size)
+    return Batches(data, options.global_batch_size, options.micro_batch_size, *place)
+
+
+def gradients(
+    directory: Path, tp: int, pp: int, changes: dict[str, Any]
+) -> tuple[list[float], float, dict[str, torch.Tensor]]:
+    """One step's (sum of losses, tokens), the norm of the gradients, and those that this rank holds."""
+    parallel = start(tp, pp)
+    settings = settings_for(directory, **changes)
+    model, optimizer = build(settings, parallel)
+    model.train()
+    model.zero_grad_buffer()
+    with _batches(settings, parallel, GLOBAL) as batches:
+        sums = forward_backward(model, next(batches), parallel.device)
+    losses = [float(sums.total), float(sums.tokens)] if parallel.is_last_stage else [0.0, 0.0]
+    found = {name: p.main_grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
+    return losses, optimizer.step(0.0).grad_norm, found
+
+
+def loss_curve(directory: Path, tp: int, pp: int, iterations: int, changes: dict[str, Any]) -> list[float]:
+    """The losses of a run's steps, the same on every rank."""
+    parallel = start(tp, pp)
+    settings = settings_for(directory, iterations, **changes)
+    model, optimizer = build(settings, parallel)
+    seen: list[float] = []
+
+    class Watched(Trainer):
+        def _share(self, *args: Any) -> Any:
+            report = super()._share(*args)
+            seen.append(report.loss)
+            return report
+
+    data = RandomTokens(GLOBAL * 4, settings.config.vocab_size)
+    repeated = torch.utils.data.ConcatDataset([data] * (iterations // 4 + 1))
+    Watched(
+        model, settings.config, optimizer, settings.schedule, parallel, settings.trainer,
+        repeated, None, None, TrainingState(), None,
+    ).run()  # fmt: skip
+    return seen
+
+
+def whole_run(save: Path, tp: int, pp: int, settings: TrainingSettings, exit_iters: int = 0) -> list[str]:
+    """`train` from beginning, or from what `save` holds, to the end or to `exit_iters`; what the leader said."""
+    parallel = start(tp, pp)
+    trainer = replace(settings.trainer, exit_iters=exit_iters)
+    said: list[str] = []
+    train(replace(settings, save=save, trainer=trainer), parallel, said.append)
+    return said
+
+
+def dropped(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random numbers of this rank: hidden dropout's, attention dropout's, and hidden dropout's again."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    parallel = start(tp, 1)
+    seed_dropout(1, parallel)
+    first = torch.rand(4)
+    with get_cuda_rng_tracker().fork():
+        own = torch.rand(4)
+    return first, own, torch.rand(4)
+
+
+def lora_run(directory: Path, tp: int, pp: int, changes: dict[str, Any]) -> tuple[list[float], list[str]]:
+    """Losses of ten steps, and the names of the parameters whose values have changed."""
+    parallel = start(tp, pp)
+    settings = settings_for(directory, 10, schedule=Schedule(5e-4, 5e-5, 0, 10), **changes)
+    model, optimizer = build(settings, parallel)
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    losses = []
+    model.train()
+    with _batches(settings, parallel, GLOBAL * 10) as batches:
+        for step, micro_batches in enumerate(batches, 1):
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            sums = forward_backward(model, micro_batches, parallel.device)
+            optimizer.step(settings.schedule.at(step))
+            values = torch.stack([sums.total, sums.tokens])
+            if not (parallel.is_last_stage and parallel.tensor_model_parallel_rank == 0):
+                values.zero_()
+            torch.distributed.all_reduce(values)
+            losses.append(float(values[0] / values[1]))
+    changed = [name for name, p in model.module.named_parameters() if not torch.equal(p, before[name])]
+    return losses, changed
+
+
+def initial_parameters(directory: Path, tp: int, pp: int) -> dict[str, torch.Tensor]:
+    """What this rank's part of a model begins with."""
+    model, _ = build(settings_for(directory, load=None), start(tp, pp))
+    return {name: p.detach().clone() for name, p in model.module.named_parameters()}
+
+
+def adapted_logits(save: Path, tp: int, pp: int, settings: TrainingSettings) -> tuple[list[str], torch.Tensor]:
+    """Logits of a saved LoRA run by its unmerged layers, and the factors that are not zero."""
+    parallel = start(tp, pp)
+    model, optimizer = build(settings, parallel)
+    checkpoints = Checkpoints(save, parallel)
+    checkpoints.load(newest_whole(save, parallel), model.module, optimizer)
+    model.eval()
+    model.module.parallel_output = False
+    with torch.no_grad():
+        logits = model(torch.arange(4, 24)[None], None, None)
+    return [name for name, p in model.module.named_parameters() if name.endswith("lora_b") and p.any()], logits
