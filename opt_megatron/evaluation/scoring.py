@@ -140,9 +140,7 @@ def _score_batch(
     return torch.cat(parts).cpu()
 
 
-def _log_probabilities(
-    local: Tensor, targets: Tensor, first: int, num_tokens: int, collectives: Collectives
-) -> Tensor:
+def _log_probabilities(local: Tensor, targets: Tensor, first: int, num_tokens: int, collectives: Collectives) -> Tensor:
     """[R, 2] of logits [R, V], whose first column is the id `first`, and targets [R]."""
     local = local[:, : max(0, num_tokens - first)]
     if local.size(1) == 0:  # this rank has nothing but padding
