@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .loading import Loaded, add_model, load, start_parallel
+from .loading import add_model, open_model, start_parallel
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Documents, Perplexity
+    from ..pretrained import Pretrained
 
 HELP = "perplexity, nats a token and bits a byte of texts"
 
@@ -57,20 +58,21 @@ def run(args: argparse.Namespace) -> None:
 
     # The file need not be there on other machines.
     texts = on_all_ranks(parallel, lambda: _read(args) if parallel.is_leader else [])
-    loaded = load(args, parallel)
+    pretrained = open_model(args, parallel)
     documents = parallel.broadcast_object(
-        on_all_ranks(parallel, lambda: _tokenize(texts, loaded, args) if parallel.is_leader else None)
+        on_all_ranks(parallel, lambda: _tokenize(texts, pretrained, args) if parallel.is_leader else None)
     )
+    model = pretrained.load_model(args.dtype, quantization=args.quantization)
     with _Progress(parallel.is_leader) as progress:
         result = perplexity(
-            loaded.model,
+            model,
             parallel,
             documents,
             context=args.context,
             stride=args.stride,
             concatenate=not args.per_document,
             batch_size=args.batch_size,
-            num_tokens=loaded.num_tokens,
+            num_tokens=pretrained.num_tokens,
             on_windows=progress.update,
         )
     if parallel.is_leader:
@@ -90,14 +92,16 @@ def _read(args: argparse.Namespace) -> list[str]:
     return read_texts(Path(args.data), args.json_key)
 
 
-def _tokenize(texts: list[str], loaded: Loaded, args: argparse.Namespace) -> Documents:
+def _tokenize(texts: list[str], pretrained: Pretrained, args: argparse.Namespace) -> Documents:
     from ..evaluation.perplexity import tokenize
 
-    return tokenize(texts, loaded.tokenizer, add_eos=not args.no_eos)
+    return tokenize(texts, pretrained.tokenizer, add_eos=not args.no_eos)
 
 
 def _as_json(args: argparse.Namespace, result: Perplexity) -> str:
-    return json.dumps({"model": args.load or "story", "data": args.data, **result.to_dict()})
+    from ..checkpoint.locate import EMBEDDED_NAME
+
+    return json.dumps({"model": args.load or EMBEDDED_NAME, "data": args.data, **result.to_dict()})
 
 
 def _as_text(args: argparse.Namespace, result: Perplexity) -> str:

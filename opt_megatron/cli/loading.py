@@ -1,41 +1,21 @@
-"""From the arguments to a model on this rank's part of the layout, with its tokenizer."""
+"""From the arguments to ranks and an opened checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
 from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
 
 if TYPE_CHECKING:
-    from ..config import OPTConfig
-    from ..model.opt_model import OPTModel
     from ..parallel import ParallelContext
-    from ..tokenizer import OPTTokenizer
+    from ..pretrained import Pretrained
 
 TOY_NOTICE = (
     "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
     "tales (not one of Meta's; good for trying things out)"
 )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model and what belongs to it.
-
-    Attributes:
-        num_tokens: ids from this one on are vocabulary padding.
-    """
-
-    parallel: ParallelContext
-    config: OPTConfig
-    model: OPTModel
-    tokenizer: OPTTokenizer
-    num_tokens: int
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -64,45 +44,27 @@ def start_parallel(args: argparse.Namespace) -> ParallelContext:
     return init_parallel(tp, pp, seed=args.seed, device=args.device)
 
 
-def load(args: argparse.Namespace, parallel: ParallelContext) -> Loaded:
-    """Find the checkpoint and read this rank's part of it.
+def open_model(args: argparse.Namespace, parallel: ParallelContext, *, needs_tokenizer: bool = True) -> Pretrained:
+    """Open the checkpoint of --load, and tell what was derived of its config.
 
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    from ..checkpoint.formats import open_checkpoint
-    from ..checkpoint.load import load_model, locate_on_all_ranks
     from ..checkpoint.locate import EMBEDDED_NAME
-    from ..parallel import check_layout, on_all_ranks
+    from ..parallel import on_all_ranks
+    from ..pretrained import open_pretrained
 
-    directory = locate_on_all_ranks(EMBEDDED_NAME if args.load is None else args.load, parallel, args.revision)
-    checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config_argument(args)))
-    config = checkpoint.config
-    check_layout(
-        config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.world_size
+    config = on_all_ranks(parallel, lambda: config_argument(args))
+    pretrained = open_pretrained(
+        EMBEDDED_NAME if args.load is None else args.load,
+        parallel,
+        revision=args.revision,
+        config=config,
+        tokenizer=args.tokenizer,
+        needs_tokenizer=needs_tokenizer,
     )
-    tokenizer = on_all_ranks(parallel, lambda: read_tokenizer(args.tokenizer, directory, config))
     if parallel.is_leader:
         if args.load is None:
             print(TOY_NOTICE, file=sys.stderr)
-        say_derived(checkpoint.derived)
-    model = load_model(checkpoint, config, parallel, args.dtype, quantization=args.quantization)
-    return Loaded(parallel, config, model, tokenizer, min(config.num_tokens, len(tokenizer)))
-
-
-def read_tokenizer(name: str | None, directory: Path, config: OPTConfig) -> OPTTokenizer:
-    """The tokenizer of --tokenizer, or the one beside the weights.
-
-    Raises:
-        UserError: there is none, or it has more entries than the model has rows.
-    """
-    from ..checkpoint.locate import locate
-    from ..tokenizer import OPTTokenizer
-
-    tokenizer = OPTTokenizer.from_directory(directory if name is None else locate(name))
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size} rows: "
-            "it is another model's; give --tokenizer DIR"
-        )
-    return tokenizer
+        say_derived(pretrained.checkpoint.derived)
+    return pretrained
