@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..version import __version__
 
 # Each is a module of this package with HELP, add_arguments and run.
-COMMANDS = ("generate", "serve", "convert", "inspect", "verify", "plan")
+COMMANDS = ("generate", "serve", "evaluate", "convert", "inspect", "verify", "plan")
 _SECONDS_FOR_THE_LEADER = 10
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
 

@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import CheckpointError
 from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
 from .engine_options import add_engine, check_engine_options, make_engine
+from .loading import TOY_NOTICE
 from .prompts import Prompt, read_prompts
 from .sampling import add_sampling, sampling_params, with_options
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from ..tokenizer import OPTTokenizer
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
-
-TOY_NOTICE = (
-    "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
-    "tales (not one of Meta's; good for trying things out)"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,18 +123,11 @@ def _read(args: argparse.Namespace, params: SamplingParams, directory: Path, con
 
 
 def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, needed: bool) -> OPTTokenizer | None:
-    from ..checkpoint.locate import locate
-    from ..tokenizer import OPTTokenizer
+    from ..pretrained import read_tokenizer
 
     try:
-        tokenizer = OPTTokenizer.from_directory(directory if args.tokenizer is None else locate(args.tokenizer))
-    except UserError:
+        return read_tokenizer(args.tokenizer, directory, config)
+    except CheckpointError:
         if needed or args.tokenizer is not None:
             raise
         return None  # ids go in, and ids come out
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size} rows: "
-            "it is another model's; give --tokenizer DIR"
-        )
-    return tokenizer

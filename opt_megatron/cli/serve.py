@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
 from .engine_options import add_engine, check_engine_options, make_engine
-from .loading import add_model, load, start_parallel
+from .loading import add_model, open_model, start_parallel
 
 if TYPE_CHECKING:
     import socket
@@ -118,9 +118,10 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
     # On the leader this is the engine's thread. Its GPU is the first of its host, which is every thread's own.
     from ..serving.served import ServedModel
 
-    loaded = load(args, parallel)
-    engine = make_engine(args, loaded.model, parallel, loaded.num_tokens)
-    return ServedModel(engine, loaded.tokenizer, loaded.config, _names(args))
+    pretrained = open_model(args, parallel)
+    model = pretrained.load_model(args.dtype, quantization=args.quantization)
+    engine = make_engine(args, model, parallel, pretrained.num_tokens)
+    return ServedModel(engine, pretrained.tokenizer, pretrained.config, _names(args))
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:
