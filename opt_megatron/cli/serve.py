@@ -94,13 +94,11 @@ def _lead(
     url = url_of(listener)
     _say(f"loading the model, to be served at {url}")
 
-    def load_model() -> ServedModel:
-        served = _load(args, parallel)
-        layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
-        _say(f"serving {served.name} ({layout}) at {url}")
-        return served
-
-    service = Service(load_model, limits, Metrics(_names(args)[0]))
+    layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
+    name = _names(args)[0]
+    service = Service(
+        lambda: _load(args, parallel), limits, Metrics(name), lambda: _say(f"serving {name} ({layout}) at {url}")
+    )
     try:
         Server(service, make_app(service, key), args.max_connections).run([listener])
     except (UserError, SystemExit):

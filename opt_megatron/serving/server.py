@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal ends the service in an orderly way, another one at once."""
         now = time.monotonic()
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             self.should_exit = True
         elif self._signalled is None:
             self._signalled = now

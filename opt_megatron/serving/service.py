@@ -59,17 +59,24 @@ class Service:
 
     Args:
         load: makes the model, in the engine's thread.
+        on_served: told when requests are taken.
 
     Attributes:
         state: of the service.
         error: what ended the engine, if something did.
     """
 
-    def __init__(self, load: Callable[[], ServedModel], limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        load: Callable[[], ServedModel],
+        limits: Limits,
+        metrics: Metrics,
+        on_served: Callable[[], None] = lambda: None,
+    ) -> None:
         self.limits, self.metrics = limits, metrics
         self.state = State.LOADING
         self.error: BaseException | None = None
-        self._load = load
+        self._load, self._on_served = load, on_served
         self._model: ServedModel | None = None
         self._tracked: dict[int, Tracked] = {}
         self._waiting = 0  # continuations of prompts that have no place in the batch yet
@@ -157,6 +164,7 @@ class Service:
         self._model = model
         if self.state is State.LOADING:
             self.state = State.READY
+            self._on_served()
 
     def on_status(self, status: Status) -> None:
         """Other requests run."""
