@@ -17,7 +17,7 @@ from .answer import Answer, as_metaseq
 from .errors import ApiError, bad_request
 from .gate import Gate
 from .metrics import CONTENT_TYPE
-from .openapi import describe, takes
+from .openapi import describe, gives, takes
 from .page import add_page
 from .prompts import encode, prepare
 from .protocol import CompletionBody, DetokenizeBody, MetaseqBody, Sampling, TokenizeBody, read
@@ -51,7 +51,12 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", openapi_extra=takes(CompletionBody), summary="Continue prompts (OpenAI)")
+    @app.post(
+        "/v1/completions",
+        openapi_extra=takes(CompletionBody),
+        responses=gives("application/json", "text/event-stream"),
+        summary="Continue prompts (OpenAI)",
+    )
     async def completions(request: Request) -> Response:
         body = read(CompletionBody, await request.body())
         service.model.check_name(body.model)
@@ -144,7 +149,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         return _json({"status": service.state.value}, 200 if service.state is State.READY else 503)
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get("/metrics", responses=gives("text/plain"), summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(service.metrics.write(), headers={"Content-Type": CONTENT_TYPE})
 

@@ -29,6 +29,11 @@ def takes(kind: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+def gives(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """What a route's answer may be, by its content types."""
+    return {200: {"content": {kind: {} for kind in kinds}}}
+
+
 def describe(app: FastAPI) -> None:
     """Let the application's description hold the bodies and the errors."""
     plain = app.openapi
@@ -37,13 +42,24 @@ def describe(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = plain()
             _, definitions = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=_REFERENCE)
-            document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            schemas = {name: _with_nulls(schema) for name, schema in definitions["$defs"].items()}
+            document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
             for operations in document["paths"].values():
                 for operation in operations.values():
                     _add_errors(operation["responses"])
         return app.openapi_schema
 
     app.openapi = described
+
+
+def _with_nulls(schema: dict[str, Any]) -> dict[str, Any]:
+    """A field that is null has its default, if it has one."""
+    required = schema.get("required", ())
+    fields = {
+        name: field if name in required else {"anyOf": [field, {"type": "null"}]}
+        for name, field in schema["properties"].items()
+    }
+    return {**schema, "properties": fields}
 
 
 def _add_errors(responses: dict[str, Any]) -> None:
