@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import ipaddress
 import math
 import os
 import sys
@@ -89,10 +90,13 @@ def _lead(
     from ..serving.app import make_app
     from ..serving.metrics import Metrics
     from ..serving.server import Server, url_of
-    from ..serving.service import Service
+    from ..serving.service import EngineStuck, Service
+    from . import is_lost_rank
 
     url = url_of(listener)
     _say(f"loading the model, to be served at {url}")
+    if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        _say(f"whoever reaches {url} can use it: there is no --api-key")
 
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     name = _names(args)[0]
@@ -106,9 +110,11 @@ def _lead(
     except KeyboardInterrupt:
         _end_now("interrupted", 130)
     except BaseException as error:
-        if parallel.world_size == 1:
+        if is_lost_rank(error):
+            raise
+        if not isinstance(error, EngineStuck):
             traceback.print_exception(error)
-        # Not by sys.exit: the engine's thread may wait for ever for a rank that is lost.
+        # Not by sys.exit: the engine's thread may wait for ever for a rank that is lost in silence.
         _end_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
 
 
