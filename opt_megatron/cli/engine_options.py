@@ -19,7 +19,10 @@ def add_engine(group: argparse._ArgumentGroup) -> None:
     """Declare them."""
     group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="sequences at a time; default: 16")
     group.add_argument(
-        "--kv-cache-memory", metavar="SIZE", help="of a rank at the most, as 2GB; default: what the prompts need"
+        "--kv-cache-memory",
+        metavar="SIZE",
+        help="of a rank at the most, as 2GB; default: what the prompts need, in a server what --max-batch-size of the "
+        "longest sequences need",
     )
     group.add_argument(
         "--prefill-chunk-size", type=int, default=256, metavar="N", help="tokens of prompts in a step; default: 256"

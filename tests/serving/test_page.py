@@ -165,6 +165,7 @@ def test_text_is_text_and_errors_are_told(page):
     page["generate"].click()
     page.wait_for(lambda: page["error"].is_displayed())
     assert "has 60" in page["error"].text and "positions" in page["error"].text and page.is_idle()
+    assert not page["tokens"].is_displayed() and page["empty"].is_displayed()
     page.browser.get_log("browser")  # Chromium notes the answer's status
 
 

@@ -157,6 +157,9 @@ function begin(text) {
 
 function finish(meter, end) {
   tokens.classList.remove("writing");
+  if (end === null && written === "") {
+    [tokens.hidden, at("empty").hidden] = [true, false];
+  }
   at("status").textContent = end ? `Done: ${meter.text()}; ${end}` : "";
   if (end) at("stats").textContent = [meter.text(), end].filter(Boolean).join("; ");
   setButtons();
