@@ -17,18 +17,19 @@ _SECONDS_BETWEEN_SIGNS = 5.0  # while nothing is asked for: how soon a lost rank
 
 
 class Timed(NamedTuple):
-    """An event and when it happened (time.perf_counter)."""
+    """An event, when it happened, and when the step began in which it did (time.perf_counter)."""
 
     time: float
     event: TokenEvent
+    step: float
 
 
 class Status(NamedTuple):
-    """The engine's state after a step: requests that have rows, part of the cache in use, when (perf_counter)."""
+    """The engine's state in a step: requests that have rows, part of the cache in use, when the step began."""
 
     running: frozenset[int]
     kv_cache_usage: float
-    time: float
+    step: float
 
 
 class Listener(Protocol):
@@ -83,6 +84,7 @@ class EngineThread:
         self._said: deque[Timed] = deque()
         self._is_called = False  # the loop has been asked to fetch what was said
         self._status = Status(frozenset(), 0.0, 0.0)
+        self._step = 0.0  # when the latest began
         self._model: ServedModel | None = None
         self.queue = WatchedQueue(self._look)
         # A daemon: a rank that is lost in silence may keep it waiting for ever.
@@ -104,7 +106,7 @@ class EngineThread:
             self.queue.looked_at = time.monotonic()
             self._tell(self._listener.on_ready, self._model)
             for event in self._model.engine.generate(self.queue):
-                self._said.append(Timed(time.perf_counter(), event))
+                self._said.append(Timed(time.perf_counter(), event, self._step))
                 if not self._is_called:
                     self._is_called = True
                     self._tell(self._fetch)
@@ -116,8 +118,9 @@ class EngineThread:
         engine = self._model.engine
         running = frozenset(engine.running_requests)
         if running != self._status.running:
-            self._status = Status(running, engine.kv_cache_usage, time.perf_counter())
+            self._status = Status(running, engine.kv_cache_usage, self._step)
             self._tell(self._listener.on_status, self._status)
+        self._step = time.perf_counter()  # what was put until now is admitted next
 
     def _fetch(self) -> None:
         self._is_called = False  # first: what is said from here on asks for another call

@@ -97,9 +97,9 @@ class Tracked:
 
     def take(self, timed: Timed) -> bool:
         """Count an event; whether it was the last."""
-        moment, event = timed
+        moment, event, step = timed
         if not self.is_started and event.token is not None:
-            self.start(moment)
+            self.start(step)
         if event.token is not None and not event.is_prompt:
             self._count_token(moment, event.choice)
         if event.finish_reason is None:

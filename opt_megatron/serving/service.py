@@ -171,7 +171,7 @@ class Service:
         for number in status.running:
             tracked = self._tracked.get(number)
             if tracked is not None and not tracked.is_started:
-                tracked.start(status.time)
+                tracked.start(status.step)
                 self._count_start(tracked)
         self.metrics.kv_cache_usage.set(status.kv_cache_usage)
         self._show()

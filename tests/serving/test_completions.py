@@ -4,7 +4,7 @@ import math
 import threading
 
 import pytest
-from running_server import EMBEDDED_DIRECTORY, TOKENIZER
+from running_server import EMBEDDED_DIRECTORY, TOKENIZER, running
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation.engine import Engine
@@ -289,6 +289,25 @@ def test_metrics_count_what_happened(server):
         "request_queue_time_seconds_count": 1, "num_requests_running": 0, "num_requests_waiting": 0, "length": 1,
     }  # fmt: skip
     assert 0 <= server.metric("vllm:kv_cache_usage_perc") <= 1
+
+
+def test_what_waits_for_a_place_is_told_from_what_computes(alone):
+    with running(alone, max_batch_size=1) as server:
+        server.wait_for(lambda: server.request("GET", "/health").status == 200)
+        server.complete(prompt=PROMPT, max_tokens=400, ignore_eos=True)
+        waited = server.metric("vllm:request_queue_time_seconds_sum")
+        assert waited < server.metric("vllm:time_to_first_token_seconds_sum")
+        server.brake.on()
+        asking = [threading.Thread(target=server.complete, kwargs={"prompt": PROMPT}) for _ in range(2)]
+        for thread in asking:
+            thread.start()
+        server.wait_for(lambda: len(server.service._tracked) == 2)
+        server.brake.off()
+        for thread in asking:
+            thread.join()
+        # The second begins when the first has ended.
+        assert server.metric("vllm:request_queue_time_seconds_sum") > waited
+        assert server.metric("vllm:request_queue_time_seconds_count") == 3
 
 
 def test_openais_own_client(server, offline):
