@@ -7,8 +7,10 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "matplotlib>=3.8", "ruff>=0.6"]
+TEST += [*SERVE, "openai>=1.50", "selenium>=4.20"]
 
 setup(
     name="opt-megatron",
@@ -19,7 +21,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),
-    package_data={"opt_megatron": ["assets/*/*"]},
+    package_data={"opt_megatron": ["assets/*/*", "serving/assets/*"]},
     # The registry's package named "apex" is unrelated to NVIDIA's and must never stand here: NVIDIA's
     # Apex is found at run time when the user has built it (README, "On a GPU").
     install_requires=[
@@ -34,6 +36,6 @@ setup(
         "tqdm",
         "xxhash>=3",
     ],
-    extras_require={"test": TEST, "bench": BENCH},
+    extras_require={"serve": SERVE, "test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},
 )

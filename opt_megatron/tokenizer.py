@@ -99,6 +99,10 @@ class OPTTokenizer:
         """A decoder for ids that arrive one by one."""
         return StreamDecoder(self._bytes, self._special_ids if skip_special_tokens else set())
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that an id stands for, a special token's name for its own; none for an unknown id."""
+        return self._bytes.get(token, b"")
+
     def sentence_end_tokens(self) -> tuple[int, ...]:
         """Ids of the tokens that are a full stop, a question mark or an exclamation mark."""
         marks = {b".", b"?", b"!"}

@@ -20,16 +20,9 @@ from ..version import __version__
 
 # Each is a module of this package with HELP, add_arguments and run.
 COMMANDS = (
-    "generate",
-    "convert",
-    "inspect",
-    "verify",
-    "plan",
-    "preprocess",
-    "train-tokenizer",
-    "train",
-    "plot-training",
-)
+    "generate", "serve", "evaluate", "logit-lens", "convert", "inspect", "verify", "plan",
+    "preprocess", "train-tokenizer", "train", "plot-training",
+)  # fmt: skip
 _SECONDS_FOR_THE_LEADER = 10
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
 
@@ -75,7 +68,7 @@ def end_with(program: str, action: Callable[[], None]) -> NoReturn:
         name = f"{error.filename}: " if error.filename else ""
         code = _report(program, f"{name}{error.strerror or error}", 2)
     except RuntimeError as error:
-        if not _is_lost_rank(error):
+        if not is_lost_rank(error):
             raise
         _end_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}")
     sys.exit(code)
@@ -103,7 +96,10 @@ def _report(program: str, message: str, code: int) -> int:
     return code
 
 
-def _is_lost_rank(error: RuntimeError) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error means that another rank has gone, which `end_with` tells in one line."""
+    if not isinstance(error, RuntimeError):
+        return False
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False

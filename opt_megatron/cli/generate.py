@@ -7,28 +7,22 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from .arguments import add_config, add_load, add_runtime, config_argument, say_derived, size_in_bytes
+from ..errors import CheckpointError
+from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
+from .engine_options import add_engine, check_engine_options, make_engine
+from .loading import TOY_NOTICE
 from .prompts import Prompt, read_prompts
 from .sampling import add_sampling, sampling_params, with_options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
-
     from ..config import OPTConfig
     from ..generation.params import SamplingParams
     from ..generation.request import Request
-    from ..parallel import ParallelContext
     from ..tokenizer import OPTTokenizer
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
-
-TOY_NOTICE = (
-    "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
-    "tales (not one of Meta's; good for trying things out)"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,20 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("int8",),
         help="8-bit weights, quantised while loading; a quarter of float32's memory",
     )
-    engine.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="sequences at a time; default: 16")
-    engine.add_argument(
-        "--kv-cache-memory", metavar="SIZE", help="of a rank at the most, as 2GB; default: what the prompts need"
-    )
-    engine.add_argument(
-        "--prefill-chunk-size", type=int, default=256, metavar="N", help="tokens of prompts in a step; default: 256"
-    )
-    engine.add_argument("--draft-model", metavar="CHECKPOINT", help="a smaller OPT that proposes tokens (speculation)")
-    engine.add_argument(
-        "--prompt-lookup", action="store_true", help="propose what followed the newest tokens earlier (speculation)"
-    )
-    engine.add_argument(
-        "--num-speculative-tokens", type=int, default=4, metavar="N", help="proposed at a time; default: 4"
-    )
+    add_engine(engine)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object a line for each prompt, nothing else")
     output.add_argument("--stream", action="store_true", help="print as it is generated")
@@ -84,12 +65,11 @@ def run(args: argparse.Namespace) -> None:
     check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
     check_seed(args.seed)  # all before torch.distributed starts: mistakes are told at once
     parameters = sampling_params(args)
-    kv_cache_memory = _check_options(args)
+    check_engine_options(args)
 
     from ..checkpoint.formats import open_checkpoint
     from ..checkpoint.load import load_model, locate_on_all_ranks
     from ..checkpoint.locate import EMBEDDED_NAME
-    from ..generation.engine import Engine
     from ..parallel import init_parallel, on_all_ranks
     from .output import show
 
@@ -103,28 +83,9 @@ def run(args: argparse.Namespace) -> None:
         print(TOY_NOTICE, file=sys.stderr)
     if parallel.is_leader:
         say_derived(checkpoint.derived)
-    engine = Engine(
-        load_model(checkpoint, config, parallel, args.dtype, quantization=args.quantization),
-        parallel,
-        max_batch_size=args.max_batch_size,
-        kv_cache_memory=kv_cache_memory,
-        prefill_chunk_size=args.prefill_chunk_size,
-        num_tokens=read.num_tokens,
-        draft_model=_draft_model(args, parallel),
-        prompt_lookup=args.prompt_lookup,
-        num_speculative_tokens=args.num_speculative_tokens,
-    )
+    model = load_model(checkpoint, config, parallel, args.dtype, quantization=args.quantization)
+    engine = make_engine(args, model, parallel, read.num_tokens)
     show(engine.generate(read.requests), read.prompts, read.requests, args.json, args.stream)
-
-
-def _draft_model(args: argparse.Namespace, parallel: ParallelContext) -> nn.Module | None:
-    from ..checkpoint.load import load_model, locate_on_all_ranks
-
-    if args.draft_model is None:
-        return None
-    return load_model(
-        locate_on_all_ranks(args.draft_model, parallel), None, parallel, args.dtype, quantization=args.quantization
-    )
 
 
 @dataclass(frozen=True)
@@ -162,32 +123,11 @@ def _read(args: argparse.Namespace, params: SamplingParams, directory: Path, con
 
 
 def _tokenizer(args: argparse.Namespace, directory: Path, config: OPTConfig, *, needed: bool) -> OPTTokenizer | None:
-    from ..checkpoint.locate import locate
-    from ..tokenizer import OPTTokenizer
+    from ..pretrained import read_tokenizer
 
     try:
-        tokenizer = OPTTokenizer.from_directory(directory if args.tokenizer is None else locate(args.tokenizer))
-    except UserError:
+        return read_tokenizer(args.tokenizer, directory, config)
+    except CheckpointError:
         if needed or args.tokenizer is not None:
             raise
         return None  # ids go in, and ids come out
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size} rows: "
-            "it is another model's; give --tokenizer DIR"
-        )
-    return tokenizer
-
-
-def _check_options(args: argparse.Namespace) -> int | None:
-    """Check what needs no model, and return the bytes of --kv-cache-memory."""
-    from ..config import check_dtype
-
-    if args.dtype != "auto":
-        check_dtype(args.dtype)
-    for name in ("max_batch_size", "prefill_chunk_size", "num_speculative_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
-    if args.draft_model is not None and args.prompt_lookup:
-        raise UserError("--draft-model and --prompt-lookup are given; use one of them")
-    return None if args.kv_cache_memory is None else size_in_bytes(args.kv_cache_memory)

@@ -10,6 +10,7 @@ leader yields events. Requests join the batch and leave it at every step (`sched
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -32,6 +33,7 @@ from .speculation import Draft, DraftModel, PromptLookup
 
 _SECONDS_OF_SILENCE = 60  # after which followers hear that the leader is still there
 _MODEL, _DRAFT_MODEL = 0, 1
+_LOGGER = logging.getLogger(__name__)
 
 
 class Engine:
@@ -114,8 +116,8 @@ class Engine:
 
         Args:
             requests: on the leader; a queue may be given more while events are read, and is served until it is
-                closed; one of its requests that cannot be run ends with "refused" and disturbs no other. The
-                other ranks' is not looked at.
+                closed; one of its requests that cannot be run ends with "refused", one that fails through an error
+                of the program with "failed", and neither disturbs another. The other ranks' is not looked at.
 
         Yields:
             On the leader one event for every token, in the order of generation; on the others nothing.
@@ -168,6 +170,16 @@ class Engine:
                 f"{what} needs {tokens} tokens of KV cache and {self._capacity} fit into kv_cache_memory: "
                 "shorten it, ask for fewer new tokens, or raise kv_cache_memory"
             )
+
+    @property
+    def running_requests(self) -> set[int]:
+        """Numbers of the requests that had rows in the latest step; to be read where events are."""
+        return {branch.number for branch in self._scheduler.running} if self._queue is not None else set()
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The part of the cache's tokens that are in use, from 0 to 1."""
+        return self._scheduler.memory.used_tokens / self._capacity if self._queue is not None else 0.0
 
     def _opened(self, requests: Sequence[Request] | RequestQueue) -> RequestQueue:
         """A queue of the requests, after making a cache that suits them."""
@@ -223,15 +235,16 @@ class Engine:
     def _arrivals(self, queue: RequestQueue) -> Iterator[TokenEvent]:
         fresh, cancelled = queue.take()
         for number, request in fresh:
-            if self._serves_queue:  # a list was checked before anything ran
-                try:
+            try:
+                if self._serves_queue:  # a list was checked before anything ran
                     self.check(request, f"request {number}")
-                except UserError as error:
-                    yield self._refusal(number, error)
-                    continue
+                branches = list(self._branches(number, request))
+            except Exception as error:
+                yield self._ending(number, error)
+                continue
             if request.params.best_of is not None:
                 self._best_of[number] = BestOf(request.params.n, request.params.best_of)
-            self._scheduler.waiting.extend(self._branches(number, request))
+            self._scheduler.waiting.extend(branches)
         for number in cancelled:
             branches, group = self._scheduler.remove(number), self._best_of.pop(number, None)
             events = [event for branch in branches for event in branch.cancelled()]
@@ -268,25 +281,32 @@ class Engine:
             if not isinstance(branch, SamplingBranch) or branch.proposal.tokens:
                 yield from self._try(branch, partial(branch.take, plan.feeds, mine, self._copy))
                 continue
-            yield from self._shown(branch, branch.advance(plan.feeds[0], mine[0]))
+            yield from self._try(branch, partial(branch.advance, plan.feeds[0], mine[0]))
             if not branch.lead.pending and not branch.is_finished:
                 plain.append((branch, mine[0][-1]))
         yield from self._choose(plain)
 
     def _try(self, branch: Branch, action: Callable[[], list[TokenEvent]]) -> list[TokenEvent]:
-        """The branch's events; if its own options make it impossible to go on, it ends, and no other with it."""
+        """The branch's events; if it cannot go on, its request ends, and no other with it.
+
+        This is safe for any error: what an action changes is the branch's own. (A lost rank, which a copy within
+        the cache may notice, stops the engine at the next step.)
+        """
         try:
             return self._shown(branch, action())
-        except UserError as error:
+        except Exception as error:
             for other in self._scheduler.remove(branch.number):
                 other.is_finished = True
             self._best_of.pop(branch.number, None)
-            return [self._refusal(branch.number, error)]
+            return [self._ending(branch.number, error)]
 
-    def _refusal(self, number: int, error: UserError) -> TokenEvent:
+    def _ending(self, number: int, error: Exception) -> TokenEvent:
         if not self._serves_queue:
             raise error
-        return TokenEvent(number, None, str(error), "refused")
+        if isinstance(error, UserError):
+            return TokenEvent(number, None, str(error), "refused")
+        _LOGGER.error("request %d failed", number, exc_info=error)
+        return TokenEvent(number, None, f"{type(error).__name__}: {error}", "failed")
 
     def _as_wanted(self, branch: Branch, outputs: list[Tensor]) -> list[Tensor]:
         """What the branch would have got alone: a step gives all rows what the most demanding one needs."""
@@ -310,7 +330,7 @@ class Engine:
                 yield from self._try(branch, partial(self._accept, branch, tokens[id(branch)], row))
 
     @staticmethod
-    def _draw(sampled: list[tuple[SamplingBranch, Tensor]]) -> dict[int, int | UserError]:
+    def _draw(sampled: list[tuple[SamplingBranch, Tensor]]) -> dict[int, int | Exception]:
         """The chosen token of each branch, by its id(); or why there is none."""
         if not sampled:
             return {}
@@ -319,7 +339,7 @@ class Engine:
         states = [branch.generator.get_state() for branch, _ in sampled]
         try:
             tokens = choose(logits, rows)
-        except UserError as error:
+        except Exception as error:
             if len(sampled) == 1:
                 return {id(sampled[0][0]): error}
             for (branch, _), state in zip(sampled, states, strict=True):  # one at a time, with the same numbers
@@ -328,8 +348,8 @@ class Engine:
         return {id(branch): token for (branch, _), token in zip(sampled, tokens, strict=True)}
 
     @staticmethod
-    def _accept(branch: SamplingBranch, token: int | UserError, row: Tensor | None) -> list[TokenEvent]:
-        if isinstance(token, UserError):
+    def _accept(branch: SamplingBranch, token: int | Exception, row: Tensor | None) -> list[TokenEvent]:
+        if isinstance(token, Exception):
             raise token
         return [branch.accept(token, row)]
 

@@ -10,7 +10,7 @@ from ..config import OPTConfig
 from ..errors import UserError
 from .sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled", "refused"]
+FinishReason = Literal["stop", "length", "cancelled", "refused", "failed"]
 TopLogProbs = tuple[tuple[int, float], ...]
 
 
@@ -41,13 +41,13 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token, or the end of a request that was cancelled or refused.
+    """One token, or the end of a request that was cancelled or refused, or failed.
 
     Attributes:
         request: the request's number, in the order given to `generate`.
-        token: its id; an end-of-sequence token is reported too. None when cancelled or refused.
+        token: its id; an end-of-sequence token is reported too. None when cancelled, refused or failed.
         text: what this token adds to the text, possibly nothing (half a character, the start of a stop string);
-            of a refused request the reason.
+            of a refused or failed request the reason.
         finish_reason: on the last event of a continuation, else None.
         choice: which of the request's `n` continuations.
         logprob: natural logarithm of the model's own probability, before any filter; None where not asked for,

@@ -9,11 +9,12 @@ from rule_model import RuleModel, rule_engine
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation import engine as engine_module
+from opt_megatron.generation.branches import SamplingBranch
 from opt_megatron.generation.engine import Engine
 from opt_megatron.generation.plan import BLOCK, Kind
 from opt_megatron.generation.queue import RequestQueue
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling import SamplingParams
+from opt_megatron.generation.sampling import SamplingParams, choose
 
 VOCABULARY = 12
 
@@ -180,3 +181,44 @@ def test_two_ranks_serve_a_queue(models, ranks):
     leader, follower = ranks(2).run(rank_jobs.served_from_a_queue, models["pre-norm"][0], 2)
     assert leader == {0: "length", 1: "cancelled", 2: "refused", 3: "length"}
     assert follower == {}
+
+
+def test_a_request_that_fails_through_our_own_error_ends_alone(engine, monkeypatch):
+    """Wherever it happens: when the branch is made, when its token is chosen, when its text is scanned."""
+    accept, made = SamplingBranch.accept, SamplingBranch.__init__
+
+    def failing_init(branch, number, *arguments):
+        if number == 1:
+            raise ZeroDivisionError("made")
+        made(branch, number, *arguments)
+
+    def failing_accept(branch, token, logits=None):
+        if branch.number == 2 and branch.history.output:
+            raise ZeroDivisionError("accepted")
+        return accept(branch, token, logits)
+
+    monkeypatch.setattr(SamplingBranch, "__init__", failing_init)
+    monkeypatch.setattr(SamplingBranch, "accept", failing_accept)
+    queue = RequestQueue([request(0), request(1), request(2, temperature=1), request(3)])
+    queue.close()
+    events = list(engine.generate(queue))
+    failed = {event.request: event.text for event in events if event.finish_reason == "failed"}
+    assert failed == {1: "ZeroDivisionError: made", 2: "ZeroDivisionError: accepted"}
+    tokens = tokens_of(event for event in events if event.request in (0, 3))
+    assert tokens == {0: wanted(request(0)), 3: wanted(request(3))}
+    assert used(engine) == 0
+
+
+def test_an_error_of_one_sampled_request_leaves_the_others_their_numbers(engine, monkeypatch):
+    def failing(logits, rows):
+        if any(params.seed == 7 for params, *_ in rows):
+            raise ZeroDivisionError("chosen")
+        return choose(logits, rows)
+
+    requests = [request(n, temperature=1, seed=seed) for n, seed in enumerate((5, 7, 9))]
+    expected = tokens_of(engine.generate([requests[0], requests[2]]))
+    monkeypatch.setattr(engine_module, "choose", failing)
+    queue = RequestQueue(requests)
+    queue.close()
+    tokens = tokens_of(engine.generate(queue))
+    assert (tokens[0], tokens[1], tokens[2]) == (expected[0], (None,), expected[1])

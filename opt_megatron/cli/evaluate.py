@@ -1,0 +1,28 @@
+"""opt-megatron evaluate: how good a model is, by perplexity or by lm-eval's tasks."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import evaluate_perplexity
+
+HELP = "evaluate a model: the perplexity of texts, on one process or under torchrun"
+
+_KINDS = {"perplexity": evaluate_perplexity}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's own subcommands."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, module in _KINDS.items():
+        kind = kinds.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(kind)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the one that was named.
+
+    Raises:
+        UserError: of any kind; the same one on every rank.
+    """
+    _KINDS[args.kind].run(args)

@@ -1,0 +1,121 @@
+"""What bodies are taken, and in which words others are refused."""
+
+import pytest
+
+from opt_megatron.serving.errors import ApiError
+from opt_megatron.serving.prompts import in_terms_of_api
+from opt_megatron.serving.protocol import CompletionBody, DetokenizeBody, MetaseqBody, TokenizeBody, read
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        (b'"text"', ["text"]),
+        (b'["a", "b"]', ["a", "b"]),
+        (b"[2, 15]", [[2, 15]]),
+        (b"[[2], [3, 4]]", [[2], [3, 4]]),
+        (b'["a", [2]]', ["a", [2]]),
+        (b'"\\ud83d\\ude00\\u0000"', ["\U0001f600\x00"]),
+    ],
+)
+def test_prompts_come_in_all_forms(given, prompts):
+    assert read(CompletionBody, b'{"prompt": %s}' % given).prompt == prompts
+
+
+def test_defaults_are_openais_and_null_is_a_default():
+    nulls = b'{"prompt": "a", "max_tokens": null, "temperature": null, "stop": null, "suffix": null, "logprobs": null}'
+    body = read(CompletionBody, nulls)
+    assert (body.max_tokens, body.temperature, body.top_p, body.n, body.stop, body.echo) == (None, 1, 1, 1, [], False)
+    assert body == read(CompletionBody, b'{"prompt": "a"}')
+
+
+def test_values_keep_their_meaning():
+    body = read(CompletionBody, b'{"prompt": "a", "temperature": 1, "stop": "x", "logit_bias": {"7": -3}, "top_k": -1}')
+    assert (body.temperature, body.stop, body.logit_bias) == (1.0, ["x"], {7: -3.0})
+    metaseq = read(MetaseqBody, b'{"prompt": "a", "top_p": 0, "alpha_presence_src": 0.5}')
+    assert (metaseq.top_p, metaseq.alpha_presence_src) == (0, 0.5)
+
+
+HOSTILE = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b"[]", "must be a JSON object, not an array"),
+    (b"null", "must be a JSON object, not null"),
+    (b"3", "must be a JSON object, not a number"),
+    (b"\xff{}", "not UTF-8: byte 0"),
+    (b'{"prompt": "\xc3"}', "not UTF-8: byte 12"),
+    (b'{"prompt": "a", "temperature": NaN}', "NaN"),
+    (b'{"prompt": "a", "temperature": -Infinity}', "-Infinity"),
+    (b'{"prompt": "a", "temperature": 1e999}', "temperature: must be a finite number"),
+    (b'{"prompt": "a", "logit_bias": {"1": 1e999}}', "logit_bias"),
+    (b'{"prompt": "a", "max_tokens": ' + b"9" * 400 + b"}", "a number of 400 digits"),
+    (b'{"prompt": "a", "max_tokens": ' + b"9" * 200 + b"}", "max_tokens: must be less than"),
+    (b'{"prompt": "a", "temperature": ' + b"9" * 200 + b"}", "temperature: must be"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": ' * 50_000, "nested too deeply"),
+    (b'{"prompt": "\\ud800"}', "prompt: character 0 is half of a surrogate pair"),
+    (b'{"prompt": "a", "user": "\\udfff"}', "user"),
+    (b'{"prompt": "a", "model": "\\udfff"}', "model"),
+    (b'{"prompt": "a", "stop": ["\\udfff"]}', "stop"),
+    (b'{"prompt": "a", "\\udfff": 1}', "as a unicode string"),
+    (b"{}", "prompt is missing"),
+    (b'{"prompt": null}', "prompt is missing"),
+    (b'{"prompt": 3}', "prompt: must be a string, a list"),
+    (b'{"prompt": []}', "prompt: must be a string, a list"),
+    (b'{"prompt": [[]]}', "empty list"),
+    (b'{"prompt": [1, "a"]}', "prompt: holds something"),
+    (b'{"prompt": [true]}', "prompt: holds something"),
+    (b'{"prompt": [1.0]}', "prompt: holds something"),
+    (b'{"prompt": {"a": 1}}', "prompt: must be a string"),
+    (b'{"prompt": "a", "temprature": 1}', "there is no field 'temprature'"),
+    (b'{"prompt": "a", "temperature": "1"}', "temperature: must be a valid number"),
+    (b'{"prompt": "a", "temperature": true}', "temperature: must be a valid number"),
+    (b'{"prompt": "a", "temperature": -0.1}', "temperature: must be greater than or equal to 0"),
+    (b'{"prompt": "a", "top_p": 0}', "top_p: must be greater than 0"),
+    (b'{"prompt": "a", "n": 0}', "n: must be greater"),
+    (b'{"prompt": "a", "n": 129}', "n: must be less"),
+    (b'{"prompt": "a", "n": 1.5}', "n: must be a valid integer"),
+    (b'{"prompt": "a", "seed": -1}', "seed: must be greater"),
+    (b'{"prompt": "a", "seed": 9223372036854775808}', "seed: must be less"),
+    (b'{"prompt": "a", "logprobs": 21}', "logprobs: must be less"),
+    (b'{"prompt": "a", "echo": 1}', "echo: must be a valid boolean"),
+    (b'{"prompt": "a", "stop": [""]}', "stop.0"),
+    (b'{"prompt": "a", "stop": "' + b"x" * 1001 + b'"}', "stop.0"),
+    (b'{"prompt": "a", "stop": ' + str(["x"] * 17).replace("'", '"').encode() + b"}", "stop"),
+    (b'{"prompt": "a", "logit_bias": [1]}', "logit_bias: must be an object"),
+    (b'{"prompt": "a", "logit_bias": {"-1": 1}}', "not a token id"),
+    (b'{"prompt": "a", "logit_bias": {"\\u0661": 1}}', "not a token id"),
+    (b'{"prompt": "a", "logit_bias": {"1": 1, "01": 2}}', "names a token id twice"),
+    (b'{"prompt": "a", "logit_bias": {"1": 101}}', "logit_bias"),
+    (b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream is not true"),
+    (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens is 0"),
+    (b'{"prompt": "a", "user": "' + b"x" * 257 + b'"}', "user"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), HOSTILE, ids=[f"{n}" for n in range(len(HOSTILE))])
+def test_other_bodies_are_refused_in_a_sentence(body, message):
+    with pytest.raises(ApiError) as refused:
+        read(CompletionBody, body)
+    assert refused.value.status == 400 and message in refused.value.message
+    answer = refused.value.to_response()
+    assert answer.body.isascii() and len(answer.body) < 500
+
+
+def test_other_kinds_of_bodies_have_bounds_too():
+    for kind, body in (
+        (MetaseqBody, b'{"prompt": "a", "stream": true}'),
+        (TokenizeBody, b'{"prompt": "\\ud800"}'),
+        (TokenizeBody, b'{"prompt": ["a"]}'),
+        (DetokenizeBody, b'{"tokens": [-1]}'),
+        (DetokenizeBody, b'{"tokens": "a"}'),
+    ):
+        with pytest.raises(ApiError):
+            read(kind, body)
+
+
+def test_the_engines_words_become_the_apis():
+    error = in_terms_of_api("max_new_tokens is 0, but must be at least 1")
+    assert (error.message, error.param) == ("max_tokens is 0, but must be at least 1", "max_tokens")
+    error = in_terms_of_api("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
+    assert (error.param, error.code) == ("prompt", "context_length_exceeded")

@@ -1,0 +1,8 @@
+"""Serve a model over HTTP: `python tools/serve.py ...` is `opt-megatron serve ...` (see --help)."""
+
+import sys
+
+from opt_megatron.cli import main
+
+if __name__ == "__main__":
+    main(["serve", *sys.argv[1:]])
