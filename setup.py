@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
 BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
+EVAL = ["lm-eval>=0.4.13"]
+PLOT = ["matplotlib>=3.8"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "matplotlib>=3.8", "ruff>=0.6"]
 
 setup(
@@ -19,7 +21,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),
-    package_data={"opt_megatron": ["assets/*/*"]},
+    package_data={"opt_megatron": ["assets/*/*", "evaluation/tasks/*"]},
     # The registry's package named "apex" is unrelated to NVIDIA's and must never stand here: NVIDIA's
     # Apex is found at run time when the user has built it (README, "On a GPU").
     install_requires=[
@@ -34,6 +36,6 @@ setup(
         "tqdm",
         "xxhash>=3",
     ],
-    extras_require={"test": TEST, "bench": BENCH},
+    extras_require={"test": TEST, "bench": BENCH, "eval": EVAL, "plot": PLOT},
     entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},
 )
