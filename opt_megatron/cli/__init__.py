@@ -18,8 +18,8 @@ from typing import NoReturn
 from ..errors import UserError
 from ..version import __version__
 
-# Each is a module of this package with HELP, add_arguments and run.
-COMMANDS = ("generate", "evaluate", "convert", "inspect", "verify", "plan")
+# Each is a module of this package (with _ for -) with HELP, add_arguments and run.
+COMMANDS = ("generate", "evaluate", "convert", "inspect", "verify", "plan", "logit-lens")
 _SECONDS_FOR_THE_LEADER = 10
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
 
@@ -76,7 +76,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"opt-megatron {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
