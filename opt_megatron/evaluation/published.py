@@ -1,8 +1,7 @@
 """Zero-shot scores of Meta's OPT models as EleutherAI published them with lm-eval, to hold a run against.
 
-Source: https://github.com/EleutherAI/lm-evaluation-harness, `results/opt/opt-SIZE/README.md` (removed from the
-repository's main branch since). The tasks stood at version 0 then; the runs' settings are those of the time, so a
-difference of a standard error or so is no cause for worry. OPT-175B was not among them.
+Source: https://github.com/EleutherAI/lm-evaluation-harness, `results/opt/opt-SIZE/README.md` and the JSON beside it
+(num_fewshot 0, no limit). The tasks stood at version 0 then and may have changed since; OPT-175B is not among them.
 """
 
 from __future__ import annotations

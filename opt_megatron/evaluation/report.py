@@ -69,7 +69,12 @@ def to_markdown(report: dict[str, Any]) -> str:
             (_row(score) for score in report["scores"]),
         ),
     ]
-    published = [score for score in report["scores"] if (score["task"], score["metric"]) in SCORES]
+    # Those are zero-shot, over all items.
+    published = [
+        score
+        for score in report["scores"]
+        if (score["task"], score["metric"]) in SCORES and score["num_fewshot"] == 0 and report.get("limit") is None
+    ]
     if published:
         lines += [
             "",

@@ -31,6 +31,9 @@ def test_published_scores_stand_beside_the_run(alone):
     assert beside[5].startswith("| lambada_openai | acc | 37.80 | 37.90 | 45.16 |")
     assert all(len(row) == len(SIZES) for row in SCORES.values())
     assert json.loads(json.dumps(report)) == report
+    assert "Beside" not in to_markdown(report | {"limit": 100})
+    few = [score | {"num_fewshot": 5} for score in report["scores"]]
+    assert "Beside" not in to_markdown(report | {"scores": few})
 
 
 def test_the_command_is_one_to_paste(monkeypatch):
