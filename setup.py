@@ -7,21 +7,26 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.54", "prometheus-client>=0.20"]
 BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
+EVAL = ["lm-eval>=0.4.13"]
+PLOT = ["matplotlib>=3.8"]
+TRAIN = ["tensorboard>=2.16", *PLOT]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "matplotlib>=3.8", "ruff>=0.6"]
-TEST += [*SERVE, "openai>=1.50", "selenium>=4.20"]
+TEST += [*SERVE, *TRAIN, "openai>=1.50", "selenium>=4.20"]
 
 setup(
     name="opt-megatron",
     version=VERSION,
-    description="Run and convert Meta's OPT language models on Megatron-core",
+    description="Run, convert, train, serve and study Meta's OPT language models on Megatron-core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),
-    package_data={"opt_megatron": ["assets/*/*", "serving/assets/*"]},
+    package_data={
+        "opt_megatron": ["assets/*/*", "serving/assets/*", "evaluation/tasks/*", "research/README.md"],
+    },
     # The registry's package named "apex" is unrelated to NVIDIA's and must never stand here: NVIDIA's
     # Apex is found at run time when the user has built it (README, "On a GPU").
     install_requires=[
@@ -36,6 +41,13 @@ setup(
         "tqdm",
         "xxhash>=3",
     ],
-    extras_require={"serve": SERVE, "test": TEST, "bench": BENCH},
+    extras_require={
+        "serve": SERVE,
+        "train": TRAIN,
+        "eval": EVAL,
+        "plot": PLOT,
+        "bench": BENCH,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},
 )

@@ -1,8 +1,22 @@
 """Run and convert Meta's OPT language models on Megatron-core.
 
-Importing this package is cheap: torch and Megatron-core are imported by the modules that use them.
+Importing this package is cheap: torch and Megatron-core are imported by the modules that use them, and `OPT`
+(opt_megatron/research/README.md) when it is first asked for.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .research import OPT
+
+__all__ = ["__version__", "OPT"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OPT":
+        from .research import OPT
+
+        return OPT
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

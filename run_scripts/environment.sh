@@ -20,18 +20,15 @@ prepare() {
         # shellcheck disable=SC1091
         source .venv/bin/activate
     fi
-    # Installed once; again when what is to be installed has changed.
-    local wanted stamp
-    wanted="$1 $(cat setup.py constraints.txt | cksum) $PWD"
+    # Installed once for each extra; again when what is to be installed has changed. Without an extra, any will do.
+    local state stamp
+    state="$(cat setup.py constraints.txt | cksum) $PWD"
     stamp="$(python -c 'import sys; print(sys.prefix)')/.opt_megatron_installed"
-    case "$(cat "$stamp" 2>/dev/null)" in
-    "$wanted" | "[test]${wanted#"$1"}") ;;
-    *)
+    if ! grep -sqF ${1:+-x} -e "${1:+$1 }$state" "$stamp"; then
         echo "Installing opt_megatron into $(python -c 'import sys; print(sys.prefix)'); torch is large ..." >&2
         python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1" || exit 1
-        echo "$wanted" >"$stamp"
-        ;;
-    esac
+        echo "$1 $state" >>"$stamp"
+    fi
     # One thread for each rank of torchrun unless the user says otherwise; saves torchrun's warning.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

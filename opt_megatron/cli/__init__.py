@@ -18,7 +18,7 @@ from typing import NoReturn
 from ..errors import UserError
 from ..version import __version__
 
-# Each is a module of this package with HELP, add_arguments and run.
+# Each is a module of this package (with _ for -) with HELP, add_arguments and run.
 COMMANDS = (
     "generate", "serve", "evaluate", "logit-lens", "convert", "inspect", "verify", "plan",
     "preprocess", "train-tokenizer", "train", "plot-training",

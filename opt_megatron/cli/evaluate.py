@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from . import evaluate_perplexity
+from . import evaluate_lm_eval, evaluate_perplexity
 
-HELP = "evaluate a model: the perplexity of texts, on one process or under torchrun"
+HELP = "evaluate a model: the perplexity of texts, or lm-eval's tasks; on one process or under torchrun"
 
-_KINDS = {"perplexity": evaluate_perplexity}
+_KINDS = {"perplexity": evaluate_perplexity, "lm-eval": evaluate_lm_eval}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import Collectives, tensor_parallel_collectives
+from ..config import OPTConfig
 from ..errors import UserError
 from ..model.opt_model import OPTModel
 from ..model.pipeline import local_logits, stage_forward
@@ -62,8 +64,13 @@ class Score:
         return math.fsum(self.logprobs)
 
 
-def check_item(item: Item, positions: int, vocab_size: int, what: str = "the text") -> None:
-    """Raise UserError unless a model with so many positions and vocabulary rows can score the item."""
+def check_items(items: Sequence[Item], config: OPTConfig) -> None:
+    """Raise UserError, which counts the items from 1, unless the model can score them all."""
+    for number, item in enumerate(items, 1):
+        _check_item(item, config.max_position_embeddings, config.vocab_size, f"text {number}")
+
+
+def _check_item(item: Item, positions: int, vocab_size: int, what: str) -> None:
     if not item.context or not item.continuation:
         raise UserError(f"{what}: context and continuation must have a token each, BOS being the least context")
     strange = [token for token in item.context + item.continuation if not 0 <= token < vocab_size]
@@ -87,10 +94,11 @@ def score(
 ) -> list[Score]:
     """Score items; called on every rank with the same ones, and the result is there on every rank.
 
-    The longest come first, so that what does not fit into memory fails at once.
+    The longest come first, so that what does not fit into memory fails at once. What is fed for several items
+    (one-token answers to a question) is computed once.
 
     Args:
-        batch_size: items in a pass; it changes rounding alone.
+        batch_size: sequences in a pass; it changes rounding alone.
         num_tokens: ids from this one on are vocabulary padding and have no probability; default: the config's.
         on_batch: told how many items a finished batch had.
 
@@ -100,39 +108,43 @@ def score(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1")
     config = model.opt_config
-    for number, item in enumerate(items, 1):
-        check_item(item, config.max_position_embeddings, config.vocab_size, f"text {number}")
-    order = sorted(range(len(items)), key=lambda index: -len(items[index].fed))
+    check_items(items, config)
+    order = sorted(range(len(items)), key=lambda index: (-len(items[index].fed), items[index].fed))
     ordered = [items[index] for index in order]
+    sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.fed)]
     collectives = tensor_parallel_collectives(parallel)
     num_tokens = min(num_tokens or config.num_tokens, config.num_tokens)
     results: list[Tensor] = []
-    for begin in range(0, len(ordered), batch_size):
-        batch = ordered[begin : begin + batch_size]
-        rows = _score_batch(model, parallel, collectives, batch, num_tokens)
-        results.append(rows)
+    for begin in range(0, len(sequences), batch_size):
+        batch = sequences[begin : begin + batch_size]
+        results.append(_score_batch(model, parallel, collectives, batch, num_tokens))
         if on_batch:
-            on_batch(len(batch))
+            on_batch(sum(map(len, batch)))
     scores = _scores(ordered, _from_last_stage(parallel, results, ordered))
     return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
 
 
 @torch.inference_mode()
 def _score_batch(
-    model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[Item], num_tokens: int
+    model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[list[Item]], num_tokens: int
 ) -> Tensor:
-    """[R, 2]: log-probability and whether it is the likeliest token; empty but on the last stage."""
-    longest = max(len(item.fed) for item in batch)
+    """[R, 2]: log-probability and whether it is the likeliest token; empty but on the last stage.
+
+    Args:
+        batch: for each sequence the items that feed it.
+    """
+    fed = [alike[0].fed for alike in batch]
     padding = model.opt_config.pad_token_id  # is looked at by nobody: what is asked about stands to its left
-    tokens = torch.tensor([item.fed + (padding,) * (longest - len(item.fed)) for item in batch])
+    tokens = torch.tensor([ids + (padding,) * (len(fed[0]) - len(ids)) for ids in fed])  # the longest is the first
     hidden = stage_forward(model, parallel, tokens.to(parallel.device))
     if not parallel.is_last_stage:
         return torch.empty(0, 2)
-    asked = [hidden[len(item.context) - 1 : len(item.fed), row] for row, item in enumerate(batch)]
-    targets = torch.tensor([token for item in batch for token in item.continuation], device=parallel.device)
+    items = [(row, item) for row, alike in enumerate(batch) for item in alike]
+    asked = [hidden[len(item.context) - 1 : len(fed[row]), row] for row, item in items]
+    targets = torch.tensor([token for _, item in items for token in item.continuation], device=parallel.device)
     rows = torch.cat(asked)
-    size = max(1, _MOST_LOGITS // (model.opt_config.vocab_size // parallel.tensor_model_parallel_size))
-    first = parallel.tensor_model_parallel_rank * (model.opt_config.vocab_size // parallel.tensor_model_parallel_size)
+    vocab_rows = model.opt_config.vocab_size // parallel.tensor_model_parallel_size
+    first, size = parallel.tensor_model_parallel_rank * vocab_rows, max(1, _MOST_LOGITS // vocab_rows)
     parts = [
         _log_probabilities(local_logits(model, some), own, first, num_tokens, collectives)
         for some, own in zip(rows.split(size), targets.split(size), strict=True)

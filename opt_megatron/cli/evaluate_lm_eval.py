@@ -1,0 +1,122 @@
+"""opt-megatron evaluate lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .loading import add_model, open_model, start_parallel
+
+if TYPE_CHECKING:
+    from ..evaluation.run_tasks import TaskOptions
+    from ..pretrained import Pretrained
+
+HELP = 'tasks of lm-eval (pip install "opt-megatron[eval]"), and two small ones that need no network'
+_FILES = {"results.json", "results.md"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model(parser)
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help="lm-eval's, your own (--include-path), or fairy_last_word and fairy_minimal_pairs, which come with this "
+        "package; separated by spaces or commas",
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="a directory with YAML files of tasks")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each; default: the task's")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first so many items of each task")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a pass; default: 8")
+    parser.add_argument(
+        "--bootstrap-iters",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resamples for errors that have no closed form; default: 1000",
+    )
+    parser.add_argument("--output", metavar="DIR", help="write results.json and results.md there")
+    parser.add_argument("--force", action="store_true", help="replace the results that are in --output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of Markdown")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, run the tasks, print and write.
+
+    Raises:
+        UserError: of any kind; the same one on every rank.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars ask for nothing else, and that once
+    from ..evaluation.run_tasks import TaskOptions, check_installed
+
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}, but must be at least 1")
+    check_installed()
+    options = TaskOptions(
+        tuple(name for word in args.tasks for name in word.split(",") if name),
+        None if args.include_path is None else Path(args.include_path),
+        args.num_fewshot,
+        args.limit,
+        args.bootstrap_iters,
+        args.seed,
+    )
+    if args.output is not None:
+        _check_output(Path(args.output), args.force)
+    parallel = start_parallel(args)
+    pretrained = open_model(args, parallel)
+    _evaluate(args, options, pretrained)
+
+
+def _evaluate(args: argparse.Namespace, options: TaskOptions, pretrained: Pretrained) -> None:
+    from ..evaluation.evaluator import Evaluator
+    from ..evaluation.report import to_json, to_markdown
+    from ..evaluation.run_tasks import run_tasks
+
+    model = pretrained.load_model(args.dtype, quantization=args.quantization)
+    evaluator = Evaluator(pretrained, model, batch_size=args.batch_size)
+
+    def action() -> None:
+        settings = {
+            "dtype": str(model.params_dtype).removeprefix("torch."),
+            "quantization": args.quantization,
+            "batch_size": args.batch_size,
+            "limit": args.limit,
+            "bootstrap_iters": args.bootstrap_iters,
+            "seed": args.seed,
+        }
+        report = to_json(run_tasks(evaluator, options), pretrained, settings)
+        if args.output is not None:
+            _write(Path(args.output), report, args.force)
+        print(json.dumps(report, ensure_ascii=False) if args.json else to_markdown(report).rstrip())
+
+    evaluator.lead(action)
+
+
+def _check_output(directory: Path, force: bool) -> None:
+    """Before anything is computed: what is there must be this command's, and be meant to go."""
+    if not directory.exists():
+        return
+    found = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
+    if not directory.is_dir() or found - _FILES:
+        raise UserError(f"--output {directory}: is there and is no directory of results; name another")
+    if found and not force:
+        raise UserError(f"--output {directory}: holds results already; --force replaces them")
+
+
+def _write(directory: Path, report: dict[str, Any], force: bool) -> None:
+    from ..checkpoint.atomic import PartialDirectory
+    from ..evaluation.report import to_markdown
+
+    with PartialDirectory(directory, {}, resume=False, fsync=False) as partial:
+        text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        (partial.path / "results.json").write_text(text, encoding="utf-8")
+        (partial.path / "results.md").write_text(to_markdown(report), encoding="utf-8")
+        partial.publish(replace=force)

@@ -1,0 +1,180 @@
+"""This project's model for lm-eval, registered as `opt_megatron` (needs the extra `eval`).
+
+What lm-eval asks is tokenized as its own `hf` model does it for OPT: one BOS before every context, an empty
+context is BOS alone, and what is too long loses its beginning. One thing differs: `loglikelihood_rolling` does
+not put a second BOS before the text, and score it, as `hf` does with a tokenizer that adds one
+(`add_bos_token=False` makes `hf` do the same as here).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..generation.params import SamplingParams
+from ..generation.request import Request
+from ..parallel import init_parallel, world_size_from_environment
+from ..pretrained import open_pretrained
+from .evaluator import Evaluator
+from .scoring import Item
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+_WITHOUT_MEANING = ("do_sample", "until", "max_gen_toks")  # are looked at on their own
+
+
+@register_model("opt_megatron")
+class OPTMegatronLM(TemplateLM):
+    """A model that lm-eval asks.
+
+    Either an evaluator is given (`from_evaluator`: under torchrun lm-eval runs on the leader, within
+    `evaluator.lead`), or lm-eval makes the model itself from `--model_args load=...`, in one process.
+
+    Raises:
+        UserError: the model cannot be loaded, or this process is one of several.
+    """
+
+    def __init__(
+        self,
+        load: str = "story",
+        dtype: str = "auto",
+        batch_size: int | str = 8,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        quantization: str | None = None,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if world_size_from_environment() > 1:
+            raise UserError("on several ranks lm-eval is started by `opt-megatron evaluate lm-eval` under torchrun")
+        parallel = init_parallel(device=device)
+        pretrained = open_pretrained(load, parallel, revision=revision, tokenizer=tokenizer)
+        model = pretrained.load_model(dtype, quantization=quantization)
+        self._start(Evaluator(pretrained, model, batch_size=_whole(batch_size)))
+
+    @classmethod
+    def from_evaluator(cls, evaluator: Evaluator) -> OPTMegatronLM:
+        """For a model that is already loaded."""
+        self = cls.__new__(cls)
+        self._start(evaluator)
+        return self
+
+    def _start(self, evaluator: Evaluator) -> None:
+        TemplateLM.__init__(self)
+        self._evaluator = evaluator
+        self._config = evaluator.pretrained.config
+        self._tokenizer = evaluator.pretrained.tokenizer
+        self.batch_size = evaluator.batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self._config.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that an empty context consists of."""
+        return self._config.bos_token_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model can read."""
+        return self._config.max_position_embeddings
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task does not say how many."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names lm-eval's cache of requests."""
+        return self._evaluator.pretrained.name.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids, after BOS unless `add_special_tokens` is False. `</s>` in a text is text."""
+        return self._tokenizer.encode(string, add_bos=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        items = [self._item(context, continuation) for _, context, continuation in requests]
+        with _bar(len(items), "scoring", disable_tqdm) as bar:
+            scores = self._evaluator.score(items, bar.update)
+        answers = [(score.total, score.is_greedy) for score in scores]
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+    def _item(self, context: list[int], continuation: list[int]) -> Item:
+        """What is too long loses the beginning of its context, BOS too, as with lm-eval's `hf`."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise UserError(
+                f"a continuation has {len(continuation)} tokens, and the model has {self.max_length} positions"
+            )
+        return Item(tuple(context[-room:]), tuple(continuation))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, by lm-eval's windows: each but the first begins with the token before it."""
+        texts = [request.args[0] for request in requests]
+        windows = [(number, *window) for number, text in enumerate(texts) for window in self._windows(text)]
+        answers = self._loglikelihood_tokens([(None, *window) for _, *window in windows], disable_tqdm)
+        totals = [0.0] * len(texts)
+        for (number, *_), (total, _) in zip(windows, answers, strict=True):
+            totals[number] += total
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        ids = self.tok_encode(text, add_special_tokens=False)
+        windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+        return [make_disjoint_window(window) for window in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, cut off before the first of the request's stop strings."""
+        prompts = [self._request(*request.args) for request in requests]
+        texts = [completion.text for completion in self._evaluator.complete(prompts)]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _request(self, context: str, options: dict[str, Any]) -> Request:
+        options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+        unknown = sorted(options.keys() - {*_SAMPLING, *_WITHOUT_MEANING})
+        if unknown:
+            raise UserError(f"the task wants {', '.join(unknown)} for its generation, which are not known here")
+        new, sampled = options["max_gen_toks"], bool(options.get("do_sample"))
+        room = self.max_length - new
+        if room < 1:
+            raise UserError(f"the task wants {new} new tokens, but the model has {self.max_length} positions")
+        ids = self.tok_encode(context, add_special_tokens=False)
+        prompt = (self.prefix_token_id, *ids[max(0, len(ids) - (room - 1)) :])
+        given = {name: options[name] for name in _SAMPLING if sampled and options.get(name) is not None}
+        stop = tuple(text for text in options["until"] if text)
+        params = SamplingParams(**{"temperature": 0.0, **given, "max_new_tokens": new, "stop": stop})
+        return Request(prompt, params, self._tokenizer.stream)
+
+
+def _whole(batch_size: int | str) -> int:
+    if not str(batch_size).isdecimal():
+        raise UserError(f"batch_size is {batch_size!r}, but must be a whole number (there is no 'auto')")
+    return int(batch_size)
+
+
+def _bar(total: int, what: str, disable: bool) -> tqdm:
+    disable = disable or not sys.stderr.isatty()
+    return tqdm(total=total, desc=what, unit=" items", file=sys.stderr, disable=disable, leave=False)

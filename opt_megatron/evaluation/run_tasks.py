@@ -1,0 +1,122 @@
+"""lm-eval's tasks on a model that is spread over the ranks: the leader runs lm-eval, the others compute with it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, shorten
+
+if TYPE_CHECKING:
+    from .evaluator import Evaluator
+
+SHIPPED_TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What to run.
+
+    Attributes:
+        tasks: names of tasks, groups or tags (with * and ?), or YAML files.
+        include_path: a directory with tasks of one's own.
+        num_fewshot: examples before each question; None: as the task says. Tasks that say 0 stay at 0.
+        limit: use only the first so many items of each task.
+        bootstrap_iters: resamples for the errors that have no closed form; 0 leaves all errors out.
+        seed: of the few-shot examples' choice.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    bootstrap_iters: int = 1000
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError("no task is named; fairy_last_word and fairy_minimal_pairs are always there")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UserError(f"{self.include_path}: there is no such directory of tasks")
+        for name, least in (("num_fewshot", 0), ("limit", 1), ("bootstrap_iters", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}, but must be at least {least}")
+
+
+def check_installed() -> None:
+    """Raise UserError unless lm-eval is there."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError('lm-eval is not installed: pip install "opt-megatron[eval]"')
+
+
+def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:
+    """lm-eval's results (`simple_evaluate`); on the leader, within `evaluator.lead`.
+
+    Raises:
+        UserError: a task is unknown or cannot be loaded, or does not fit the model.
+    """
+    check_installed()
+    # Its pool of processes would be forked from one with process groups.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints as it goes; stdout is for the results
+        from lm_eval import simple_evaluate
+
+        from .harness import OPTMegatronLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        return simple_evaluate(
+            OPTMegatronLM.from_evaluator(evaluator),
+            tasks=list(options.tasks),
+            num_fewshot=options.num_fewshot,
+            batch_size=evaluator.batch_size,
+            limit=options.limit,
+            bootstrap_iters=options.bootstrap_iters,
+            task_manager=_task_manager(options),
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
+
+
+def _task_manager(options: TaskOptions) -> Any:
+    """Knows this project's tasks and the user's; lm-eval's own, which take seconds to look through, where needed."""
+    paths = [str(path) for path in (SHIPPED_TASKS, options.include_path) if path is not None]
+    manager = _manager_class()(include_path=paths, include_defaults=False)
+    if not _unknown(manager, options.tasks):
+        return manager
+    manager = _manager_class()(include_path=paths)
+    unknown = _unknown(manager, options.tasks)
+    if unknown:
+        raise UserError(
+            f"lm-eval knows no task {shorten(unknown)}; `lm-eval ls tasks` lists its own, --include-path adds others"
+        )
+    return manager
+
+
+def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
+    return [name for name in tasks if not manager.match_tasks([name]) and not Path(name).is_file()]
+
+
+def _manager_class() -> type:
+    from lm_eval.tasks import TaskManager
+
+    class Manager(TaskManager):
+        """A task that cannot be loaded (no network for its data, a wrong YAML) is the user's to mend."""
+
+        def load(self, tasks: Any) -> Any:
+            try:
+                return super().load([name for task in tasks for name in (self.match_tasks([task]) or [task])])
+            except Exception as error:  # whatever a task's file or the datasets library raises
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"lm-eval cannot load {shorten(list(tasks))}: {reason[:200]}") from error
+
+    return Manager

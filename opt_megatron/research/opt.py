@@ -1,0 +1,305 @@
+"""`OPT`: one object for a pretrained model on any layout, for notebooks and scripts.
+
+Every method is called on every rank with the same arguments and gives every rank the same result.
+
+There is one model. What looks into it runs its ordinary forward pass, to the bit transformers' in float32 on
+one tensor parallel rank. `generate` makes an engine, which repacks the weights (`generation/engine.py`); the
+ordinary pass goes on with those, and differs in its last bits from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import OPTConfig
+from ..errors import UserError
+from ..evaluation.scoring import Item, Score, score
+from ..generation.engine import Engine
+from ..generation.params import SamplingParams
+from ..generation.request import Completion, Request
+from ..model.opt_model import OPTModel
+from ..model.pipeline import stage_forward
+from ..parallel import ParallelContext, init_parallel
+from ..pretrained import Pretrained, open_pretrained
+from ..tokenizer import OPTTokenizer
+from .places import EMBEDDING, OUTPUT, Hook, attach, parse
+
+Tokens = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+class OPT:
+    """A pretrained model; made by `from_pretrained`.
+
+    Attributes:
+        model: this rank's part.
+    """
+
+    def __init__(self, pretrained: Pretrained, model: OPTModel, batch_size: int) -> None:
+        self.model = model
+        self._pretrained = pretrained
+        self._batch_size = batch_size
+        self._active_hooks = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str = "story",
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        quantization: str | None = None,
+        batch_size: int = 8,
+        seed: int = 1234,
+    ) -> OPT:
+        """Load a checkpoint in any format, at any layout; on several ranks under torchrun, on each of them.
+
+        Args:
+            name_or_dir: as of --load: a directory, a released size, a Hub repository, or "story".
+            dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
+            tokenizer: where its files are; by default beside the weights. Without one, ids go in.
+            batch_size: sequences that `score` and `generate` run at a time.
+
+        Raises:
+            UserError: of any kind; the same one on every rank.
+        """
+        parallel = init_parallel(tensor_model_parallel_size, pipeline_model_parallel_size, seed=seed, device=device)
+        if parallel.data_parallel_size != 1:
+            raise UserError(
+                f"{parallel.world_size} processes were started for tensor {tensor_model_parallel_size} x pipeline "
+                f"{pipeline_model_parallel_size}: there must be as many as their product"
+            )
+        pretrained = open_pretrained(
+            name_or_dir, parallel, revision=revision, tokenizer=tokenizer, needs_tokenizer=False
+        )
+        return cls(pretrained, pretrained.load_model(dtype, quantization=quantization), batch_size)
+
+    @property
+    def config(self) -> OPTConfig:
+        """The architecture."""
+        return self._pretrained.config
+
+    @property
+    def parallel(self) -> ParallelContext:
+        """Where this rank stands."""
+        return self._pretrained.parallel
+
+    @property
+    def tokenizer(self) -> OPTTokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self._pretrained.tokenizer is None:
+            raise UserError(f"{self._pretrained.name} has no tokenizer: give ids, or from_pretrained(tokenizer=DIR)")
+        return self._pretrained.tokenizer
+
+    def tokens(self, text: str) -> Tensor:
+        """Ids of a text after one BOS, [1, s]."""
+        return torch.tensor([self.tokenizer.encode(text)])
+
+    def generate(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """Continue prompts (texts, or ids that begin with BOS); all continuations, in the order of the prompts.
+
+        Args:
+            options: of `SamplingParams`: max_new_tokens, temperature, top_p, stop, n, num_beams, logprobs ...
+
+        Raises:
+            UserError: a prompt or an option is wrong, or hooks are active: the engine's own pass knows none.
+        """
+        if self._active_hooks:
+            raise UserError("generate does not run hooks: leave the block, or use logits, score or hidden_states")
+        try:
+            params = SamplingParams(**options)
+        except TypeError as error:
+            raise UserError(f"generate: {str(error).removeprefix('SamplingParams.__init__() ')}") from None
+        decoder = None if self._pretrained.tokenizer is None else self.tokenizer.stream
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return self._engine.complete([Request(self._ids(prompt), params, decoder) for prompt in prompts])
+
+    def score(self, texts: Sequence[str | tuple[str, str]]) -> list[Score]:
+        """Log-likelihoods: of whole texts after BOS, or of continuations in pairs (context, continuation).
+
+        The tokens of a continuation are those by which the tokens of both together are more than the context's,
+        so a space between the two belongs to the continuation. Hooks act on it.
+
+        Raises:
+            UserError: a text is empty or longer than the model.
+        """
+        items = [self._item(*((text,) if isinstance(text, str) else text)) for text in texts]
+        return score(
+            self.model, self.parallel, items, batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
+        )
+
+    @torch.no_grad()
+    def logits(self, tokens: Tokens) -> Tensor:
+        """[b, s, vocab_size] for ids [b, s] (or one sequence [s]); padding rows of the vocabulary included."""
+        ids = self._checked(tokens)
+        return self._head(stage_forward(self.model, self.parallel, ids), ids.shape)
+
+    def hidden_states(self, tokens: Tokens, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """Hidden states by transformers' convention (`output_hidden_states`), each [b, s, hidden_size].
+
+        0 is the embedding, k what is behind k layers, and the last, num_layers, what the head reads: behind the
+        final norm too, and in 350m behind the projection to the embedding's width (only that one is narrower).
+
+        Args:
+            layers: which; negative ones count from the end. None: all, of which there are num_layers + 1.
+
+        Raises:
+            UserError: there is no such layer, or the tokens do not fit the model.
+        """
+        last = self.config.num_layers
+        wanted = self._numbers(range(last + 1) if layers is None else layers, last + 1)
+        names = [EMBEDDING, *(f"layers.{number}" for number in range(last - 1)), OUTPUT]
+        found = self.capture(tokens, {names[number] for number in wanted})
+        if self.config.has_embedding_projection and OUTPUT in found:
+            found[OUTPUT] = self._projected(found[OUTPUT])
+        return tuple(found[names[number]] for number in wanted)
+
+    def attentions(self, tokens: Tokens, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """Attention maps by transformers' convention (`output_attentions`), each [b, heads, s, s].
+
+        Args:
+            layers: which, from 0; negative ones count from the end. None: all.
+
+        Raises:
+            UserError: there is no such layer, or the tokens do not fit the model.
+        """
+        count = self.config.num_layers
+        wanted = self._numbers(range(count) if layers is None else layers, count)
+        found = self.capture(tokens, {f"layers.{number}.attention.weights" for number in wanted})
+        return tuple(found[f"layers.{number}.attention.weights"] for number in wanted)
+
+    @torch.no_grad()
+    def capture(self, tokens: Tokens, names: Iterable[str]) -> dict[str, Tensor]:
+        """The whole tensors at the named places (`places.py`) of one pass; each on every rank.
+
+        Raises:
+            UserError: there is no such place, or the tokens do not fit the model.
+        """
+        ids = self._checked(tokens)
+        names = sorted({names} if isinstance(names, str) else set(names))  # in one order on all ranks
+        found: dict[str, Tensor] = {}
+        with self.hooks({name: _keep(found, name) for name in names}):
+            stage_forward(self.model, self.parallel, ids)
+        for name in names:
+            place = parse(name, self.config)
+            stage = place.stage(self.config, self.parallel.pipeline_model_parallel_size)
+            found[name] = self._share(found.get(name), place.shape(self.config, *ids.shape), stage)
+        return found
+
+    @contextmanager
+    def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """Within the block, call hooks at the named places (`places.py`) of every pass.
+
+        A hook gets the whole tensor, whatever the layout; what it returns takes the tensor's place, None leaves
+        it. It is called on all ranks of the pipeline stage that has the place, and must do the same on each.
+
+        Raises:
+            UserError: there is no such place; in a pass: a hook returned something of another shape.
+        """
+        places = {name: parse(name, self.config) for name in hooks}
+        handles = [attach(self.model, self.parallel, place, hooks[name]) for name, place in places.items()]
+        self._active_hooks += 1
+        try:
+            yield
+        finally:
+            self._active_hooks -= 1
+            for handle in handles:
+                if handle is not None:
+                    handle.remove()
+
+    @torch.no_grad()
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, vocab_size] that hidden states [b, s, H] would give behind the last layer.
+
+        The final norm is applied, where the model has one: for states of any layer but those behind it (the
+        logit lens).
+        """
+        local = None
+        if self.parallel.is_last_stage:
+            local = hidden.to(device=self.parallel.device, dtype=self.model.params_dtype).transpose(0, 1)
+            norm = self.model.decoder.final_layernorm
+            local = local if norm is None else norm(local)
+        return self._head(local, hidden.shape[:2])
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(
+            self.model, self.parallel, max_batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
+        )
+
+    def _head(self, hidden: Tensor | None, size: Sequence[int]) -> Tensor:
+        """[s, b, H] on the last stage -> [b, s, V] on every rank."""
+        logits = None
+        if self.parallel.is_last_stage:
+            weight = self.model.shared_embedding_or_output_weight()
+            logits, _ = self.model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+            logits = logits.transpose(0, 1)
+        return self._share(logits, (*size, self.config.vocab_size), self.parallel.pipeline_model_parallel_size - 1)
+
+    @torch.no_grad()
+    def _projected(self, output: Tensor) -> Tensor:
+        local = self.model.output_layer.project_out(output) if self.parallel.is_last_stage else None
+        shape = (*output.shape[:2], self.config.word_embed_proj_dim)
+        return self._share(local, shape, self.parallel.pipeline_model_parallel_size - 1)
+
+    def _share(self, tensor: Tensor | None, shape: tuple[int, ...], stage: int) -> Tensor:
+        """A tensor of the ranks of one stage, on every rank."""
+        if self.parallel.pipeline_model_parallel_size == 1:
+            return tensor
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=self.model.params_dtype, device=self.parallel.device)
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=stage * self.parallel.pipeline_stride)
+        return tensor
+
+    def _checked(self, tokens: Tokens) -> Tensor:
+        """[b, s] on the device."""
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"tokens must be ids, in sequences of one length: {error}") from None
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise UserError(f"tokens must be ids [b, s] or [s], not {ids.dtype} {list(ids.shape)}")
+        if ids.size(1) > self.config.max_position_embeddings:
+            raise UserError(f"{ids.size(1)} tokens are more than the model's {self.config.max_position_embeddings}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise UserError(f"ids go from 0 to {self.config.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
+        return ids.long().to(self.parallel.device)
+
+    def _numbers(self, layers: Sequence[int], count: int) -> list[int]:
+        strange = [number for number in layers if not -count <= number < count]
+        if strange:
+            raise UserError(f"layer {strange[0]}: there are {count}, from 0 to {count - 1}")
+        return [number % count for number in layers]
+
+    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _item(self, context: str, continuation: str | None = None) -> Item:
+        if continuation is None:
+            context, continuation = "", context
+        before = self.tokenizer.encode(context.rstrip(" "))
+        both = self.tokenizer.encode(context + continuation)
+        return Item(tuple(before), tuple(both[len(before) :]))
+
+
+def _keep(found: dict[str, Tensor], name: str) -> Hook:
+    def keep(tensor: Tensor) -> None:
+        found[name] = tensor.clone()  # later steps may write where it lies
+
+    return keep

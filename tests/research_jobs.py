@@ -1,0 +1,96 @@
+"""What tests of research hooks let every rank do (importable by the rank processes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt_megatron import OPT
+from opt_megatron.errors import UserError
+from opt_megatron.research.logit_lens import Lens, logit_lens
+
+
+def look(directory: Path, tp: int, pp: int, tokens: Tensor, generate_first: bool = False) -> dict[str, Any]:
+    """Everything there is to see, on this rank."""
+    opt = _load(directory, tp, pp)
+    if generate_first:
+        opt.generate([[2, 9, 30]], max_new_tokens=3)
+    return {
+        "logits": opt.logits(tokens),
+        "hidden_states": opt.hidden_states(tokens),
+        "some": opt.hidden_states(tokens, layers=[3, -1, 0]),
+        "attentions": opt.attentions(tokens),
+        "last attention": opt.attentions(tokens, layers=[-1])[0],
+    }
+
+
+def captured(directory: Path, tp: int, pp: int, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Whole tensors."""
+    return _load(directory, tp, pp).capture(tokens, names)
+
+
+def changed(directory: Path, tp: int, pp: int, tokens: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Logits with a hook that scales different parts differently, and after it has gone."""
+    opt = _load(directory, tp, pp)
+    with opt.hooks({name: scaled}):
+        logits = opt.logits(tokens)
+        again = opt.logits(tokens)
+    assert torch.equal(logits, again)
+    return logits, opt.logits(tokens)
+
+
+def scaled(tensor: Tensor) -> Tensor:
+    """Multiply by numbers from -1 to 2 along the last two dimensions."""
+    size = tensor.shape[-2:]
+    return tensor * torch.linspace(-1, 2, size.numel()).view(size)
+
+
+def errors(directory: Path, tp: int) -> list[str]:
+    """The messages of mistakes, on this rank."""
+    opt = _load(directory, tp, 1)
+    messages = []
+    for mistake in (
+        lambda: opt.capture([2, 5], ["layers.12"]),
+        lambda: opt.capture([2, 5], ["layers.1.nose"]),
+        lambda: opt.hidden_states([2, 5], layers=[13]),
+        lambda: opt.attentions([2, 5], layers=[12]),
+        lambda: opt.logits([[2, 5], [2]]),
+        lambda: opt.logits([2, 516]),
+        lambda: opt.logits([2] * 257),
+        lambda: opt.logits([0.5]),
+        lambda: opt.logits([]),
+        lambda: opt.tokens("text"),
+        lambda: opt.generate([[2, 5]], heat=3),
+        lambda: _with(opt, "layers.1", lambda x: x[..., 1:]),
+        lambda: _with(opt, "layers.1.attention.weights", lambda x: x),
+        lambda: _generate_within(opt),
+    ):
+        try:
+            mistake()
+            messages.append("nothing was raised")
+        except UserError as error:
+            messages.append(str(error))
+    assert torch.isfinite(opt.logits([2, 5])).all()  # no hook is left behind
+    return messages
+
+
+def lens(directory: Path, tp: int, pp: int, tokens: Tensor) -> Lens:
+    """The logit lens."""
+    return logit_lens(_load(directory, tp, pp), tokens)
+
+
+def _with(opt: OPT, name: str, hook: Any) -> None:
+    with opt.hooks({name: hook}):
+        opt.logits([2, 5])
+
+
+def _generate_within(opt: OPT) -> None:
+    with opt.hooks({"layers.1": lambda x: None}):
+        opt.generate([[2, 5]])
+
+
+def _load(directory: Path, tp: int, pp: int) -> OPT:
+    return OPT.from_pretrained(str(directory), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)

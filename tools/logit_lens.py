@@ -1,0 +1,8 @@
+"""Draw what each layer predicts: `python tools/logit_lens.py ...` is `opt-megatron logit-lens ...` (see --help)."""
+
+import sys
+
+from opt_megatron.cli import main
+
+if __name__ == "__main__":
+    main(["logit-lens", *sys.argv[1:]])
