@@ -1,0 +1,227 @@
+"""Training as a user does it: from JSON lines to a model that transformers reads; killed, stopped, and wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.cli import main
+from opt_megatron.training.checkpointing import saved_checkpoints
+from opt_megatron.training.progress import METRICS_FILE
+
+TOOLS = Path(__file__).parents[2] / "tools"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CONFIG = {
+    "model_type": "opt",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "vocab_size": 4096,
+    "max_position_embeddings": 64,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a call in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a config, an indexed corpus of the embedded tokenizer, and supervised examples."""
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    words = ["the", "king", "had", "a", "daughter", "and", "the", "fox", "ran", "into", "the", "wood"]
+    texts = [" ".join(words[(3 * n + k) % len(words)] for k in range(60)) for n in range(60)]
+    (directory / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pairs = [{"src": f"The fox is called {n}. It is called", "tgt": f" {n}."} for n in range(40)]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = ["--input", directory / "texts.jsonl", "--tokenizer", "story", "--append-eod", "--output-prefix"]
+    with pytest.raises(SystemExit) as ended:
+        main(["preprocess", *map(str, command), str(directory / "texts")])
+    assert ended.value.code == 0
+    return directory
+
+
+def training(data: Path, save: Path, *more: object) -> list[str]:
+    """The arguments of a run of thirty steps."""
+    arguments = (
+        "train", "--config", data / "config.json", "--tokenizer", "story", "--train-data-path",
+        data / "texts_text_document", "--micro-batch-size", 2, "--global-batch-size", 4, "--train-iters", 30,
+        "--lr", 1e-3, "--log-interval", 1, "--save", save, "--save-interval", 5, *more,
+    )  # fmt: skip
+    return [str(argument) for argument in arguments]
+
+
+def losses_of(run_directory: Path) -> list[float]:
+    """The training losses, whose steps must be 1, 2, 3 ..."""
+    lines = [json.loads(line) for line in (run_directory / METRICS_FILE).read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["iteration"] for line in train] == list(range(1, len(train) + 1))
+    return [line["loss"] for line in train]
+
+
+def test_from_text_to_transformers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--valid-data-path", data / "texts_text_document", "--eval-interval", 15, "--eval-iters", 2)
+    boards = ("--tensorboard-dir", tmp_path / "boards")
+    pytest.importorskip("tensorboard")
+    code, out, err = run(capsys, *training(data, tmp_path / "run", *more, *boards))
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n")
+    assert "iteration 30/30 | loss" in err and "tokens/s" in err and "iteration 30: validation loss" in err
+    assert losses_of(tmp_path / "run")[-1] < losses_of(tmp_path / "run")[0] - 0.3
+    assert list((tmp_path / "boards").iterdir())
+    code, out, _ = run(capsys, "plot-training", tmp_path / "run", "--output", tmp_path / "loss.png")
+    assert code == 0 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(capsys, "convert", "--load", tmp_path / "run", "--save", tmp_path / "hf", "--to", "hf")
+    assert code == 0, err
+
+    from transformers import OPTForCausalLM
+
+    model = OPTForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32").eval()
+    code, out, _ = run(
+        capsys, "generate", "--load", tmp_path / "run", "--prompt-tokens", "2 7 9", "--temperature", "0",
+        "--max-new-tokens", "8", "--ignore-eos", "--json",
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([[2, 7, 9]]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1
+        )
+    assert json.loads(out)["tokens"] == expected[0, 3:].tolist()
+
+
+def test_fine_tuning_on_pairs_with_lora(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "train", "--load", "story", "--supervised-data", data / "pairs.jsonl", "--supervised-valid-data",
+        data / "pairs.jsonl", "--lora-rank", 4, "--seq-length", 64, "--global-batch-size", 2, "--train-iters", 12,
+        "--lr", 5e-3, "--eval-interval", 6, "--log-interval", 1, "--hidden-dropout", 0, "--save", tmp_path / "run",
+    )  # fmt: skip
+    code, _, err = run(capsys, *arguments)
+    assert code == 0, err
+    assert losses_of(tmp_path / "run")[-1] < losses_of(tmp_path / "run")[0]
+    code, _, err = run(capsys, "convert", "--load", tmp_path / "run", "--save", tmp_path / "hf", "--to", "hf")
+    assert code == 0, err
+    assert not (tmp_path / "hf" / "lora.json").exists()
+
+
+def start(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
+    """The tool in processes of its own; the first one's output is read."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(TOOLS / "train.py"), *arguments[1:]]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def wait_for(run_directory: Path, iterations: int, process: subprocess.Popen[str]) -> None:
+    """Until so many steps have been recorded."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run_directory / METRICS_FILE
+        if path.exists() and path.read_text().count("\n") >= iterations:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {iterations} iterations: {process.communicate(timeout=10)[0][-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that nothing happened to."""
+    save = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = start(training(data, save))
+    assert process.wait(120) == 0
+    return losses_of(save)
+
+
+@pytest.mark.parametrize("iterations", [7, 16])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    data: Path, tmp_path: Path, uninterrupted: list[float], iterations: int
+) -> None:
+    process = start(training(data, tmp_path / "run"))
+    wait_for(tmp_path / "run", iterations, process)
+    process.kill()
+    process.wait(30)
+    process = start(training(data, tmp_path / "run"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert losses_of(tmp_path / "run") == uninterrupted
+    assert "resumed from" in output
+    assert not list((tmp_path / "run").glob(".iter*"))
+
+
+def test_sigterm_saves_and_exits_with_zero(data: Path, tmp_path: Path, uninterrupted: list[float]) -> None:
+    arguments = training(data, tmp_path / "run", "--save-interval", 0)
+    process = start(arguments, processes=1)
+    wait_for(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    iteration = saved_checkpoints(tmp_path / "run")[0][0]
+    assert 3 <= iteration < 30 and f"stopped after iteration {iteration} of 30" in output
+    process = start(arguments)
+    assert process.wait(120) == 0
+    assert losses_of(tmp_path / "run") == uninterrupted
+
+
+MISTAKES = [
+    (("--config", "{data}/config.json"), "--train-iters is missing"),
+    (("--preset", "7b"), "there is no recipe for '7b'"),
+    (("--preset", "125m", "--load", "story"), "give one of --preset, --config and --load"),
+    ((), "give one of --preset, --config and --load"),
+    (("--preset", "8m"), "give --data-path"),
+    (("--preset", "8m", "--bf16", "--fp16"), "exclude each other"),
+    (("--preset", "8m", "--lora-rank", "2"), "--lora-rank adapts a trained model"),
+    (("--preset", "8m", "--lr", "-1"), "--lr is -1.0"),
+    (("--preset", "8m", "--seq-length", "4096", "--data-path", "x"), "more than the model's 2048 positions"),
+    (("--preset", "8m", "--micro-batch-size", "7", "--data-path", "x"), "cannot be divided"),
+    (("--preset", "8m", "--data-path", "{data}/nothing"), "there is no such file"),
+    (("--preset", "8m", "--hidden-dropout", "1"), "--hidden-dropout is 1.0"),
+    (("--preset", "8m", "--tensor-model-parallel-size", "2"), "start it with torchrun --nproc-per-node 2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    save = tmp_path / "run"
+    code, out, err = run(capsys, "train", *(word.format(data=data) for word in arguments), "--save", save)
+    assert code == 2 and not out
+    assert message in err and err.count("\n") == 1
+    assert not save.exists()
+
+
+def test_a_diverging_run_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = training(data, tmp_path / "run", "--lr", "1e30", "--max-skipped-iters", "2", "--clip-grad", "0")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "skipped (loss" in err and "the run has diverged" in err.splitlines()[-1]
+
+
+def test_the_embedded_tokenizer_is_kept_beside_checkpoints(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, *training(data, tmp_path / "run", "--exit-iters", "1"))[0] == 0
+    saved = saved_checkpoints(tmp_path / "run")[0][1]
+    for name in ("vocab.json", "merges.txt"):
+        assert (saved / name).read_bytes() == (EMBEDDED_DIRECTORY / name).read_bytes()
