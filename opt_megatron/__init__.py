@@ -1,4 +1,4 @@
-"""Run and convert Meta's OPT language models on Megatron-core.
+"""Run, convert, train, serve and study Meta's OPT language models on Megatron-core.
 
 Importing this package is cheap: torch and Megatron-core are imported by the modules that use them, and `OPT`
 (opt_megatron/research/README.md) when it is first asked for.

@@ -240,7 +240,7 @@ def test_arguments_become_settings(tmp_path: Path) -> None:
     [
         (["--sizes", "7b"], "'7b' is not a released OPT size"),
         (["--dtypes", "bf16"], "bfloat16 is not measured on cpu: use float32, int8"),
-        (["--workloads", "training"], "--workloads: 'training' is not one of prefill, decode"),
+        (["--workloads", "teaching"], "--workloads: 'teaching' is not one of prefill, decode"),
         (["--peers", "vllm"], "--peers: 'vllm' is not one of transformers, ctranslate2"),
         (["--repeats", "0"], "--repeats is 0, but must be at least 1"),
         (["--threads", "x"], "argument --threads: invalid int value"),
@@ -312,3 +312,14 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert {"median", "min", "max", "samples", "ratio"} <= values.keys()
             assert len(values["samples"]) == repeats
         assert ("limit" in row) == (row["workload"] in ("decode", "context"))
+
+
+def test_training_is_measured_on_the_same_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"workloads": ("training",), "systems": ("opt_megatron", "transformers")}
+    shape = replace(TINY_SHAPE, training=(2, 16))
+    result = run(tiny_settings(tmp_path / "out", shape=shape, **values))
+    times, memory = result["rows"]
+    assert times["metric"] == "ms" and memory["metric"] == "growth, MB"
+    assert times["loss_apart"]["transformers"] < 1e-5
+    assert set(memory["systems"]) == {"opt_megatron", "transformers", "opt_megatron, recomputed"}
+    assert "the losses of one batch are apart from" in capsys.readouterr().out

@@ -147,6 +147,28 @@ def context(group: Group) -> Iterator[Row]:
         yield group.row("context", f"{length} tokens", "ms", samples, limit_bytes=limit, cache_bytes=cache)
 
 
+def training(group: Group) -> Iterator[Row]:
+    """Time of a training step, and how far the losses of the first one are apart."""
+    rows, length = group.settings.shape.training
+    losses: dict[Worker, float] = {}
+
+    def measure(worker: Worker, number: int) -> dict[str, float]:
+        batch = [list(row) for row in group.prompts(rows, length + 1, number)]
+        seconds, loss = worker.call("step", batch)
+        losses.setdefault(worker, loss)
+        return {"ms": seconds * 1e3}
+
+    first = [list(row) for row in group.prompts(rows, length + 1, "warm-up")]
+    losses |= {worker: worker.call("step", first)[1] for worker in group.workers.values()}
+    samples = group.alternate(measure)["ms"]
+    ours = losses[group.workers[group.ours]]
+    apart = {system: abs(losses[worker] - ours) for system, worker in group.workers.items()}
+    rates = _rates(samples, rows * length)
+    yield group.row(
+        "training", f"{rows} x {length} tokens", "ms", samples, tokens_per_second=rates, loss=ours, loss_apart=apart
+    )
+
+
 def _rates(milliseconds: dict[str, list[float]], tokens: int) -> dict[str, float]:
     """Tokens a second of each system, by its median."""
     return {system: tokens / statistics.median(values) * 1e3 for system, values in milliseconds.items()}

@@ -19,15 +19,15 @@ def measure_memory(kind: type[Peer], setup: Setup, prompts: list[Prompt], new_to
         `device`: the peak of what torch allocated. What the system does not tell is left out.
     """
     kind.prepare(setup)
-    libraries, before = _status("VmRSS"), _status("RssAnon")
+    libraries, before = status("VmRSS"), status("RssAnon")
     peer = kind(setup)
-    loading = _status("VmHWM")
+    loading = status("VmHWM")
     # The peak starts anew where the kernel lets us; elsewhere `running` is the peak of both.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     peer.generate(prompts, new_tokens)
-    after = _status("RssAnon")
-    known = {"libraries": libraries, "loading": loading, "running": _status("VmHWM")}
+    after = status("RssAnon")
+    known = {"libraries": libraries, "loading": loading, "running": status("VmHWM")}
     known["growth"] = None if before is None or after is None else after - before
     if setup.device == "cuda":
         import torch
@@ -36,7 +36,7 @@ def measure_memory(kind: type[Peer], setup: Setup, prompts: list[Prompt], new_to
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _status(field: str) -> float | None:
+def status(field: str) -> float | None:
     """A size of this process in MB, or None where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,6 +15,7 @@ TITLES = {
     "poisson": "mixed workload, arriving as a Poisson stream: seconds",
     "memory": "memory of a fresh process: MB resident (libraries, peaks) and of its own (growth)",
     "tensor_parallel": "tensor parallel: ms a step",
+    "training": "training: ms a step, and MB that the process grows by",
 }
 
 
@@ -93,15 +94,25 @@ def _section(rows: list[Row], workload: str) -> str:
         cells += [number(row.get("limit")), number(_ours(row).get("over_limit"))] if limited else []
         lines.append(names + cells)
     body = _aligned(lines, left=header.index(systems[0]))
-    return "\n".join(["", TITLES[workload], *body, *_throughput(rows, workload), *_growth(rows)])
+    return "\n".join(["", TITLES[workload], *body, *_throughput(rows, workload), *_growth(rows), *_losses(rows)])
 
 
 def _throughput(rows: list[Row], workload: str) -> list[str]:
-    """For the mixed workload: tokens that were asked for, by the time until the last of them."""
+    """For the mixed workload: tokens that were asked for, by the time until the last of them; and for training."""
     return [
         f"{row['dtype']}, tokens a second: {', '.join(f'{s} {number(v)}' for s, v in row['tokens_per_second'].items())}"
         for row in rows
-        if workload == "mixed"
+        if workload == "mixed" or (workload == "training" and "tokens_per_second" in row)
+    ]
+
+
+def _losses(rows: list[Row]) -> list[str]:
+    """For training: whether all have computed the same."""
+    return [
+        f"{row['dtype']}, {row['case']}: the losses of one batch are apart from {row['loss']:.5f} by "
+        + ", ".join(f"{s} {v:.1e}" for s, v in row["loss_apart"].items() if s != next(iter(row["systems"])))
+        for row in rows
+        if "loss_apart" in row
     ]
 
 

@@ -39,6 +39,7 @@ from .peers import OURS, PEERS
 from .plot import draw
 from .report import add_limits, format_table
 from .settings import PLOT, RESULT, Settings
+from .trainers import RECOMPUTING, TRAINERS, trainer_class, training_memory
 from .weights import make_model, model_directory
 from .worker import Worker, in_child
 from .workload import make_prompts
@@ -108,6 +109,8 @@ class Session:
                 self._measure_memory(name, config, setup)
             if "tensor_parallel" in settings.workloads:
                 self._measure_tensor_parallel(name, config, setup)
+            if "training" in settings.workloads and dtype != "int8":
+                self._measure_training(name, config, setup)
 
     def finish(self) -> dict[str, Any]:
         """The whole result, written."""
@@ -169,13 +172,33 @@ class Session:
             self._result["equality"].append(cells.equality(group))
             self._take("tensor_parallel", group, iter([cells.decode_row(group, "tensor_parallel", 1)]))
 
+    def _measure_training(self, name: str, config: OPTConfig, setup: Setup) -> None:
+        """A training step of this project and of a plain loop with transformers, and what each needs of memory."""
+        systems = {system: (system, setup) for system in TRAINERS if system in self._settings.systems}
+        with self._group(name, config, systems, "trainers:TRAINERS") as group:
+            self._take("training", group, cells.training(group))
+        if self._settings.device == "cuda":
+            return
+        say(f"{name} {setup.dtype}: memory of training")
+        rows, length = self._settings.shape.training
+        prompts = [list(row) for row in make_prompts(config, rows, length + 1, self._settings.seed)]
+        found = {
+            system: [in_child(system, setup.threads, training_memory, trainer_class(system), setup, prompts)]
+            for system in (*systems, RECOMPUTING)
+        }
+        case = f"{rows} x {length} tokens"
+        self._result["rows"].append(cells.make_row(name, setup.dtype, "training", case, "growth, MB", found))
+        self._write()
+
     @contextmanager
-    def _group(self, name: str, config: OPTConfig, systems: dict[str, tuple[str, Setup]]) -> Iterator[Group]:
+    def _group(
+        self, name: str, config: OPTConfig, systems: dict[str, tuple[str, Setup]], kinds: str = "peers:PEERS"
+    ) -> Iterator[Group]:
         with ExitStack() as stack:
             workers = {}
             for label, (system, setup) in systems.items():
                 say(f"{name} {setup.dtype}: loading {label}")
-                workers[label] = stack.enter_context(Worker(system, setup))
+                workers[label] = stack.enter_context(Worker(system, setup, kinds))
             yield Group(self._settings, name, config, setup.dtype, workers)
 
     def _take(self, workload: str, group: Group, rows: Iterator[cells.Row]) -> None:

@@ -5,6 +5,7 @@ with Worker("transformers", setup) as worker: ...
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -23,14 +24,18 @@ _PATIENCE = 30  # seconds for a child to end by itself
 
 
 class Worker:
-    """A system in a process of its own, or in `setup.ranks` processes."""
+    """A system in a process of its own, or in `setup.ranks` processes.
 
-    def __init__(self, system: str, setup: Setup) -> None:
+    Args:
+        kinds: module and name of the table in which the system's class stands.
+    """
+
+    def __init__(self, system: str, setup: Setup, kinds: str = "peers:PEERS") -> None:
         self._name = f"{system} ({setup.dtype})"
         self._directory = tempfile.TemporaryDirectory(prefix="benchmark-ranks-")
         store = Path(self._directory.name) / "store"
         self._children = [
-            _Child(self._name, _serve_peer, system, replace(setup, rank=rank, store=store))
+            _Child(self._name, _serve_peer, system, replace(setup, rank=rank, store=store), kinds)
             for rank in range(setup.ranks)
         ]
         self._answers()  # loaded
@@ -107,16 +112,17 @@ class _Child:
             self._process.join()
 
 
-def _serve_peer(pipe: Connection, system: str, setup: Setup) -> None:
+def _serve_peer(pipe: Connection, system: str, setup: Setup, kinds: str) -> None:
     _settle_environment(setup.threads)
     os.environ |= {"RANK": str(setup.rank), "LOCAL_RANK": str(setup.rank), "WORLD_SIZE": str(setup.ranks)}
     if setup.ranks == 1:
         del os.environ["WORLD_SIZE"]  # alone, this project needs no address to meet at
-    from .peers import PEERS
+    module, name = kinds.split(":")
+    kind = getattr(importlib.import_module(f"{__package__}.{module}"), name)[system]
 
     def load() -> Any:
-        PEERS[system].prepare(setup)
-        return PEERS[system](setup)
+        kind.prepare(setup)
+        return kind(setup)
 
     peer = _answer(pipe, load, keep=True)
     while peer is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..config import OPTConfig
 from ..errors import UserError
 
-WORKLOADS = ("prefill", "decode", "context", "mixed", "poisson", "memory", "tensor_parallel")
+WORKLOADS = ("prefill", "decode", "context", "mixed", "poisson", "memory", "tensor_parallel", "training")
 
 Prompt = tuple[int, ...]  # token ids
 
@@ -37,6 +37,7 @@ class Shape:
             both ends included.
         equality: (rows, tokens a row, new tokens) of the check that all systems answer alike.
         memory: the same three of the run whose peak memory is taken.
+        training: (rows, tokens a row) of a training step.
     """
 
     prefill: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (4, 512))
@@ -50,6 +51,7 @@ class Shape:
     output_range: tuple[int, int] = (16, 256)
     equality: tuple[int, int, int] = (4, 64, 32)
     memory: tuple[int, int, int] = (4, 512, 32)
+    training: tuple[int, int] = (4, 512)
 
     def check_fits(self, config: OPTConfig, name: str) -> None:
         """Raise UserError unless the model has enough positions for the longest request."""
@@ -60,6 +62,7 @@ class Shape:
             self.prompt_range[1] + self.output_range[1],
             sum(self.equality[1:]),
             sum(self.memory[1:]),
+            self.training[1],
         )
         if longest > config.max_position_embeddings:
             raise UserError(
@@ -76,6 +79,7 @@ QUICK = Shape(
     requests=16,
     prompt_range=(16, 128),
     output_range=(16, 64),
+    training=(2, 128),
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .arguments import add_config, add_layout, add_load, config_argument
+from .arguments import add_config, add_layout, config_argument
 
 if TYPE_CHECKING:
     from ..config import OPTConfig
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model (one of --preset, --config and --load)")
     model.add_argument("--preset", metavar="SIZE", help="a size of OPT's recipe (8m, 125m ... 175b), from scratch")
     add_config(model)
-    add_load(model, required=False)
+    model.add_argument("--load", metavar="CHECKPOINT", help="fine-tune this one: any format, a name, or a repository")
+    model.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     model.add_argument("--tokenizer", metavar="DIR", help="a tokenizer (or a name) to keep beside the checkpoints")
     model.add_argument("--hidden-dropout", type=float, metavar="P", help="of the residuals; default: the model's")
     model.add_argument("--attention-dropout", type=float, metavar="P", help="default: the model's")

@@ -218,7 +218,10 @@ def build_data(
     num_train = options.train_iters * options.global_batch_size
     validates = bool(options.eval_interval)
     if settings.supervised is not None:
-        return on_all_ranks(parallel, lambda: _supervised(settings, num_train, validates))
+        sets = on_all_ranks(parallel, lambda: _supervised(settings, num_train, validates))
+        for line in [line for dataset in sets if dataset is not None for line in dataset.report()]:
+            say(line)
+        return sets
     per_validation = options.eval_iters * options.micro_batch_size * parallel.data_parallel_size
     return build_datasets(
         settings.data,
