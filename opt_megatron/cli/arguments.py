@@ -21,7 +21,8 @@ def add_load(parser: argparse.ArgumentParser, *, required: bool) -> None:
         required=required,
         metavar="CHECKPOINT",
         help="a checkpoint in any format (Hugging Face, Megatron, metaseq, FlagAI, a training run), a name "
-        "(opt-125m ... story) or a Hub repository (owner/name)" + ("" if required else "; default: the embedded toy model, story"),
+        "(opt-125m ... story) or a Hub repository (owner/name)"
+        + ("" if required else "; default: the embedded toy model, story"),
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
 

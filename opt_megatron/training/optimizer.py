@@ -287,10 +287,18 @@ class MegatronOptimizer(TrainingOptimizer):
         norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(norm) or 0 < self._options.skip_grad_norm < norm:
             return StepOutcome(norm, False, scale)
-        if self._options.clip_grad:
-            self._optimizer.clip_grad_norm(self._options.clip_grad)
+        self._clip(norm)
         self._optimizer.step_with_ready_grads()
         return StepOutcome(norm, True, scale)
+
+    def _clip(self, norm: float) -> None:
+        # As core's `step` does, which would not let a step be skipped between the norm and this.
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            parameters = optimizer.get_parameters()
+            if self._options.clip_grad and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self._options.clip_grad, total_norm=norm)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """[...] -> [...]"""
