@@ -105,7 +105,12 @@ def prepare_training() -> None:
         from megatron.core import dist_checkpointing  # noqa: F401
         from megatron.core.dist_checkpointing.strategies import filesystem_async
     # torch.distributed's tensors that checkpoints are written from, and storages that they are read from.
-    for message in ("TypedStorage is deprecated", "Please use DTensor instead", "torch.distributed is disabled"):
+    for message in (
+        "TypedStorage is deprecated",
+        "Please use DTensor instead",
+        "torch.distributed is disabled",
+        "`load_state_dict` is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}")
     # Core passes the writers' results through a manager process, which it spawns at every save; here the writers
     # are threads (training/checkpointing.py), and a queue within the process does.

@@ -239,7 +239,7 @@ def shut_down() -> None:
 
 
 def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it fails with a UserError on any, raise that error on all of them.
+    """Run `action` on every rank; if it fails with a UserError or an OSError on any, raise a UserError on all of them.
 
     Without this, the ranks that succeed would wait for ever for those that gave up.
     """
@@ -248,6 +248,8 @@ def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     messages: list[str | None] = [None] * parallel.world_size
     dist.all_gather_object(messages, message, group=parallel.control_group)
     for rank, text in enumerate(messages):

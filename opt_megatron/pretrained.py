@@ -75,7 +75,7 @@ def open_pretrained(
 
     def read() -> OPTTokenizer | None:
         try:
-            return read_tokenizer(tokenizer, directory, checkpoint.config)
+            return read_tokenizer(tokenizer, checkpoint.path, checkpoint.config)  # of a run, its newest checkpoint's
         except CheckpointError:
             if needs_tokenizer or tokenizer is not None:
                 raise

@@ -113,6 +113,13 @@ class OPTTokenizer:
         return dict(self._vocab)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `OPTTokenizer.from_directory` would find files there."""
+    directory = directory.parent if directory.is_file() else directory
+    pair = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return pair or (directory / "tokenizer.json").is_file()
+
+
 class StreamDecoder:
     """Text from ids one at a time, never half a character.
 

@@ -44,4 +44,4 @@ def test_two_machines_meet_and_one_prints(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "Once upon a time there lived a time there\n"
+    assert done.stdout == "Once upon a time there lived a king who\n"

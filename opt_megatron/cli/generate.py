@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config_argument(args)))
     config = checkpoint.config
     check_layout(config, tp, pp, parallel.world_size)
-    read = on_all_ranks(parallel, lambda: _read(args, parameters, directory, config) if parallel.is_leader else NOTHING)
+    read = on_all_ranks(
+        parallel, lambda: _read(args, parameters, checkpoint.path, config) if parallel.is_leader else NOTHING
+    )
     if args.load is None and parallel.is_leader:
         print(TOY_NOTICE, file=sys.stderr)
     if parallel.is_leader:

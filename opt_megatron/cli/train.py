@@ -119,16 +119,21 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.load import locate_on_all_ranks
     from ..checkpoint.locate import locate
     from ..parallel import on_all_ranks
+    from ..tokenizer import has_tokenizer
     from ..training.session import train
 
     load = None
     if args.load is not None:
-        load = locate_on_all_ranks(args.load, parallel, args.revision)
-        config = on_all_ranks(parallel, lambda: open_checkpoint(load).config)
+        found = locate_on_all_ranks(args.load, parallel, args.revision)
+        opened = on_all_ranks(parallel, lambda: open_checkpoint(found))
+        load, config = opened.path, opened.config
     else:
         config = recipe.config if recipe else config_argument(args)
     check_layout(config, tp, pp, parallel.world_size)
-    tokenizer = load if args.tokenizer is None else on_all_ranks(parallel, lambda: locate(args.tokenizer))
+    if args.tokenizer is None:
+        tokenizer = load if load is not None and has_tokenizer(load) else None
+    else:
+        tokenizer = on_all_ranks(parallel, lambda: locate(args.tokenizer))
     settings = settings_from(args, config, recipe, load, tokenizer)
     finished = train(settings, parallel, lambda text: print(text, file=sys.stderr, flush=True))
     if finished and parallel.is_leader and settings.save:
@@ -143,6 +148,20 @@ def _check_sources(args: argparse.Namespace) -> None:
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.lora_rank and args.load is None:
         raise UserError("--lora-rank adapts a trained model: give --load")
+    if args.lora_target_modules and not args.lora_rank:
+        raise UserError("--lora-target-modules is given without --lora-rank")
+    if args.revision is not None and args.load is None:
+        raise UserError("--revision is given without --load")
+    if args.supervised_valid_data and not args.supervised_data:
+        raise UserError("--supervised-valid-data is given without --supervised-data")
+    if args.supervised_data and args.eval_interval and not args.supervised_valid_data:
+        raise UserError("--eval-interval is given, but nothing to validate on: give --supervised-valid-data")
+    if (args.valid_data_path or args.supervised_valid_data) and not args.eval_interval:
+        raise UserError("validation data are given, but not --eval-interval")
+    if args.save is not None and not args.save.strip():
+        raise UserError("--save is empty: give a directory")
+    if args.seq_length is not None and args.seq_length < 1:
+        raise UserError(f"--seq-length is {args.seq_length}, but must be at least 1")
     for name in ("save_interval", "keep_last", "eval_interval", "eval_iters", "exit_iters", "lora_rank"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must not be negative")
@@ -215,7 +234,7 @@ def settings_from(
         seed=args.seed,
         sequence_parallel=args.sequence_parallel,
         recompute=args.recompute_granularity,
-        save=None if args.save is None else Path(args.save),
+        save=None if args.save is None else Path(args.save).expanduser(),
         keep_last=args.keep_last,
         background_saving=not args.no_async_save,
         tensorboard=None if args.tensorboard_dir is None else Path(args.tensorboard_dir),

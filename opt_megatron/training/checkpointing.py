@@ -14,12 +14,14 @@ newest checkpoint that is whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,38 +185,44 @@ class Checkpoints:
             for path in older[self._keep :]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def load(self, path: Path, model: nn.Module, optimizer: TrainingOptimizer | None) -> TrainingState:
-        """Fill model, optimizer and random states from a checkpoint that `newest_whole` gave.
+    def read_state(self, path: Path) -> tuple[TrainingState, bool]:
+        """What a checkpoint says of its run, and whether it was written at this layout.
 
-        Args:
-            optimizer: None leaves the optimizer and the random states as they are.
+        Raises:
+            CheckpointError: on every rank.
+        """
+        from megatron.core import dist_checkpointing
+
+        def read() -> tuple[TrainingState, bool]:
+            with _told_as_checkpoint_errors(path):
+                common = dist_checkpointing.load_common_state_dict(str(path))
+                return TrainingState.from_dict(common["training"]), common["layout"] == _layout(self._parallel)
+
+        return on_all_ranks(self._parallel, read)
+
+    def load(self, path: Path, model: nn.Module, optimizer: TrainingOptimizer) -> TrainingState:
+        """Fill model, optimizer and (at the same layout) random states from a checkpoint that `newest_whole` gave.
 
         Raises:
             CheckpointError: on every rank; the checkpoint does not fit the run.
         """
         from megatron.core import dist_checkpointing
 
+        state, same_layout = self.read_state(path)
+
         def read() -> dict[str, Any]:
-            try:
-                common = dist_checkpointing.load_common_state_dict(str(path))
-                state = TrainingState.from_dict(common["training"])
-                same_layout = common["layout"] == _layout(self._parallel)
+            with _told_as_checkpoint_errors(path):
                 wanted = _sharded_state(
                     model, optimizer, state, self._parallel, is_loading=True, with_random_state=same_layout
                 )
                 return dist_checkpointing.load(wanted, str(path))
-            except Exception as error:  # core raises many kinds, some of them bare
-                raise CheckpointError(
-                    f"{path}: cannot be resumed from: {type(error).__name__}: {str(error)[:200]}"
-                ) from error
 
         loaded = on_all_ranks(self._parallel, read)
         model.load_state_dict(loaded["model"], strict=True)
-        if optimizer is not None:
-            optimizer.load_state_dict(loaded["optimizer"])
-            if "random_state" in loaded:
-                _restore_random_state(loaded["random_state"])
-        return TrainingState.from_dict(loaded["training"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        if same_layout:
+            _restore_random_state(loaded["random_state"])
+        return state
 
 
 def saved_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -256,6 +264,17 @@ def damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"its {MANIFEST_FILE} cannot be read ({error})"
     return None
+
+
+@contextlib.contextmanager
+def _told_as_checkpoint_errors(path: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException; core raises many kinds
+        told = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {told}") from error
 
 
 class _Writing:

@@ -21,6 +21,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
@@ -44,6 +46,16 @@ class OptimizerOptions:
     min_loss_scale: float = 2.0**-14
     use_distributed_optimizer: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{flag} is {value}, but must be a number from 0 up")
+            if name.startswith("adam_beta") and not value < 1:
+                raise UserError(f"{flag} is {value}, but must be below 1")
+            if name in ("adam_eps", "initial_loss_scale", "min_loss_scale", "loss_scale_window") and not value > 0:
+                raise UserError(f"{flag} is {value}, but must be above 0")
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -53,11 +65,13 @@ class StepOutcome:
         grad_norm: of the unclipped gradients; not a finite number where they were not.
         applied: the parameters were changed.
         loss_scale: that the gradients had been multiplied with.
+        is_scales_fault: not applied because of an overflow of fp16, and the scale has been halved.
     """
 
     grad_norm: float
     applied: bool
     loss_scale: float
+    is_scales_fault: bool = False
 
 
 class TrainingOptimizer(ABC):
@@ -83,11 +97,6 @@ class TrainingOptimizer(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what dist_checkpointing read for `sharded_state_dict`."""
 
-    @property
-    def smallest_loss_scale_reached(self) -> bool:
-        """fp16: the scale cannot be halved any more, so that overflows are not the scale's fault."""
-        return False
-
 
 def is_decayed(parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices, not to biases and norms (Megatron-LM's rule)."""
@@ -102,20 +111,17 @@ class LossScale:
         self.value = options.initial_loss_scale if is_used else 1.0
         self._good_steps = 0
 
-    def update(self, overflowed: bool) -> None:
-        """After a step."""
+    def update(self, overflowed: bool) -> bool:
+        """After a step; whether it has become smaller."""
         if not self._is_used:
-            return
+            return False
+        former = self.value
         self._good_steps = 0 if overflowed else self._good_steps + 1
         if overflowed:
             self.value = max(self.value / 2, self._options.min_loss_scale)
         elif self._good_steps == self._options.loss_scale_window:
             self.value, self._good_steps = self.value * 2, 0
-
-    @property
-    def is_smallest(self) -> bool:
-        """It cannot be halved any more."""
-        return self._is_used and self.value <= self._options.min_loss_scale
+        return self.value < former
 
     def state(self) -> dict[str, float]:
         """For a checkpoint."""
@@ -168,8 +174,8 @@ class CPUOptimizer(TrainingOptimizer):
         too_large = 0 < self._options.skip_grad_norm < norm
         if not overflowed and not too_large:
             self._move(lr, scale, norm)
-        self._scale.update(overflowed)
-        return StepOutcome(norm, not overflowed and not too_large, scale)
+        was_halved = self._scale.update(overflowed)
+        return StepOutcome(norm, not overflowed and not too_large, scale, was_halved)
 
     def _norm(self) -> float:
         squares = [main.grad.norm().double() ** 2 for main, is_counted in self._counted_main() if is_counted]
@@ -235,18 +241,6 @@ class CPUOptimizer(TrainingOptimizer):
                 main.copy_(state["tensors"]["main"][index])
         self._scale.restore(state["loss_scale"])
 
-    def reload_main_parameters(self) -> None:
-        """After the parameters were filled by something else."""
-        with torch.no_grad():
-            for parameter, main in zip(self._parameters, self._main, strict=True):
-                if parameter is not main:
-                    main.copy_(parameter)
-
-    @property
-    def smallest_loss_scale_reached(self) -> bool:
-        """See the base class."""
-        return self._scale.is_smallest
-
 
 class MegatronOptimizer(TrainingOptimizer):
     """megatron-core's optimizer, distributed or not. Written for CUDA, where it has not been run yet."""
@@ -282,8 +276,8 @@ class MegatronOptimizer(TrainingOptimizer):
         scale = float(self._optimizer.get_loss_scale())
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-        if self._optimizer.prepare_grads():
-            return StepOutcome(math.inf, False, scale)
+        if self._optimizer.prepare_grads():  # which has let the scaler know
+            return StepOutcome(math.inf, False, scale, scale > self._options.min_loss_scale)
         norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(norm) or 0 < self._options.skip_grad_norm < norm:
             return StepOutcome(norm, False, scale)

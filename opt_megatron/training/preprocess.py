@@ -425,7 +425,7 @@ class _IndexedOutput:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         directory = self._partial[0].parent
-        self._new_directory = None if directory.exists() else directory
+        self._new_directories = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = self._partial[0].open("ab")
         try:
@@ -452,11 +452,16 @@ class _IndexedOutput:
         for partial, target in zip(self._partial, self._targets, strict=True):
             partial.rename(target)
 
-    def __exit__(self, *_: object) -> None:
-        self._builder.data_file.close()
-        for partial in self._partial:
-            partial.unlink(missing_ok=True)
-        self._lock.close()
-        if self._new_directory is not None:
-            with contextlib.suppress(OSError):  # it is not empty: all went well
-                self._new_directory.rmdir()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        try:
+            with contextlib.suppress(OSError):  # of a full disk, which has been told; nothing is kept of the file
+                self._builder.data_file.close()
+        finally:
+            for partial in self._partial:
+                partial.unlink(missing_ok=True)
+            self._lock.close()
+            for directory in self._new_directories:
+                with contextlib.suppress(OSError):  # it is not empty: all went well
+                    directory.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{self._targets[0]}: cannot be written: {error.strerror or error}") from error

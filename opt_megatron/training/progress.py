@@ -31,8 +31,8 @@ class Progress:
         self, directory: Path | None, tensorboard: Path | None, iteration: int = 0, stream: TextIO | None = None
     ) -> None:
         self._stream = stream or sys.stderr
-        self._file = _continue_metrics(directory / METRICS_FILE, iteration) if directory else None
         self._board = _open_board(tensorboard, iteration) if tensorboard else None
+        self._file = _continue_metrics(directory / METRICS_FILE, iteration) if directory else None
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -87,16 +87,17 @@ def _is_finite(value: Any) -> bool:
 
 
 def _continue_metrics(path: Path, iteration: int) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if int(json.loads(line)["iteration"]) <= iteration:
+                if json.loads(line)["iteration"] <= iteration:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed while writing it
                 continue
-    path.write_text("".join(kept), encoding="utf-8")
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    unfinished.replace(path)
     return path.open("a", encoding="utf-8")
 
 

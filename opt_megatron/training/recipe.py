@@ -49,6 +49,7 @@ _8M = OPTConfig(
 # fmt: off
 _ROWS = (
     # size   sequences  peak lr  tensor parallel
+    ("8m",       64,    1e-3,    2),
     ("125m",    256,    6e-4,    2),
     ("350m",    256,    3e-4,    2),
     ("1.3b",    512,    2e-4,    2),
@@ -60,10 +61,14 @@ _ROWS = (
     ("175b",   1024,    3e-5,    8),
 )
 # fmt: on
-RECIPES = {"8m": Recipe(_8M, 64, 1e-3, 2)} | {
-    size: Recipe(_config, sequences, lr, tp)
+RECIPES = {
+    size: Recipe(
+        (_8M if size == "8m" else released_config(size)).replace(attention_dropout=0.1, dtype="float32"),
+        sequences,
+        lr,
+        tp,
+    )
     for size, sequences, lr, tp in _ROWS
-    for _config in (released_config(size).replace(attention_dropout=0.1, dtype="float32"),)
 }
 
 

@@ -6,7 +6,10 @@ or the resumption of either, when SAVE holds a whole checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,14 +35,15 @@ from ..model.opt_model import build_model
 from ..parallel import ParallelContext, on_all_ranks
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .batches import SampleDataset, num_micro_batches
-from .checkpointing import Checkpoints, TrainingState, newest_whole
+from .checkpointing import Checkpoints, TrainingState, newest_whole, saved_checkpoints
 from .initialize import initialize, initialize_factors
 from .optimizer import CPUOptimizer, MegatronOptimizer, OptimizerOptions, TrainingOptimizer
 from .pretraining_data import DataOptions, build_datasets
 from .progress import Progress
 from .recipe import INIT_STD
+from .run_directory import RunDirectory
 from .schedule import Schedule
-from .trainer import Trainer, TrainerOptions
+from .trainer import SignalFlag, Trainer, TrainerOptions
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,21 @@ def train(settings: TrainingSettings, parallel: ParallelContext, say: Callable[[
     """
     prepare_training()
     _check(settings, parallel)
+    with contextlib.ExitStack() as stack:
+        terminated = stack.enter_context(SignalFlag(signal.SIGTERM))
+        if settings.save is not None:
+            directory = RunDirectory(settings.save)
+            on_all_ranks(parallel, lambda: stack.enter_context(directory) if parallel.is_leader else None)
+        return _trainer(settings, parallel, say, terminated, stack).run()
+
+
+def _trainer(
+    settings: TrainingSettings,
+    parallel: ParallelContext,
+    say: Callable[[str], None],
+    terminated: SignalFlag,
+    stack: contextlib.ExitStack,
+) -> Trainer:
     tell = say if parallel.is_leader else lambda text: None
     train_data, valid_data = build_data(settings, parallel, tell)
     model, optimizer = build(settings, parallel)
@@ -103,7 +122,9 @@ def train(settings: TrainingSettings, parallel: ParallelContext, say: Callable[[
         parallel,
         lambda: Progress(settings.save, settings.tensorboard, state.iteration) if parallel.is_leader else None,
     )
-    trainer = Trainer(
+    if progress:
+        stack.callback(progress.close)
+    return Trainer(
         model,
         settings.config,
         optimizer,
@@ -115,12 +136,8 @@ def train(settings: TrainingSettings, parallel: ParallelContext, say: Callable[[
         checkpoints,
         state,
         progress,
+        terminated,
     )
-    try:
-        return trainer.run()
-    finally:
-        if progress:
-            progress.close()
 
 
 def _check(settings: TrainingSettings, parallel: ParallelContext) -> None:
@@ -138,6 +155,20 @@ def _check(settings: TrainingSettings, parallel: ParallelContext) -> None:
         )
     if (settings.data is None) == (settings.supervised is None):
         raise UserError("give --data-path (or --train-data-path), or --supervised-data, and not both")
+    if not (math.isfinite(settings.init_std) and settings.init_std > 0):
+        raise UserError(f"--init-method-std is {settings.init_std}, but must be above 0")
+    if settings.tokenizer is not None:
+        on_all_ranks(parallel, lambda: _read_tokenizer(settings))
+
+
+def _read_tokenizer(settings: TrainingSettings) -> OPTTokenizer:
+    tokenizer = OPTTokenizer.from_directory(settings.tokenizer)
+    if len(tokenizer) > settings.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries and the model {settings.config.vocab_size} rows: "
+            "it is another model's; give --tokenizer DIR"
+        )
+    return tokenizer
 
 
 def build(settings: TrainingSettings, parallel: ParallelContext) -> tuple[nn.Module, TrainingOptimizer]:
@@ -221,9 +252,9 @@ def build_data(
         sets = on_all_ranks(parallel, lambda: _supervised(settings, num_train, validates))
         for line in [line for dataset in sets if dataset is not None for line in dataset.report()]:
             say(line)
-        return sets
+        return _enough_for_validation(sets, parallel)
     per_validation = options.eval_iters * options.micro_batch_size * parallel.data_parallel_size
-    return build_datasets(
+    sets = build_datasets(
         settings.data,
         parallel,
         num_train_samples=num_train,
@@ -234,6 +265,18 @@ def build_data(
         eod=settings.config.eos_token_id,
         pad=settings.config.pad_token_id,
     )
+    return _enough_for_validation(sets, parallel)
+
+
+def _enough_for_validation(
+    sets: tuple[SampleDataset, SampleDataset | None], parallel: ParallelContext
+) -> tuple[SampleDataset, SampleDataset | None]:
+    if sets[1] is not None and len(sets[1]) < parallel.data_parallel_size:
+        raise UserError(
+            f"the validation data make {len(sets[1])} sequences, fewer than the {parallel.data_parallel_size} "
+            "data-parallel ranks: give more, or leave --eval-interval out"
+        )
+    return sets
 
 
 def _supervised(
@@ -245,9 +288,7 @@ def _supervised(
         raise UserError(
             "--supervised-data needs a tokenizer: give --tokenizer DIR, or --load a checkpoint that has one"
         )
-    tokenizer = OPTTokenizer.from_directory(settings.tokenizer)
-    if len(tokenizer) > settings.config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} entries and the model {settings.config.vocab_size} rows")
+    tokenizer = _read_tokenizer(settings)
     length, files = settings.trainer.seq_length, settings.supervised
     train_data = SupervisedDataset(files.train, tokenizer, length, settings.seed, num_samples=num_train)
     valid_data = SupervisedDataset(files.valid, tokenizer, length, settings.seed) if validates and files.valid else None
@@ -272,8 +313,11 @@ def _companions(settings: TrainingSettings) -> dict[str, bytes]:
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
     if settings.lora is not None:
         files[LORA_FILE] = json.dumps(asdict(settings.lora), indent=2).encode()
-    for name in TOKENIZER_FILES if settings.tokenizer else ():
-        path = settings.tokenizer / name
+    directory = settings.tokenizer
+    if directory is not None and directory.is_file():
+        directory = directory.parent
+    for name in TOKENIZER_FILES if directory else ():
+        path = directory / name
         if path.is_file():
             files[name] = path.read_bytes()
     return files
@@ -292,9 +336,17 @@ def _resume(
         checkpoints.remove_unfinished()
     path = newest_whole(settings.save, parallel, say) if checkpoints else None
     if path is None:
+        number = parallel.broadcast_object(len(saved_checkpoints(settings.save)) if checkpoints else 0)
+        if number:
+            raise UserError(
+                f"--save {settings.save}: none of its {number} checkpoints is whole; move them away to begin anew"
+            )
         return TrainingState(run=run)
-    state = checkpoints.load(path, model.module, optimizer)
+    state, same_layout = checkpoints.read_state(path)
     _compare(state.run or {}, run, path)
+    checkpoints.load(path, model.module, optimizer)
+    if not same_layout:  # whose random states cannot be taken: others than the first steps had
+        seed_dropout(settings.seed + state.iteration, parallel)
     say(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")
     state.run = run
     return state
@@ -312,12 +364,28 @@ def _identity(settings: TrainingSettings) -> dict[str, Any]:
         "seq_length": options.seq_length,
         "global_batch_size": options.global_batch_size,
         "train_iters": options.train_iters,
+        "data": _data_identity(settings),
     }
+
+
+def _data_identity(settings: TrainingSettings) -> list[Any]:
+    """The sizes of the files, which may have been moved, and how they are mixed."""
+    if settings.supervised is not None:
+        return [Path(name).stat().st_size for name in settings.supervised.train]
+    words = settings.data.train_data_path or settings.data.data_path
+    files = [Path(f"{word}.bin") for word in words]
+    sizes = [file.stat().st_size if file.is_file() else word for file, word in zip(files, words, strict=True)]
+    return [*sizes, settings.data.split if settings.data.data_path else ""]
 
 
 def _compare(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     now = json.loads(json.dumps(now))
-    different = [f"{name} was {saved.get(name)} and is {now[name]}" for name in now if saved.get(name) != now[name]]
+    saved, now = ({**values, **(values.get("config") or {})} for values in (saved, now))
+    different = [
+        f"{name} was {saved.get(name)} and is {now[name]}"
+        for name in now
+        if name != "config" and saved.get(name) != now[name]
+    ]
     if different:
         raise UserError(
             f"{path}: belongs to another run ({'; '.join(different)[:600]}); use the same settings, or another --save "

@@ -22,6 +22,7 @@ from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .preprocess import BadLines, check_inputs, read_texts
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
+LARGEST_VOCABULARY = 2**24  # the library reserves memory for it
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 _MIN_FREQUENCY = 2  # a pair that occurs once teaches nothing
 # What facebook/opt-125m says of its tokenizer (special_tokens_map.json, tokenizer_config.json).
@@ -63,6 +64,8 @@ def train_tokenizer(
     Raises:
         UserError: a size below 260, files that cannot be read, no text in them, a tokenizer there without `force`.
     """
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size is {vocab_size}, more than the {LARGEST_VOCABULARY} that are allowed here")
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"--vocab-size is {vocab_size}, but 256 bytes and {len(SPECIAL_TOKENS)} special tokens "

@@ -20,7 +20,7 @@ from torch import nn
 from ..config import OPTConfig
 from ..errors import UserError
 from ..parallel import ParallelContext
-from .batches import Batches, MicroBatch, SampleDataset
+from .batches import Batches, SampleDataset
 from .checkpointing import Checkpoints, TrainingState
 from .objective import LossSum, forward_backward
 from .optimizer import StepOutcome, TrainingOptimizer
@@ -67,6 +67,7 @@ class Trainer:
     Args:
         state: where the run stands; changed as it goes on.
         progress: on the leader.
+        terminated: true once a signal has asked for an end.
         checkpoints: None saves nothing.
     """
 
@@ -83,10 +84,12 @@ class Trainer:
         checkpoints: Checkpoints | None,
         state: TrainingState,
         progress: Progress | None,
+        terminated: SignalFlag | None = None,
     ) -> None:
         self._model, self._config, self._optimizer, self._schedule = model, config, optimizer, schedule
         self._parallel, self._options, self._state, self._progress = parallel, options, state, progress
         self._checkpoints, self._train_data, self._valid_data = checkpoints, train_data, valid_data
+        self._terminated = terminated
         self._skipped_in_a_row = 0
         self._window = _Window()
 
@@ -97,23 +100,23 @@ class Trainer:
             UserError: on every rank; the run diverged, or a checkpoint could not be written.
         """
         last = self._options.train_iters
-        if self._state.iteration >= last:
+        if self._is_over():
             self._say(f"nothing to do: {self._state.iteration} of {last} iterations have been made")
-            return True
+            return self._state.iteration >= last
         saved = -1
-        with self._batches() as batches, _SignalFlag(signal.SIGTERM) as terminated:
+        with self._batches() as batches:
             self._model.train()
-            while self._state.iteration < last:
-                report = self._one_step(batches, bool(terminated))
+            while not self._is_over():
+                report = self._one_step(batches)
                 if self._checkpoints and self._checkpoints.is_writing and report.all_ready:
                     self._finish_saving()
                 if self._is_due(self._options.eval_interval) or self._state.iteration == last:
                     self._validate()
-                stop = report.stop or self._state.iteration == self._options.exit_iters
-                if stop or self._is_due(self._options.save_interval) or self._state.iteration == last:
+                stop = report.stop or self._is_over()
+                if stop or self._is_due(self._options.save_interval):
                     self._save()
                     saved = self._state.iteration
-                if stop and self._state.iteration < last:
+                if stop:
                     break
         self._finish_saving()
         finished = self._state.iteration >= last
@@ -133,10 +136,14 @@ class Trainer:
             self._state.consumed_samples,
         )
 
+    def _is_over(self) -> bool:
+        done, exit_iters = self._state.iteration, self._options.exit_iters
+        return done >= self._options.train_iters or 0 < exit_iters <= done
+
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self._state.iteration % interval == 0
 
-    def _one_step(self, batches: Batches, terminated: bool) -> _Report:
+    def _one_step(self, batches: Batches) -> _Report:
         began = time.perf_counter()
         micro_batches = next(batches)
         waited = time.perf_counter() - began
@@ -145,21 +152,21 @@ class Trainer:
         self._optimizer.zero_grad()
         sums = forward_backward(self._model, micro_batches, self._parallel.device)
         outcome = self._optimizer.step(lr)
-        report = self._share(sums, terminated)
+        report = self._share(sums)
         self._state.iteration += 1
         self._state.consumed_samples = batches.consumed_samples
         self._window.add(report.loss, report.tokens, time.perf_counter() - began, waited)
         self._count_skipped(outcome, report)
-        if self._state.iteration % self._options.log_interval == 0:
+        if self._is_due(self._options.log_interval) or self._is_over():
             self._log(lr, outcome)
         return report
 
-    def _share(self, sums: LossSum, terminated: bool) -> _Report:
+    def _share(self, sums: LossSum) -> _Report:
         """What one rank knows, on all of them: losses are the last stage's, and any rank may have been signalled."""
         ready = self._checkpoints is None or self._checkpoints.is_ready_here
         counted = self._parallel.is_last_stage and self._parallel.tensor_model_parallel_rank == 0
         mine = [float(sums.total), float(sums.tokens)] if counted else [0.0, 0.0]
-        values = torch.tensor([*mine, float(terminated), float(not ready)], dtype=torch.float64)
+        values = torch.tensor([*mine, float(bool(self._terminated)), float(not ready)], dtype=torch.float64)
         dist.all_reduce(values, group=self._parallel.control_group)
         total, tokens, stops, busy = values.tolist()
         return _Report(total / tokens if tokens else 0.0, int(tokens), stops > 0, busy == 0)
@@ -172,9 +179,10 @@ class Trainer:
         told = f"loss {report.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
         scale = f", loss scale {outcome.loss_scale:g}" if outcome.loss_scale != 1 else ""
         self._say(f"iteration {self._state.iteration}: skipped ({told}{scale})")
-        if outcome.loss_scale == 1 or self._optimizer.smallest_loss_scale_reached:
+        if not outcome.is_scales_fault:
             self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._options.max_skipped_iters:
+            self._finish_saving()  # of an earlier step
             raise UserError(
                 f"the run has diverged: {self._skipped_in_a_row} iterations in a row were skipped, the last being "
                 f"{self._state.iteration} ({told}); go on from an earlier checkpoint with a smaller --lr"
@@ -285,13 +293,13 @@ class _Window:
         return self._sum / self.steps
 
 
-class _SignalFlag:
+class SignalFlag:
     """True once the signal has come, instead of ending the process. Where handlers cannot be set: never."""
 
     def __init__(self, number: signal.Signals) -> None:
         self._number, self._came, self._former = number, False, None
 
-    def __enter__(self) -> _SignalFlag:
+    def __enter__(self) -> SignalFlag:
         try:
             self._former = signal.signal(self._number, self._note)
         except ValueError:  # not in the main thread
@@ -307,8 +315,5 @@ class _SignalFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._former is not None:
-            signal.signal(self._number, self._former)
-
-
-__all__ = ["MicroBatch", "Trainer", "TrainerOptions", "validation_loss"]
+        if self._former is not None:  # one that came is being obeyed: what else comes changes nothing
+            signal.signal(self._number, signal.SIG_IGN if self._came else self._former)

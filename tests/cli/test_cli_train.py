@@ -173,7 +173,10 @@ def test_sigterm_saves_and_exits_with_zero(data: Path, tmp_path: Path, uninterru
     arguments = training(data, tmp_path / "run", "--save-interval", 0)
     process = start(arguments, processes=1)
     wait_for(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(20):  # schedulers do not ask once
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     iteration = saved_checkpoints(tmp_path / "run")[0][0]
@@ -196,6 +199,15 @@ MISTAKES = [
     (("--preset", "8m", "--micro-batch-size", "7", "--data-path", "x"), "cannot be divided"),
     (("--preset", "8m", "--data-path", "{data}/nothing"), "there is no such file"),
     (("--preset", "8m", "--hidden-dropout", "1"), "--hidden-dropout is 1.0"),
+    (("--preset", "8m", "--data-path", "x", "--adam-beta1", "1.5"), "--adam-beta1 is 1.5"),
+    (("--preset", "8m", "--data-path", "x", "--clip-grad", "-1"), "--clip-grad is -1.0"),
+    (("--preset", "8m", "--data-path", "x", "--initial-loss-scale", "0"), "--initial-loss-scale is 0.0"),
+    (("--preset", "8m", "--data-path", "x", "--init-method-std", "nan"), "--init-method-std is nan"),
+    (("--preset", "8m", "--data-path", "x", "--seq-length", "0"), "--seq-length is 0"),
+    (("--load", "story", "--lora-target-modules", "linear_qkv"), "without --lora-rank"),
+    (("--preset", "8m", "--valid-data-path", "x"), "not --eval-interval"),
+    (("--config", "{data}/config.json", "--tokenizer", "{data}"), "--train-iters is missing"),
+    (("--preset", "8m", "--data-path", "x", "--tokenizer", "{data}"), "there is no tokenizer"),
     (("--preset", "8m", "--tensor-model-parallel-size", "2"), "start it with torchrun --nproc-per-node 2"),
 ]
 
@@ -225,3 +237,79 @@ def test_the_embedded_tokenizer_is_kept_beside_checkpoints(
     saved = saved_checkpoints(tmp_path / "run")[0][1]
     for name in ("vocab.json", "merges.txt"):
         assert (saved / name).read_bytes() == (EMBEDDED_DIRECTORY / name).read_bytes()
+
+
+def test_a_directory_of_something_else_is_left_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in {
+        "a/iter_0000002/mp_rank_00/model_optim_rng.pt": "weights",
+        "b/metrics.jsonl": "mine\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        code, _, err = run(capsys, *training(data, tmp_path / name[0]))
+        assert code == 2 and "use another" in err and err.count("\n") == 1
+        assert path.read_text() == content
+    (tmp_path / "file").touch()
+    code, _, err = run(capsys, *training(data, tmp_path / "file"))
+    assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+
+
+def test_two_runs_do_not_write_one_directory(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = start(training(data, tmp_path / "run", "--train-iters", "3000"))
+    try:
+        wait_for(tmp_path / "run", 2, process)
+        code, _, err = run(capsys, *training(data, tmp_path / "run"))
+        assert code == 2 and "another run is writing it just now" in err
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def test_what_cannot_be_resumed_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save = tmp_path / "run"
+    assert run(capsys, *training(data, save, "--exit-iters", "2"))[0] == 0
+    code, _, err = run(capsys, *training(data, save, "--exit-iters", "1"))
+    assert code == 0 and "nothing to do: 2 of 30" in err
+    other = dict(CONFIG, hidden_size=64, word_embed_proj_dim=64)
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    code, _, err = run(capsys, *training(data, save, "--config", str(tmp_path / "other.json")))
+    assert code == 2 and "hidden_size was 32 and is 64" in err and err.count("\n") == 1
+    shard = next(saved_checkpoints(save)[0][1].glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = (save / METRICS_FILE).read_text()
+    code, _, err = run(capsys, *training(data, save))
+    assert code == 2 and "none of its 1 checkpoints is whole" in err
+    assert (save / METRICS_FILE).read_text() == before
+
+
+def test_a_diverging_run_keeps_what_it_had_saved(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--lr", "1e30", "--max-skipped-iters", "2", "--clip-grad", "0", "--save-interval", "1")
+    assert run(capsys, *training(data, tmp_path / "run", *arguments))[0] == 2
+    assert saved_checkpoints(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".iter*"))
+
+
+def test_steps_that_are_always_skipped_end_an_fp16_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--fp16", "--skip-grad-norm", "1e-6", "--max-skipped-iters", "3")
+    code, _, err = run(capsys, *training(data, tmp_path / "run", *arguments))
+    assert code == 2 and "3 iterations in a row were skipped" in err
+
+
+def test_a_run_is_loaded_with_its_tokenizer(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, *training(data, tmp_path / "run", "--exit-iters", "1"))[0] == 0
+    code, out, err = run(
+        capsys, "generate", "--load", tmp_path / "run", "--prompt", "the king", "--max-new-tokens", "2"
+    )
+    assert code == 0 and out.startswith("the king"), err
+    more = training(data, tmp_path / "next", "--exit-iters", "1")
+    for flag in ("--config", "--tokenizer"):
+        del more[more.index(flag) : more.index(flag) + 2]
+    assert run(capsys, *more, "--load", tmp_path / "run")[0] == 0
+    assert (saved_checkpoints(tmp_path / "next")[0][1] / "vocab.json").is_file()
