@@ -15,8 +15,9 @@ from opt_megatron.parallel import ParallelContext, init_parallel
 prepare_training()
 
 from opt_megatron.training.batches import Batches  # noqa: E402
-from opt_megatron.training.checkpointing import Checkpoints, TrainingState, newest_whole  # noqa: E402
+from opt_megatron.training.checkpointing import Checkpoints, TrainingState  # noqa: E402
 from opt_megatron.training.objective import forward_backward  # noqa: E402
+from opt_megatron.training.saved import newest_whole  # noqa: E402
 from opt_megatron.training.schedule import Schedule  # noqa: E402
 from opt_megatron.training.session import TrainingSettings, build, seed_dropout, train  # noqa: E402
 from opt_megatron.training.trainer import Trainer, TrainerOptions  # noqa: E402

@@ -111,14 +111,14 @@ class PartialDirectory:
 
     def _flush_files(self) -> None:
         for path in sorted(self.path.rglob("*")):
-            _flush(path)
+            flush(path)
 
     def publish(self, *, replace: bool) -> None:
         """Flush everything, and give the directory its name; what stood there goes when `replace` is set."""
         (self.path / _JOURNAL).unlink()
         if self._fsync:
             self._flush_files()
-            _flush(self.path)
+            flush(self.path)
         former = _former(self._target)
         shutil.rmtree(former, ignore_errors=True)
         if self._target.exists():
@@ -126,7 +126,7 @@ class PartialDirectory:
         self.path.rename(self._target)
         self._published = True
         if self._fsync:
-            _flush(self._target.parent)
+            flush(self._target.parent)
         shutil.rmtree(former, ignore_errors=True)
 
     def __exit__(
@@ -159,7 +159,8 @@ def _former(target: Path) -> Path:
     return target.parent / f".{target.name}.replaced"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or a directory has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

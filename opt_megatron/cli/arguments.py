@@ -27,6 +27,19 @@ def add_load(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
 
 
+def add_json_lines(parser: argparse.ArgumentParser) -> None:
+    """--input, --json-key and --strict of commands that read texts."""
+    parser.add_argument(
+        "--input", required=True, nargs="+", metavar="FILE", help="JSON lines, one object a line; also .gz"
+    )
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="the text's key in each object; default: text"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first bad line; default: skip and report them"
+    )
+
+
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Tensor and pipeline parallel sizes."""
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T", help="default: 1")

@@ -8,18 +8,14 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
+from .arguments import add_json_lines
 
 HELP = "turn JSON lines into the indexed token files (.bin, .idx) that training reads"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments, under Megatron-LM's names."""
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="JSON lines, one object a line; also .gz"
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="the text's key in each object; default: text"
-    )
+    add_json_lines(parser)
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -30,9 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
     parser.add_argument("--append-eod", action="store_true", help="end each document with </s>, as OPT's recipe does")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one for each CPU")
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first bad line; default: skip and report them"
-    )
     parser.add_argument("--force", action="store_true", help="replace the output files where they exist already")
 
 

@@ -7,26 +7,19 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
+from .arguments import add_json_lines
 
 HELP = "train a byte-level BPE tokenizer with OPT's special ids on JSON lines"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="JSON lines, one object a line; also .gz"
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="the text's key in each object; default: text"
-    )
+    add_json_lines(parser)
     parser.add_argument(
         "--vocab-size", required=True, type=int, metavar="N", help="entries, 256 bytes and 4 special tokens included"
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="the directory to write the tokenizer's files to"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first bad line; default: skip and report them"
     )
     parser.add_argument("--force", action="store_true", help="replace a tokenizer that is in the directory already")
 

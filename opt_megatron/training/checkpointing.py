@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
-import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -28,19 +26,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import nn
 
+from ..checkpoint.atomic import flush
 from ..checkpoint.torch_dist import INDEX_FILE
 from ..core_compat import prepare_training
 from ..errors import CheckpointError, UserError
 from ..parallel import ParallelContext, on_all_ranks
 from .optimizer import TrainingOptimizer
+from .saved import MANIFEST_FILE, file_entry, saved_checkpoints
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
-MANIFEST_FILE = "manifest.json"
-_NAME = re.compile(r"iter_(\d{7,})")
-_CHUNK = 2**22
 
 
 @dataclass
@@ -167,11 +163,11 @@ class Checkpoints:
             _write_flushed(writing.partial / INDEX_FILE, json.dumps(_index_of(writing.partial)))
             for path in sorted(writing.partial.iterdir()):
                 if path.name not in entries:
-                    entries[path.name] = _entry(path)
+                    entries[path.name] = file_entry(path)
             _write_flushed(writing.partial / MANIFEST_FILE, json.dumps(entries, indent=1))
             shutil.rmtree(target, ignore_errors=True)  # of a run that went on from an earlier step
             writing.partial.rename(target)
-            _flush_directory(self.directory)
+            flush(self.directory)
             pointer = self.directory / f".{LATEST_FILE}"
             _write_flushed(pointer, str(writing.iteration))
             pointer.rename(self.directory / LATEST_FILE)
@@ -225,47 +221,6 @@ class Checkpoints:
         return state
 
 
-def saved_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run, newest first: (iteration, directory)."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
-
-
-def newest_whole(directory: Path, parallel: ParallelContext, say: Any = lambda text: None) -> Path | None:
-    """The newest checkpoint whose files are all there and have the manifest's hashes; None if there is none.
-
-    Ranks share the hashing. `say` is told of every one that is passed over.
-    """
-    for _, path in parallel.broadcast_object(saved_checkpoints(directory)):
-        problems: list[str | None] = [None] * parallel.world_size
-        mine = damage(path, parallel.rank, parallel.world_size)
-        dist.all_gather_object(problems, mine, group=parallel.control_group)
-        problem = next((text for text in problems if text), None)
-        if problem is None:
-            return path
-        say(f"{path} is passed over: {problem}")
-    return None
-
-
-def damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, as far as this rank's share of them tells; None if nothing is."""
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, (size, digest) in sorted(manifest.items())[rank::ranks]:
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
-            if _entry(file)[1] != digest:
-                return f"{name} is damaged (its hash differs)"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST_FILE} cannot be read ({error})"
-    return None
-
-
 @contextlib.contextmanager
 def _told_as_checkpoint_errors(path: Path) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
@@ -312,7 +267,7 @@ class _Writing:
 
     def hashes(self, rank: int) -> dict[str, tuple[int, str]]:
         """Size and hash of the files that this rank has written."""
-        return {path.name: _entry(path) for path in self.partial.glob(f"__{rank}_*.distcp")}
+        return {path.name: file_entry(path) for path in self.partial.glob(f"__{rank}_*.distcp")}
 
 
 def _threaded_strategy(background: bool) -> Any:
@@ -435,24 +390,6 @@ def _name_of(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def _entry(path: Path) -> tuple[int, str]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return path.stat().st_size, digest.hexdigest()
-
-
 def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(text, encoding="utf-8")
+    flush(path)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import struct
 import sys
 import tempfile
 import time
@@ -22,22 +21,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..core_compat import prepare_megatron
 from ..errors import UserError
 from ..parallel import ParallelContext, check_seed, on_all_ranks
+from .indexed_files import IndexedFile, beyond, check_tokens, exists, open_indexed
 
 _PARTS = ("training", "validation")  # the first two of core's splits, in its order
 _WHOLE = ("1,0,0", "0,1,0")  # the split that gives every document to that part
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document borders
-_MAGIC = b"MMIDIDX\0\0"
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # core's DType
-_INDEX_BLOCK = 2**20  # sequences checked at once
-_SCAN_BLOCK = 2**22  # bytes of token ids read at once
-_SCAN_BLOCKS = 64  # how many of them, evenly spread, where a file has more
 _STALE_SECONDS = 24 * 3600  # an unfinished directory of this age belongs to a run that was killed
 
 
@@ -86,7 +79,7 @@ class PretrainingDataset(torch.utils.data.Dataset):
         tokens, labels = sample["tokens"], sample["labels"]
         highest = int(max(tokens.max(), labels[-1]))
         if highest >= self._vocab_size:
-            raise UserError(_beyond(f"sample {index} of the training data", highest, self._vocab_size))
+            raise UserError(beyond(f"sample {index} of the training data", highest, self._vocab_size))
         return {
             "tokens": tokens,
             "labels": labels,
@@ -203,7 +196,7 @@ def _parse_blend(flag: str, words: Sequence[str]) -> tuple[tuple[str, ...], tupl
     """Prefixes and weights of `P`, `P Q ...` or `w P v Q ...`."""
     numbers = [_number(word) for word in words]
     # A corpus may be called 2024; it is one where its files are.
-    numbers = [None if _exists(word) else number for word, number in zip(words, numbers, strict=True)]
+    numbers = [None if exists(word) else number for word, number in zip(words, numbers, strict=True)]
     if all(number is None for number in numbers):
         return tuple(words), None
     if len(words) % 2 or any(number is None for number in numbers[::2]) or any(n is not None for n in numbers[1::2]):
@@ -219,115 +212,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _exists(prefix: str) -> bool:
-    return Path(f"{prefix}.bin").is_file() or Path(f"{prefix}.idx").is_file()
-
-
-# ---- files ----
-
-
-@dataclass(frozen=True)
-class _IndexedFile:
-    """A .bin/.idx pair whose index has been found sound.
-
-    The format is megatron-core's (datasets/indexed_dataset.py, _IndexWriter): the header, int32 lengths of the
-    sequences in tokens, int64 byte offsets of them, int64 borders of the documents.
-    """
-
-    prefix: str
-    dtype: np.dtype
-    lengths: np.ndarray  # int32 [sequences]
-
-    @property
-    def bin_path(self) -> Path:
-        return Path(f"{self.prefix}.bin")
-
-    def num_tokens(self, begin: int, end: int) -> int:
-        """Tokens of the sequences [begin, end)."""
-        return int(self.lengths[begin:end].sum(dtype=np.int64))
-
-
-def _open_indexed(prefix: str) -> _IndexedFile:
-    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    for path in (idx_path, bin_path):
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file{_suggestion(prefix)}")
-    with idx_path.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{idx_path}: is no index of Megatron's format (it does not begin with MMIDIDX)")
-    _, number, code, sequences, borders = _HEADER.unpack(header)
-    if number != 1 or code not in _DTYPES:
-        raise UserError(f"{idx_path}: version {number} with dtype code {code} is not known; only version 1 of integers")
-    size, expected = idx_path.stat().st_size, _HEADER.size + 12 * sequences + 8 * borders
-    if size not in (expected, expected + sequences):  # with a byte each for modes, which are not used here
-        raise UserError(
-            f"{idx_path}: {sequences} sequences and {borders} borders take {expected} bytes, but it has {size}: "
-            "it is damaged, preprocess it again"
-        )
-    if not sequences:
-        raise UserError(f"{idx_path}: holds no documents")
-    dtype = np.dtype(_DTYPES[code])
-    lengths = np.memmap(idx_path, np.int32, "r", _HEADER.size, (sequences,))
-    pointers = np.memmap(idx_path, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
-    _check_layout(idx_path, bin_path, lengths, pointers, dtype.itemsize)
-    edges = np.memmap(idx_path, np.int64, "r", _HEADER.size + 12 * sequences, (borders,)) if borders else [0]
-    if edges[-1] != sequences:  # core asserts it
-        raise UserError(f"{idx_path}: the last document does not end with the last sequence: it is damaged")
-    return _IndexedFile(prefix, dtype, lengths)
-
-
-def _suggestion(prefix: str) -> str:
-    for guess in (f"{prefix}_text_document", prefix.removesuffix(".bin").removesuffix(".idx")):
-        if guess != prefix and _exists(guess):
-            return f"; did you mean {guess}?"
-    return "; a data path is what preprocess wrote, without .bin and .idx"
-
-
-def _check_layout(idx_path: Path, bin_path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
-    total = 0
-    for begin in range(0, len(lengths), _INDEX_BLOCK):
-        num_bytes = lengths[begin : begin + _INDEX_BLOCK].astype(np.int64) * itemsize
-        offsets = total + np.cumsum(num_bytes) - num_bytes
-        if (num_bytes < 0).any() or not np.array_equal(offsets, pointers[begin : begin + _INDEX_BLOCK]):
-            raise UserError(
-                f"{idx_path}: lengths and offsets contradict each other: it is damaged, preprocess it again"
-            )
-        total += int(num_bytes.sum())
-    if bin_path.stat().st_size != total:
-        raise UserError(
-            f"{bin_path}: has {bin_path.stat().st_size} bytes, but its index tells of {total}: "
-            "they do not belong together or one is cut short; preprocess it again"
-        )
-
-
-def _check_tokens(file: _IndexedFile, vocab_size: int) -> None:
-    """Compare all token ids with the vocabulary, or of a big file an evenly spread quarter of a gibibyte.
-
-    What is missed here is met by PretrainingDataset, sample by sample.
-    """
-    limits = np.iinfo(file.dtype)
-    if limits.min == 0 and limits.max < vocab_size:
-        return
-    size = file.bin_path.stat().st_size
-    starts = range(0, size, _SCAN_BLOCK)
-    if len(starts) > _SCAN_BLOCKS:
-        starts = starts[:: -(-len(starts) // _SCAN_BLOCKS)]
-    for start in starts:
-        count = min(_SCAN_BLOCK, size - start) // file.dtype.itemsize
-        tokens = np.fromfile(file.bin_path, file.dtype, count, offset=start)
-        if tokens.max() >= vocab_size or tokens.min() < 0:
-            worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
-            raise UserError(_beyond(str(file.bin_path), worst, vocab_size))
-
-
-def _beyond(where: str, token: int, vocab_size: int) -> str:
-    return (
-        f"{where}: the token id {token} is not in the model's vocabulary of {vocab_size}: "
-        "the data were made with another tokenizer"
-    )
 
 
 # ---- indices ----
@@ -371,7 +255,7 @@ def _prepare(
     options: DataOptions, parts: list[_Part], seq_length: int, seed: int, vocab_size: int
 ) -> tuple[list[_Part], _Cache]:
     """On rank 0: check the files, find the weights, choose the directory of the indices."""
-    files = {prefix: _open_indexed(prefix) for part in parts for prefix in part.prefixes}
+    files = {prefix: open_indexed(prefix) for part in parts for prefix in part.prefixes}
     parts = [_weigh(part, files, seq_length) for part in parts]
     stats = [Path(f"{prefix}{end}").stat() for prefix in files for end in (".bin", ".idx")]
     identity = {
@@ -386,7 +270,7 @@ def _prepare(
     if (root / name).is_dir():
         return parts, _Cache(root / name, root / name)  # and the token ids have been checked, too
     for file in files.values():
-        _check_tokens(file, vocab_size)
+        check_tokens(file, vocab_size)
     return parts, _make_cache(root, name, required=options.data_cache_path is not None)
 
 
@@ -414,7 +298,7 @@ def _make_cache(root: Path, name: str, *, required: bool) -> _Cache:
         return _Cache(Path(tempfile.mkdtemp(prefix="opt-megatron-")), None)
 
 
-def _weigh(part: _Part, files: dict[str, _IndexedFile], seq_length: int) -> _Part:
+def _weigh(part: _Part, files: dict[str, IndexedFile], seq_length: int) -> _Part:
     """The part with the weights that core shall mix by, once each corpus has been found to hold a sequence."""
     tokens = [_tokens_of(part, files[prefix], seq_length) for prefix in part.prefixes]
     if len(tokens) == 1 or part.num_samples is None:
@@ -423,7 +307,7 @@ def _weigh(part: _Part, files: dict[str, _IndexedFile], seq_length: int) -> _Par
     return replace(part, weights=part.weights or tuple(float(count) for count in tokens))
 
 
-def _tokens_of(part: _Part, file: _IndexedFile, seq_length: int) -> int:
+def _tokens_of(part: _Part, file: IndexedFile, seq_length: int) -> int:
     share = _split_matrix(part.split)[part.index]
     sequences = len(file.lengths)
     begin, end = (round(edge * float(sequences)) for edge in share or (0, 0))  # core's own rounding

@@ -35,13 +35,14 @@ from ..model.opt_model import build_model
 from ..parallel import ParallelContext, on_all_ranks
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .batches import SampleDataset, num_micro_batches
-from .checkpointing import Checkpoints, TrainingState, newest_whole, saved_checkpoints
+from .checkpointing import Checkpoints, TrainingState
 from .initialize import initialize, initialize_factors
 from .optimizer import CPUOptimizer, MegatronOptimizer, OptimizerOptions, TrainingOptimizer
 from .pretraining_data import DataOptions, build_datasets
 from .progress import Progress
 from .recipe import INIT_STD
 from .run_directory import RunDirectory
+from .saved import newest_whole, saved_checkpoints
 from .schedule import Schedule
 from .trainer import SignalFlag, Trainer, TrainerOptions
 

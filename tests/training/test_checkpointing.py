@@ -18,9 +18,10 @@ from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import CheckpointError
 from opt_megatron.model.lora import LoRAOptions
 from opt_megatron.parallel import ParallelContext
-from opt_megatron.training.checkpointing import LATEST_FILE, damage, saved_checkpoints
+from opt_megatron.training.checkpointing import LATEST_FILE
 from opt_megatron.training.pretraining_data import DataOptions
 from opt_megatron.training.progress import METRICS_FILE
+from opt_megatron.training.saved import damage, saved_checkpoints
 from opt_megatron.training.schedule import Schedule
 from opt_megatron.training.session import TrainingSettings
 from opt_megatron.training.trainer import TrainerOptions

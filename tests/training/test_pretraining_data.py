@@ -14,7 +14,7 @@ from ranks import RankPool
 
 from opt_megatron.errors import UserError
 from opt_megatron.parallel import ParallelContext
-from opt_megatron.training import pretraining_data
+from opt_megatron.training import indexed_files
 from opt_megatron.training.pretraining_data import DataOptions, PretrainingDataset, build_datasets
 
 EOD = 2
@@ -219,8 +219,8 @@ def test_too_little_text_and_foreign_tokens(tmp_path: Path, alone: ParallelConte
 def test_a_foreign_token_that_the_check_did_not_read_is_met_in_its_sample(
     tmp_path: Path, alone: ParallelContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretraining_data, "_SCAN_BLOCK", 16)
-    monkeypatch.setattr(pretraining_data, "_SCAN_BLOCKS", 1)
+    monkeypatch.setattr(indexed_files, "_SCAN_BLOCK", 16)
+    monkeypatch.setattr(indexed_files, "_SCAN_BLOCKS", 1)
     prefix = write(tmp_path / "a", [[*range(10, 22), 501, *range(22, 30), 2]])
     train, _ = build(alone, DataOptions([prefix], split="1"), train=3, vocab_size=501)
     with pytest.raises(UserError, match="token id 501 is not in the model's vocabulary of 501"):
