@@ -318,16 +318,16 @@ def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):
     """The second is refused up to the very end of the first, when the journal is gone and the disk is waited for."""
     from opt_megatron.checkpoint import atomic
 
-    refused, flush = [], atomic._flush
+    refused, flush = [], atomic.flush
 
     def flush_while_another_starts(path):
-        monkeypatch.setattr(atomic, "_flush", flush)
+        monkeypatch.setattr(atomic, "flush", flush)
         with pytest.raises(UserError, match="another process is writing it"):
             convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1))
         refused.append(path)
         flush(path)
 
-    monkeypatch.setattr(atomic, "_flush", flush_while_another_starts)
+    monkeypatch.setattr(atomic, "flush", flush_while_another_starts)
     convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(2))
     assert len(refused) == 1
     assert_same(contents(tmp_path / "c"), contents(EMBEDDED_DIRECTORY))
