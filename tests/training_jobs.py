@@ -159,7 +159,7 @@ def adapted_logits(save: Path, tp: int, pp: int, settings: TrainingSettings) -> 
     parallel = start(tp, pp)
     model, optimizer = build(settings, parallel)
     checkpoints = Checkpoints(save, parallel)
-    checkpoints.load(newest_whole(save, parallel), model.module, optimizer)
+    checkpoints.load(newest_whole(save, parallel), model.module, optimizer, same_layout=True)
     model.eval()
     model.module.parallel_output = False
     with torch.no_grad():

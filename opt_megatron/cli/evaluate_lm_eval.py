@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation.run_tasks import TaskOptions
     from ..pretrained import Pretrained
 
-HELP = 'tasks of lm-eval (pip install "opt-megatron[eval]"), and two small ones that need no network'
+HELP = 'tasks of lm-eval (pip install -e ".[eval]"), and two small ones that need no network'
 _FILES = {"results.json", "results.md"}
 
 

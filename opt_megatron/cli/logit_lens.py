@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 from .loading import add_model, open_model, start_parallel
 
-HELP = 'draw which token each layer predicts, as a PNG (pip install "opt-megatron[plot]")'
+HELP = 'draw which token each layer predicts, as a PNG (pip install -e ".[plot]")'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

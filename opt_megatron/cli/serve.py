@@ -169,7 +169,7 @@ def _api_key(args: argparse.Namespace) -> str | None:
 def _check_packages() -> None:
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"{', '.join(missing)} must be installed for serving: pip install 'opt-megatron[serve]'")
+        raise UserError(f"{', '.join(missing)} must be installed for serving: pip install -e '.[serve]'")
 
 
 def _say(text: str) -> None:

@@ -54,7 +54,7 @@ class TaskOptions:
 def check_installed() -> None:
     """Raise UserError unless lm-eval is there."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('lm-eval is not installed: pip install "opt-megatron[eval]"')
+        raise UserError('lm-eval is not installed: pip install -e ".[eval]"')
 
 
 def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def draw(lens: Lens, opt: OPT, path: Path, *, last: int | None = None, title: st
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('matplotlib is not installed: pip install "opt-megatron[plot]"') from None
+        raise UserError('matplotlib is not installed: pip install -e ".[plot]"') from None
     begin = 0 if last is None else max(0, len(lens.tokens) - last)
     read = lens.tokens[begin:]
     rows, columns = len(lens.best), len(read)

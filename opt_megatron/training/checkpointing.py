@@ -7,8 +7,8 @@
     SAVE/.iter_0000300.partial/                                                    being written
 
 A checkpoint is written under its partial name and renamed once every rank has flushed its files: what has the
-final name is complete. Tensors are copied and written by a thread while training goes on; `poll` at the following
-steps finishes the work when all ranks are ready. Reading verifies the manifest first, and falls back to the
+final name is complete. Tensors are copied and written by a thread while training goes on; `finish`, at a following
+step, does the rest when all ranks are ready. Reading verifies the manifest first, and falls back to the
 newest checkpoint that is whole.
 """
 
@@ -98,7 +98,7 @@ class Checkpoints:
     def save(self, model: nn.Module, optimizer: TrainingOptimizer, state: TrainingState) -> None:
         """Begin to write, after finishing the former checkpoint if it is still being written.
 
-        Raises (here, in `poll` or in `finish`):
+        Raises (here or in `finish`):
             UserError: the directory cannot be written.
         """
         from megatron.core import dist_checkpointing
@@ -107,7 +107,8 @@ class Checkpoints:
         partial = self.directory / f".{_name_of(state.iteration)}.partial"
         on_all_ranks(self._parallel, lambda: self._make_partial(partial) if self._parallel.is_leader else None)
         request = dist_checkpointing.save(
-            _sharded_state(model, optimizer, state, self._parallel, is_loading=False),
+            _sharded_state(model, optimizer, self._parallel, is_loading=False)
+            | {"training": state.as_dict(), "layout": _layout(self._parallel)},
             str(partial),
             sharded_strategy=_threaded_strategy(self._background),
             async_sharded_save=True,
@@ -196,20 +197,21 @@ class Checkpoints:
 
         return on_all_ranks(self._parallel, read)
 
-    def load(self, path: Path, model: nn.Module, optimizer: TrainingOptimizer) -> TrainingState:
+    def load(self, path: Path, model: nn.Module, optimizer: TrainingOptimizer, *, same_layout: bool) -> None:
         """Fill model, optimizer and (at the same layout) random states from a checkpoint that `newest_whole` gave.
+
+        Args:
+            same_layout: what `read_state` has said.
 
         Raises:
             CheckpointError: on every rank; the checkpoint does not fit the run.
         """
         from megatron.core import dist_checkpointing
 
-        state, same_layout = self.read_state(path)
-
         def read() -> dict[str, Any]:
             with _told_as_checkpoint_errors(path):
                 wanted = _sharded_state(
-                    model, optimizer, state, self._parallel, is_loading=True, with_random_state=same_layout
+                    model, optimizer, self._parallel, is_loading=True, with_random_state=same_layout
                 )
                 return dist_checkpointing.load(wanted, str(path))
 
@@ -218,7 +220,6 @@ class Checkpoints:
         optimizer.load_state_dict(loaded["optimizer"])
         if same_layout:
             _restore_random_state(loaded["random_state"])
-        return state
 
 
 @contextlib.contextmanager
@@ -309,8 +310,7 @@ def _copied(tensors: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Te
 
 def _sharded_state(
     model: nn.Module,
-    optimizer: TrainingOptimizer | None,
-    state: TrainingState,
+    optimizer: TrainingOptimizer,
     parallel: ParallelContext,
     *,
     is_loading: bool,
@@ -319,16 +319,15 @@ def _sharded_state(
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     model_state = model.sharded_state_dict()
-    sharded = {"model": model_state, "training": state.as_dict(), "layout": _layout(parallel)}
-    if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading)
-        if with_random_state:
-            place = (
-                parallel.pipeline_model_parallel_rank,
-                parallel.tensor_model_parallel_rank,
-                parallel.data_parallel_rank,
-            )
-            sharded["random_state"] = ShardedObject("random_state", _random_state(), _layout(parallel), place)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading)
+    sharded = {"model": model_state, "optimizer": optimizer_state}
+    if with_random_state:
+        place = (
+            parallel.pipeline_model_parallel_rank,
+            parallel.tensor_model_parallel_rank,
+            parallel.data_parallel_rank,
+        )
+        sharded["random_state"] = ShardedObject("random_state", _random_state(), _layout(parallel), place)
     return sharded
 
 

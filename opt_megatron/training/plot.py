@@ -54,7 +54,7 @@ def draw(curves: list[Curve], measure: str, output: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("drawing needs the package matplotlib: pip install 'opt-megatron[plot]'") from None
+        raise UserError("drawing needs the package matplotlib: pip install -e '.[plot]'") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats a token)" if measure == "loss" else measure)
     for number, curve in enumerate(curves):

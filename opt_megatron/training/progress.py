@@ -105,5 +105,5 @@ def _open_board(directory: Path, iteration: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard-dir needs the package tensorboard: pip install 'opt-megatron[train]'") from None
+        raise UserError("--tensorboard-dir needs the package tensorboard: pip install -e '.[train]'") from None
     return SummaryWriter(str(directory), purge_step=iteration + 1)

@@ -345,7 +345,7 @@ def _resume(
         return TrainingState(run=run)
     state, same_layout = checkpoints.read_state(path)
     _compare(state.run or {}, run, path)
-    checkpoints.load(path, model.module, optimizer)
+    checkpoints.load(path, model.module, optimizer, same_layout=same_layout)
     if not same_layout:  # whose random states cannot be taken: others than the first steps had
         seed_dropout(settings.seed + state.iteration, parallel)
     say(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")

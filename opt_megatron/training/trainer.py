@@ -164,9 +164,8 @@ class Trainer:
     def _share(self, sums: LossSum) -> _Report:
         """What one rank knows, on all of them: losses are the last stage's, and any rank may have been signalled."""
         ready = self._checkpoints is None or self._checkpoints.is_ready_here
-        counted = self._parallel.is_last_stage and self._parallel.tensor_model_parallel_rank == 0
-        mine = [float(sums.total), float(sums.tokens)] if counted else [0.0, 0.0]
-        values = torch.tensor([*mine, float(bool(self._terminated)), float(not ready)], dtype=torch.float64)
+        flags = torch.tensor([bool(self._terminated), not ready], dtype=torch.float64)
+        values = torch.cat([_counted(sums, self._parallel), flags])
         dist.all_reduce(values, group=self._parallel.control_group)
         total, tokens, stops, busy = values.tolist()
         return _Report(total / tokens if tokens else 0.0, int(tokens), stops > 0, busy == 0)
@@ -268,6 +267,7 @@ def validation_loss(
 
 
 def _counted(sums: LossSum, parallel: ParallelContext) -> torch.Tensor:
+    """[loss, tokens] on the ranks whose sum over all ranks counts every token once, zeros on the others."""
     counted = parallel.is_last_stage and parallel.tensor_model_parallel_rank == 0
     return torch.tensor([float(sums.total), float(sums.tokens)] if counted else [0.0, 0.0], dtype=torch.float64)
 
