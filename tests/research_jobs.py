@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,24 @@ def scaled(tensor: Tensor) -> Tensor:
     return tensor * torch.linspace(-1, 2, size.numel()).view(size)
 
 
+def kept(
+    directory: Path, tp: int, tokens: Tensor, names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """What hooks keep, what `capture` gives, and whether the model is untouched by hooks that write into what they get."""
+    opt = _load(directory, tp, 1)
+    plain = opt.logits(tokens)
+    seen: dict[str, Tensor] = {}
+    with opt.hooks({name: partial(seen.__setitem__, name) for name in names}):
+        opt.logits(tokens)
+    with opt.hooks(dict.fromkeys(names, _spoil)):
+        spoilt = opt.logits(tokens)
+    return seen, opt.capture(tokens, names), torch.equal(plain, spoilt)
+
+
+def _spoil(tensor: Tensor) -> None:
+    tensor.zero_()
+
+
 def errors(directory: Path, tp: int) -> list[str]:
     """The messages of mistakes, on this rank."""
     opt = _load(directory, tp, 1)
@@ -67,6 +86,14 @@ def errors(directory: Path, tp: int) -> list[str]:
         lambda: _with(opt, "layers.1", lambda x: x[..., 1:]),
         lambda: _with(opt, "layers.1.attention.weights", lambda x: x),
         lambda: _generate_within(opt),
+        lambda: _with(opt, "layers.1", 3),
+        lambda: opt.hidden_states([2, 5], layers=3),
+        lambda: opt.attentions([2, 5], layers=["1"]),
+        lambda: opt.generate([2, 5]),
+        lambda: opt.score([7]),
+        lambda: opt.score([("a", "b", "c")]),
+        lambda: opt.unembed(torch.zeros(1, 2, 47)),
+        lambda: _load(directory, tp, 1, batch_size=0),
     ):
         try:
             mistake()
@@ -92,5 +119,6 @@ def _generate_within(opt: OPT) -> None:
         opt.generate([[2, 5]])
 
 
-def _load(directory: Path, tp: int, pp: int) -> OPT:
-    return OPT.from_pretrained(str(directory), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def _load(directory: Path, tp: int, pp: int, **options: Any) -> OPT:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    return OPT.from_pretrained(str(directory), **sizes, **options)

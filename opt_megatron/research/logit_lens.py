@@ -59,8 +59,10 @@ def draw(lens: Lens, opt: OPT, path: Path, *, last: int | None = None, title: st
         last: only the columns of the last so many tokens.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: matplotlib is missing, the file cannot be written, or `last` is below 1.
     """
+    if last is not None and last < 1:
+        raise UserError(f"last is {last}, but must be at least 1")
     try:
         from matplotlib.figure import Figure
     except ImportError:

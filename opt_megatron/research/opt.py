@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class OPT:
         Raises:
             UserError: of any kind; the same one on every rank.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, but must be at least 1")
         parallel = init_parallel(tensor_model_parallel_size, pipeline_model_parallel_size, seed=seed, device=device)
         if parallel.data_parallel_size != 1:
             raise UserError(
@@ -128,16 +131,16 @@ class OPT:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return self._engine.complete([Request(self._ids(prompt), params, decoder) for prompt in prompts])
 
-    def score(self, texts: Sequence[str | tuple[str, str]]) -> list[Score]:
+    def score(self, texts: str | Sequence[str | tuple[str, str]]) -> list[Score]:
         """Log-likelihoods: of whole texts after BOS, or of continuations in pairs (context, continuation).
 
         The tokens of a continuation are those by which the tokens of both together are more than the context's,
         so a space between the two belongs to the continuation. Hooks act on it.
 
         Raises:
-            UserError: a text is empty or longer than the model.
+            UserError: a text is empty or longer than the model, or something is neither a text nor a pair.
         """
-        items = [self._item(*((text,) if isinstance(text, str) else text)) for text in texts]
+        items = [self._item(text) for text in ([texts] if isinstance(texts, str) else texts)]
         return score(
             self.model, self.parallel, items, batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
         )
@@ -148,7 +151,7 @@ class OPT:
         ids = self._checked(tokens)
         return self._head(stage_forward(self.model, self.parallel, ids), ids.shape)
 
-    def hidden_states(self, tokens: Tokens, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    def hidden_states(self, tokens: Tokens, layers: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Hidden states by transformers' convention (`output_hidden_states`), each [b, s, hidden_size].
 
         0 is the embedding, k what is behind k layers, and the last, num_layers, what the head reads: behind the
@@ -168,7 +171,7 @@ class OPT:
             found[OUTPUT] = self._projected(found[OUTPUT])
         return tuple(found[names[number]] for number in wanted)
 
-    def attentions(self, tokens: Tokens, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    def attentions(self, tokens: Tokens, layers: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Attention maps by transformers' convention (`output_attentions`), each [b, heads, s, s].
 
         Args:
@@ -204,12 +207,17 @@ class OPT:
     def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
         """Within the block, call hooks at the named places (`places.py`) of every pass.
 
-        A hook gets the whole tensor, whatever the layout; what it returns takes the tensor's place, None leaves
-        it. It is called on all ranks of the pipeline stage that has the place, and must do the same on each.
+        A hook gets a copy of the whole tensor, whatever the layout; what it returns takes the tensor's place, None
+        leaves it, whatever was written into the copy. It is called on all ranks of the pipeline stage that has the
+        place, and must do the same on each.
 
         Raises:
-            UserError: there is no such place; in a pass: a hook returned something of another shape.
+            UserError: there is no such place, or no function for it; in a pass: a hook returned something of
+                another shape.
         """
+        for name, hook in hooks.items():
+            if not callable(hook):
+                raise UserError(f"the hook at {name} must be a function, not {type(hook).__name__}")
         places = {name: parse(name, self.config) for name in hooks}
         handles = [attach(self.model, self.parallel, place, hooks[name]) for name, place in places.items()]
         self._active_hooks += 1
@@ -227,7 +235,13 @@ class OPT:
 
         The final norm is applied, where the model has one: for states of any layer but those behind it (the
         logit lens).
+
+        Raises:
+            UserError: they are no hidden states of this model.
         """
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.size(-1) != self.config.hidden_size:
+            got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise UserError(f"hidden states must be [b, s, {self.config.hidden_size}], not {got}")
         local = None
         if self.parallel.is_last_stage:
             local = hidden.to(device=self.parallel.device, dtype=self.model.params_dtype).transpose(0, 1)
@@ -281,18 +295,28 @@ class OPT:
             raise UserError(f"ids go from 0 to {self.config.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
         return ids.long().to(self.parallel.device)
 
-    def _numbers(self, layers: Sequence[int], count: int) -> list[int]:
-        strange = [number for number in layers if not -count <= number < count]
+    def _numbers(self, layers: Iterable[int], count: int) -> list[int]:
+        if not isinstance(layers, Iterable):
+            raise UserError(f"layers must be numbers in a list, as in layers=[{layers}]")
+        layers = list(layers)
+        strange = [number for number in layers if not (isinstance(number, Integral) and -count <= number < count)]
         if strange:
-            raise UserError(f"layer {strange[0]}: there are {count}, from 0 to {count - 1}")
+            raise UserError(f"layer {strange[0]!r}: there are {count}, from 0 to {count - 1}")
         return [number % count for number in layers]
 
     def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of torch or numpy
+        if not isinstance(ids, Sequence) or not all(isinstance(token, Integral) for token in ids):
+            raise UserError(f"a prompt must be a text or a list of ids, not {repr(prompt)[:80]}")
+        return tuple(ids)
 
-    def _item(self, context: str, continuation: str | None = None) -> Item:
-        if continuation is None:
-            context, continuation = "", context
+    def _item(self, text: str | tuple[str, str]) -> Item:
+        pair = ("", text) if isinstance(text, str) else text
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise UserError(f"what is scored must be a text or a pair (context, continuation), not {repr(text)[:80]}")
+        context, continuation = pair
         before = self.tokenizer.encode(context.rstrip(" "))
         both = self.tokenizer.encode(context + continuation)
         return Item(tuple(before), tuple(both[len(before) :]))
@@ -300,6 +324,6 @@ class OPT:
 
 def _keep(found: dict[str, Tensor], name: str) -> Hook:
     def keep(tensor: Tensor) -> None:
-        found[name] = tensor.clone()  # later steps may write where it lies
+        found[name] = tensor
 
     return keep

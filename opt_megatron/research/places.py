@@ -9,6 +9,8 @@
     layers.N.mlp.neurons           [b, s, F]      the MLP's neurons, behind ReLU
     output                         [b, s, H]      behind the last layer and, where there is one, the final norm
 
+A hook gets a copy of its own: it may keep it and write into it, and only what it returns reaches the model.
+
 b = sequences, s = tokens, H = hidden_size, n = attention heads, d = head_dim, F = ffn_hidden_size. A rank holds
 its part of the heads and the neurons; the others' parts are gathered for a look, and a replacement is cut again.
 """
@@ -30,7 +32,7 @@ from ..errors import UserError
 from ..model.opt_model import OPTModel
 from ..parallel import ParallelContext
 
-# Sees the whole tensor of a place; what it returns, unless that is None, takes the tensor's place.
+# Sees a copy of the whole tensor of a place; what it returns, unless that is None, takes the tensor's place.
 Hook = Callable[[Tensor], Tensor | None]
 
 EMBEDDING, OUTPUT = "embedding", "output"
@@ -133,8 +135,9 @@ def _changer(
     rank = parallel.tensor_model_parallel_rank if is_divided else 0
 
     def change(local: Tensor) -> Tensor:
+        # A copy, since core writes on where some of these lie (it adds the residual stream in place).
         whole = collectives.all_gather(local) if is_divided else local
-        whole = whole.transpose(0, 1)  # [b, s, width]
+        whole = whole.transpose(0, 1).clone()  # [b, s, width]
         shown = whole.unflatten(-1, (-1, config.head_dim)) if place.part == HEADS else whole
         replacement = hook(shown)
         if replacement is None:

@@ -140,6 +140,14 @@ def test_replacements_reach_the_logits_as_in_transformers(models, ranks, tokens,
         assert near(logits, expected) and near(after, plain)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_hook_may_keep_its_tensor_and_write_into_it(models, ranks, tokens, tp):
+    for seen, captured, is_same in ranks(tp).run(research_jobs.kept, models["pre-norm"][0], tp, tokens, PLACES):
+        assert is_same
+        for name in PLACES:
+            assert torch.equal(seen[name], captured[name]), name
+
+
 def test_hooks_act_on_scores(models, alone):
     from opt_megatron import OPT
 
@@ -148,6 +156,9 @@ def test_hooks_act_on_scores(models, alone):
     with opt.hooks({"layers.0": lambda hidden: hidden * 0}):
         assert opt.score([("Once upon a", " time")])[0].total < plain - 1
     assert opt.score([("Once upon a ", "time")])[0].total == plain == opt.score([("Once upon a", " time")])[0].total
+    assert opt.score("Once upon") == opt.score(["Once upon"])
+    tokens = opt.tokens("Once upon a time")
+    assert len(opt.hidden_states(tokens, layers=(n for n in (0, 1)))) == 2
 
 
 def test_mistakes_are_the_same_line_on_every_rank(models, ranks):
@@ -170,6 +181,14 @@ def test_mistakes_are_the_same_line_on_every_rank(models, ranks):
             "the hook at layers.1 returned (1, 2, 47), but must return (1, 2, 48) or None",
             "can be read only",
             "generate does not run hooks",
+            "the hook at layers.1 must be a function, not int",
+            "layers must be numbers in a list, as in layers=[3]",
+            "layer '1': there are 12, from 0 to 11",
+            "a prompt must be a text or a list of ids, not 2",
+            "must be a text or a pair (context, continuation), not 7",
+            "not ('a', 'b', 'c')",
+            "hidden states must be [b, s, 48], not [1, 2, 47]",
+            "batch_size is 0",
         ),
         strict=True,
     ):
