@@ -17,4 +17,4 @@ TP="${TP:-1}" PP="${PP:-1}"
 prepare "[eval]"
 torchrun --standalone --nproc-per-node $((TP * PP)) tools/evaluate.py lm-eval --load "$LOAD" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
-    --tasks "$@" --output "$OUTPUT" ${FORCE:+--force}
+    --tasks "$@" --output "$OUTPUT" $([ "${FORCE:-0}" = 0 ] || echo --force)

@@ -52,7 +52,7 @@ def scaled(tensor: Tensor) -> Tensor:
 def kept(
     directory: Path, tp: int, tokens: Tensor, names: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-    """What hooks keep, what `capture` gives, and whether the model is untouched by hooks that write into what they get."""
+    """What hooks keep, what `capture` gives, and whether hooks that write into what they get leave the model alone."""
     opt = _load(directory, tp, 1)
     plain = opt.logits(tokens)
     seen: dict[str, Tensor] = {}

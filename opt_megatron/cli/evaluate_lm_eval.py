@@ -93,9 +93,9 @@ def _evaluate(args: argparse.Namespace, options: TaskOptions, pretrained: Pretra
             "seed": args.seed,
         }
         report = to_json(run_tasks(evaluator, options), pretrained, settings)
-        if args.output is not None:
+        print(json.dumps(report, ensure_ascii=False) if args.json else to_markdown(report).rstrip(), flush=True)
+        if args.output is not None:  # last: whatever happens to the disk, the results of hours have been shown
             _write(Path(args.output), report, args.force)
-        print(json.dumps(report, ensure_ascii=False) if args.json else to_markdown(report).rstrip())
 
     evaluator.lead(action)
 
@@ -103,6 +103,9 @@ def _evaluate(args: argparse.Namespace, options: TaskOptions, pretrained: Pretra
 def _check_output(directory: Path, force: bool) -> None:
     """Before anything is computed: what is there must be this command's, and be meant to go."""
     if not directory.exists():
+        parent = next(parent for parent in directory.absolute().parents if parent.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            raise UserError(f"--output {directory}: cannot be made, as {parent} is no directory that can be written")
         return
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
     if not directory.is_dir() or found - _FILES:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..errors import UserError
 
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+
 
 def read_texts(path: Path, json_key: str = "text") -> list[str]:
-    """The texts of a file; `.jsonl` and `.json` have a JSON object a line, anything else is one text.
+    """The texts of a file; `.jsonl`, `.ndjson` and `.json` (in any case) have an object a line, all else is one text.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or a line is not an object with a string under the key.
@@ -22,7 +24,7 @@ def read_texts(path: Path, json_key: str = "text") -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path}: is not UTF-8 (byte {error.start} cannot be read)") from None
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix.lower() not in _JSON_LINES:
         return [text]
     # Not splitlines(): that would also cut at characters like U+2028, which may stand in a JSON string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -103,6 +103,10 @@ class OPTMegatronLM(TemplateLM):
         """Ids, after BOS unless `add_special_tokens` is False. `</s>` in a text is text."""
         return self._tokenizer.encode(string, add_bos=add_special_tokens is not False)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations, and whether they are greedy; lm-eval's own bar is for terminals."""
+        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],

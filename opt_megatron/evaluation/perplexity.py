@@ -18,12 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 from ..errors import UserError
 from ..model.opt_model import OPTModel
 from ..parallel import ParallelContext
 from ..tokenizer import OPTTokenizer
 from .scoring import Item, score
+
+_BATCHES_AT_A_TIME = 64  # among which windows are sorted by length
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ def windows(tokens: Sequence[int], context: int, stride: int, bos: int) -> Itera
         scored, begin = end, begin + stride
 
 
+def num_windows(length: int, context: int, stride: int) -> int:
+    """How many windows a stream of `length` tokens is cut into."""
+    return 0 if length == 0 else 1 + -(-max(0, length - context) // stride)
+
+
 def perplexity(
     model: OPTModel,
     parallel: ParallelContext,
@@ -111,7 +119,8 @@ def perplexity(
 ) -> Perplexity:
     """Score documents; called on every rank with the same ones, and the result is there on every rank.
 
-    Layouts and batch sizes change rounding alone.
+    Layouts and batch sizes change rounding alone. Windows are made some batches at a time: with a stride of 1 all
+    of them would hold every token as often as the context has positions.
 
     Args:
         context: positions of a window; by default all that the model has.
@@ -126,11 +135,15 @@ def perplexity(
     context, stride = _check_window(model.opt_config.max_position_embeddings, context, stride)
     streams = [[token for ids in documents.tokens for token in ids]] if concatenate else documents.tokens
     bos = model.opt_config.bos_token_id
-    items = [item for stream in streams for item in windows(stream, context, stride, bos)]
-    told = None if on_windows is None else lambda done: on_windows(done, len(items))
-    scores = score(model, parallel, items, batch_size=batch_size, num_tokens=num_tokens, on_batch=told)
-    nats = -math.fsum(one.total for one in scores)
-    count = sum(len(item.continuation) for item in items)
+    made = (item for stream in streams for item in windows(stream, context, stride, bos))
+    total = sum(num_windows(len(stream), context, stride) for stream in streams)
+    told = None if on_windows is None else lambda done: on_windows(done, total)
+    totals: list[float] = []
+    while items := list(islice(made, _BATCHES_AT_A_TIME * max(1, batch_size))):
+        scores = score(model, parallel, items, batch_size=batch_size, num_tokens=num_tokens, on_batch=told)
+        totals += [one.total for one in scores]
+    nats = -math.fsum(totals)
+    count = sum(map(len, streams))
     return Perplexity(
         nats_per_token=nats / count,
         bits_per_byte=nats / math.log(2) / documents.num_bytes,
@@ -138,7 +151,7 @@ def perplexity(
         tokens=count,
         bytes=documents.num_bytes,
         documents=len(documents.tokens),
-        windows=len(items),
+        windows=total,
         context=context,
         stride=stride,
         is_concatenated=concatenate,

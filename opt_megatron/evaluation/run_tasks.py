@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ class TaskOptions:
     Attributes:
         tasks: names of tasks, groups or tags (with * and ?), or YAML files.
         include_path: a directory with tasks of one's own.
-        num_fewshot: examples before each question; None: as the task says. Tasks that say 0 stay at 0.
+        num_fewshot: examples before each question; None: as the task says.
         limit: use only the first so many items of each task.
         bootstrap_iters: resamples for the errors that have no closed form; 0 leaves all errors out.
         seed: of the few-shot examples' choice.
@@ -61,29 +61,62 @@ def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:
     """lm-eval's results (`simple_evaluate`); on the leader, within `evaluator.lead`.
 
     Raises:
-        UserError: a task is unknown or cannot be loaded, or does not fit the model.
+        UserError: a task is unknown or cannot be loaded, does not fit the model, or has too few examples.
     """
     check_installed()
     # Its pool of processes would be forked from one with process groups.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints as it goes; stdout is for the results
+        from lm_eval import evaluator as lm_evaluator
         from lm_eval import simple_evaluate
 
         from .harness import OPTMegatronLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        return simple_evaluate(
-            OPTMegatronLM.from_evaluator(evaluator),
-            tasks=list(options.tasks),
-            num_fewshot=options.num_fewshot,
-            batch_size=evaluator.batch_size,
-            limit=options.limit,
-            bootstrap_iters=options.bootstrap_iters,
-            task_manager=_task_manager(options),
-            random_seed=options.seed,
-            numpy_random_seed=options.seed,
-            torch_random_seed=options.seed,
-            fewshot_random_seed=options.seed,
+        # It asks git for the commit of the working directory; git complains where that is no repository.
+        lm_evaluator.get_git_commit_hash = lambda: None
+        with _few_shots_that_are_there(options):
+            results = simple_evaluate(
+                OPTMegatronLM.from_evaluator(evaluator),
+                tasks=list(options.tasks),
+                num_fewshot=options.num_fewshot,
+                batch_size=evaluator.batch_size,
+                limit=options.limit,
+                bootstrap_iters=options.bootstrap_iters,
+                task_manager=_task_manager(options),
+                random_seed=options.seed,
+                numpy_random_seed=options.seed,
+                torch_random_seed=options.seed,
+                fewshot_random_seed=options.seed,
+            )
+    _tell_of_other_shots(results, options.num_fewshot)
+    return results
+
+
+@contextlib.contextmanager
+def _few_shots_that_are_there(options: TaskOptions) -> Iterator[None]:
+    """lm-eval draws examples by `random.sample`, and lets its error through where a task has too few."""
+    try:
+        yield
+    except ValueError as error:
+        if options.num_fewshot and "larger than population" in str(error):
+            raise UserError(
+                f"num_fewshot is {options.num_fewshot}, but a task of {shorten(list(options.tasks))} has fewer "
+                "examples to draw from: ask for fewer"
+            ) from error
+        raise
+
+
+def _tell_of_other_shots(results: dict[str, Any], wanted: int | None) -> None:
+    others = [
+        f"{task} ({count})" for task, count in results["n-shot"].items() if wanted is not None and count != wanted
+    ]
+    if others:
+        print(
+            f"opt-megatron: --num-fewshot {wanted} was not used where the task's own file fixes another number: "
+            f"{shorten(others)}",
+            file=sys.stderr,
+            flush=True,
         )
 
 

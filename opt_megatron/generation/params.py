@@ -237,7 +237,7 @@ def _check_contrastive(params: SamplingParams) -> None:
 def _check_greedy(params: SamplingParams) -> None:
     for name in ("n", "best_of"):
         value = getattr(params, name)
-        wanted = "1 at temperature 0, where all samples are equal: raise the temperature or use num_beams"
+        wanted = "1 at temperature 0, where all samples are equal: raise the temperature"
         _check(value in (None, 1), name, value, wanted)
 
 

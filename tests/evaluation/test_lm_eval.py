@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
-from opt_megatron.cli import main
+from opt_megatron.cli import evaluate_lm_eval, main
+from opt_megatron.errors import UserError
+from opt_megatron.evaluation.run_tasks import SHIPPED_TASKS
 from opt_megatron.tokenizer import OPTTokenizer
 
 pytest.importorskip("lm_eval", reason="needs the extra eval: pip install lm-eval")
@@ -145,6 +147,24 @@ def test_command_prints_and_writes_and_does_not_overwrite(capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
 
 
+def test_shots_are_those_asked_for(capsys, tmp_path):
+    (tmp_path / "fixed.yaml").write_text(f"include: {SHIPPED_TASKS}/minimal_pairs.yaml\ntask: fixed\nnum_fewshot: 0\n")
+    arguments = ("--tasks", "fairy_minimal_pairs", "fixed", "--include-path", str(tmp_path), "--limit", "4", "--json")
+    code, out, err = run(capsys, *arguments, "--num-fewshot", "2")
+    assert code == 0 and [score["num_fewshot"] for score in json.loads(out)["scores"]] == [2, 0]
+    assert "--num-fewshot 2 was not used where the task's own file fixes another number: fixed (0)" in err
+
+
+def test_results_are_shown_even_when_they_cannot_be_written(capsys, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise UserError("no space left")
+
+    monkeypatch.setattr(evaluate_lm_eval, "_write", full)
+    arguments = ("--tasks", "fairy_minimal_pairs", "--limit", "2", "--output", str(tmp_path / "results"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and "fairy_minimal_pairs" in out and "no space left" in err
+
+
 def test_tasks_of_ones_own(capsys, tmp_path):
     data = tmp_path / "animals.jsonl"
     data.write_text("".join(json.dumps({"q": f"The {x} said", "a": [" to", " zebra"]}) + "\n" for x in ("fox", "cat")))
@@ -166,6 +186,8 @@ def test_tasks_of_ones_own(capsys, tmp_path):
         (("--tasks", "fairy_last_word", "--limit", "0"), "limit is 0, but must be at least 1"),
         (("--tasks", "fairy_last_word", "--include-path", "nowhere"), "nowhere: there is no such directory"),
         (("--tasks", "fairy_last_word", "--batch-size", "0"), "--batch-size is 0"),
+        (("--tasks", "fairy_last_word", "--output", f"{__file__}/results"), "is no directory that can be written"),
+        (("--tasks", "fairy_minimal_pairs", "--num-fewshot", "200", "--limit", "2"), "has fewer examples"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):

@@ -11,7 +11,7 @@ from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 from opt_megatron.errors import UserError
 from opt_megatron.evaluation.data import read_texts
-from opt_megatron.evaluation.perplexity import tokenize, windows
+from opt_megatron.evaluation.perplexity import num_windows, tokenize, windows
 from opt_megatron.tokenizer import OPTTokenizer
 
 TOKENIZER = OPTTokenizer.from_directory(EMBEDDED_DIRECTORY)
@@ -40,6 +40,8 @@ def test_sliding_windows_score_each_token_once_after_what_the_stride_leaves():
         assert [token for item in items for token in item.continuation] == tokens
         assert all(item.context[0] == 2 and len(item.fed) <= context for item in items)
         assert all(len(item.context) > context - stride for item in items[1:])
+        assert len(items) == num_windows(size, context, stride)
+    assert num_windows(0, 4, 4) == 0
 
 
 def test_documents_are_stripped_on_the_right_ended_and_counted_in_bytes():
@@ -71,6 +73,7 @@ OPTIONS = [
     {"context": 40, "batch_size": 3},
     {"context": 40, "stride": 15, "batch_size": 5},
     {"context": 64, "concatenate": False},
+    {"context": 5, "stride": 1, "batch_size": 1},  # more windows than are made at a time
 ]
 
 
@@ -104,6 +107,8 @@ def test_files_of_texts(tmp_path):
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"text": "a\\u2028b"}\n\n{"text": "c", "body": "d"}\n', encoding="utf-8")
     assert read_texts(lines) == ["a\u2028b", "c"]
+    (tmp_path / "X.NDJSON").write_bytes(lines.read_bytes())
+    assert read_texts(tmp_path / "X.NDJSON") == read_texts(lines)
     whole = tmp_path / "x.txt"
     whole.write_text("a\nb\n", encoding="utf-8")
     assert read_texts(whole) == ["a\nb\n"]
