@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HELP = "serve a model over HTTP: OpenAI's completions API, metaseq's, and a page to try it in"
 
 _KEY_VARIABLE = "OPT_MEGATRON_API_KEY"
+_TORCHRUN_WAITS = 25.0  # seconds: 30 from a signal to SIGKILL, without an option; less the engine's own end
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, seconds, text in (
         ("request-timeout", 600, "for a request, waiting included"),
         ("step-timeout", 300, "for a step of the engine, after which a rank counts as lost and the server ends"),
-        ("shutdown-timeout", 20, "for what runs when the server is told to end"),
+        ("shutdown-timeout", 20, "for what runs when the server is told to end (torchrun allows 30 in all)"),
     ):
         limits.add_argument(
             f"--{name}", type=float, default=float(seconds), metavar="S", help=f"seconds {text}; default: {seconds}"
@@ -70,6 +71,11 @@ def run(args: argparse.Namespace) -> None:
     _check_packages()
     limits, key = _limits(args), _api_key(args)
     parallel = start_parallel(args)
+    if parallel.is_leader and "TORCHELASTIC_RUN_ID" in os.environ and args.shutdown_timeout > _TORCHRUN_WAITS:
+        _say(
+            f"--shutdown-timeout {args.shutdown_timeout:g} is more than there will be: torchrun kills its processes "
+            "30 s after it is told to end"
+        )
 
     from ..parallel import on_all_ranks
     from ..serving.server import bind, ignore_signals

@@ -208,13 +208,13 @@ class Engine:
         elif params.penalty_alpha > 0:
             yield ContrastiveBranch(number, request, eos, self._num_tokens)
         else:
-            for choice in range(params.best_of or params.n):
+            for choice in range(params.num_drawn):
                 yield SamplingBranch(number, request, eos, choice)
 
     def _sizes(self, request: Request) -> list[int]:
         """Tokens of the extents that the request's sequences need, of no more of them than can run together."""
         first = next(self._branches(0, request))
-        copies = request.params.best_of or request.params.n
+        copies = request.params.num_drawn
         sequences = copies if isinstance(first, SamplingBranch) else len(first.sequences)
         return [round_up(first.size, BLOCK)] * min(sequences, self._max_batch_size)
 

@@ -128,6 +128,11 @@ class SamplingParams:
         )
 
     @property
+    def num_drawn(self) -> int:
+        """Continuations that are generated, of which `n` are returned."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
     def counts_output(self) -> bool:
         """The output's presence or frequency penalty is in use."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0

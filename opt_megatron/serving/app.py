@@ -19,7 +19,7 @@ from .gate import Gate
 from .metrics import CONTENT_TYPE
 from .openapi import describe, gives, takes
 from .page import add_page
-from .prompts import encode, prepare
+from .prompts import decode, encode, prepare
 from .protocol import CompletionBody, DetokenizeBody, MetaseqBody, Sampling, TokenizeBody, read
 from .service import Service, State
 from .stream import EventStream, whole_answer
@@ -95,7 +95,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
 async def _begin(service: Service, body: Sampling, *, logprobs: bool) -> tuple[Any, Answer]:
     model = service.model
-    service.check_room(len(body.prompt) * body.n)
+    service.check_room(len(body.prompt) * max(body.n, body.best_of or 1))
     prompts = await prepare(model, body)
     return service.submit(prompts), Answer(model, prompts, logprobs=logprobs)
 
@@ -119,7 +119,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             raise bad_request(
                 f"tokens holds the id {strange[0]}, but ids go from 0 to {model.config.vocab_size - 1}", "tokens"
             )
-        return _json({"prompt": model.tokenizer.decode(body.tokens)})
+        return _json({"prompt": await decode(model, body.tokens)})
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -145,6 +145,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         service.model.check_name(name)
         return _json(entry(name))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="200 when requests are taken, else 503")
     async def health() -> Response:
         return _json({"status": service.state.value}, 200 if service.state is State.READY else 503)

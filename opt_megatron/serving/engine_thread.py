@@ -49,26 +49,32 @@ class Listener(Protocol):
 
 
 class WatchedQueue(RequestQueue):
-    """A queue that tells when the engine looks into it, which it does before every step.
-
-    Attributes:
-        looked_at: when it last did (time.monotonic).
-    """
+    """A queue that tells when the engine looks into it, which it does before every step, and how long a step takes."""
 
     def __init__(self, on_look: Callable[[], None]) -> None:
         super().__init__()
-        self.looked_at = time.monotonic()
+        self._begun: float | None = None  # when the step began that has not ended
         self._on_look = on_look
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the engine has not been seen here: 0 while it waits for something to do."""
+        begun = self._begun
+        return 0.0 if begun is None else time.monotonic() - begun
 
     def take(self) -> tuple[list, set[int]]:
         """As RequestQueue's."""
-        self.looked_at = time.monotonic()
+        self._begun = time.monotonic()
         self._on_look()
         return super().take()
 
     def wait(self, seconds: float) -> bool:
         """As RequestQueue's, but not for long: in between the engine sends a sign to the other ranks."""
-        return super().wait(min(seconds, _SECONDS_BETWEEN_SIGNS))
+        self._begun = None
+        try:
+            return super().wait(min(seconds, _SECONDS_BETWEEN_SIGNS))
+        finally:
+            self._begun = time.monotonic()
 
 
 class EngineThread:
@@ -103,7 +109,6 @@ class EngineThread:
         error = None
         try:
             self._model = self._load()
-            self.queue.looked_at = time.monotonic()
             self._tell(self._listener.on_ready, self._model)
             for event in self._model.engine.generate(self.queue):
                 self._said.append(Timed(time.perf_counter(), event, self._step))

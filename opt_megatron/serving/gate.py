@@ -24,7 +24,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
         self._app, self._limits = app, limits
-        self._wanted = None if api_key is None else b"Bearer " + api_key.encode("utf-8")
+        self._wanted = None if api_key is None else api_key.encode("utf-8")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, or answer it."""
@@ -44,7 +44,8 @@ class Gate:
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._wanted is None or path in OPEN_PATHS:
             return
-        if not hmac.compare_digest(headers.get(b"authorization", b""), self._wanted):
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._wanted):
             raise ApiError(
                 401,
                 "the request needs this server's key: Authorization: Bearer KEY",

@@ -83,8 +83,8 @@ class Tracked:
     def __init__(self, job: Job, prepared: Prepared, metrics: Metrics) -> None:
         self.job = job
         self.is_started = False
-        self.continuations = prepared.request.params.n
-        self._open = self.continuations
+        self.continuations = prepared.request.params.num_drawn
+        self._open = prepared.request.params.n  # those that are told of
         self._metrics = metrics
         self._born = time.perf_counter()
         self._latest: dict[int, float] = {}  # of each continuation, when its latest token came

@@ -16,7 +16,7 @@ from .protocol import CompletionBody, MetaseqBody, Prompt, Sampling
 from .served import ServedModel
 
 DEFAULT_MAX_TOKENS = 16
-_SHORT = 10_000  # characters that are encoded without leaving the event loop
+_SHORT = 10_000  # characters that are encoded, or ids decoded, without leaving the event loop
 
 # The engine's names of options -> the API's.
 _NAMES = {
@@ -48,16 +48,24 @@ async def encode(model: ServedModel, text: str, add_bos: bool) -> list[int]:
     return await asyncio.to_thread(model.tokenizer.encode, text, add_bos=add_bos)
 
 
+async def decode(model: ServedModel, tokens: list[int]) -> str:
+    """The text of ids; many are decoded in a thread, so that other requests go on."""
+    if len(tokens) <= _SHORT:
+        return model.tokenizer.decode(tokens)
+    return await asyncio.to_thread(model.tokenizer.decode, tokens)
+
+
 async def prepare(model: ServedModel, body: CompletionBody | MetaseqBody) -> list[Prepared]:
     """Every prompt of the body as a request to the engine, in their order.
 
     Raises:
         ApiError: the model cannot run one of them, or options contradict each other.
     """
-    seed = secrets.randbelow(2**63) if body.seed is None else body.seed
     prepared = []
     for number, prompt in enumerate(body.prompt, 1):
         what = f"prompt {number}" if len(body.prompt) > 1 else "the prompt"
+        # Without a seed equal prompts must not get equal texts; with one, each gets what it would get alone.
+        seed = secrets.randbelow(2**63) if body.seed is None else body.seed
         prepared.append(await _prepare(model, body, prompt, what, seed))
         await asyncio.sleep(0)  # a list of a thousand prompts must not hold up the others' tokens
     return prepared
@@ -94,7 +102,7 @@ async def _prepare(model: ServedModel, body: Sampling, prompt: Prompt, what: str
 def in_terms_of_api(message: str) -> ApiError:
     """A refusal of the engine with the API's names of options."""
     message = re.sub(r"\b\w+\b", lambda word: _NAMES.get(word[0], word[0]), message)
-    field = re.match(r"(\w+) is ", message)
+    field = re.match(r"(\w+) (?:is|has) ", message)
     code = "context_length_exceeded" if "positions" in message else None
     return bad_request(message, field[1] if field else "prompt", code)
 

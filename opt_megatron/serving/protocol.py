@@ -6,6 +6,7 @@ would be worse than an error. Sources: OpenAI's API reference (completions), vLL
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -223,4 +224,8 @@ def _told(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return bad_request(f"{field} is missing", field)
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return bad_request(f"{field}: {message}" if field else message, field or None)
+    message = re.sub(r"^\w+ should have", "must have", message).replace(" after validation", "")
+    if not field:  # what is said of several fields begins with the one that is wrong
+        named = re.match(r"(\w+) is ", message)
+        return bad_request(message, named[1] if named else None)
+    return bad_request(f"{field}: {message}", field)

@@ -38,7 +38,7 @@ class Limits:
     """What clients may ask for.
 
     Attributes:
-        queue_length: continuations that wait for a place in the batch.
+        queue_length: continuations, drawn ones included, that wait for a place in the batch.
         body_bytes: of a request.
         request_seconds: from a request's arrival to its last token.
         body_seconds: for a body to arrive.
@@ -99,10 +99,13 @@ class Service:
         Raises:
             ApiError: it is not ready, or not any more.
         """
+        self._check_ready()
+        return self._model
+
+    def _check_ready(self) -> None:
         if self.state is not State.READY:
             text = "the model is being loaded" if self.state is State.LOADING else f"the server is {self.state.value}"
             raise ApiError(503, text, code="unavailable", headers={"Retry-After": "5"})
-        return self._model
 
     def check_room(self, continuations: int) -> None:
         """Raise ApiError unless so many more continuations may wait."""
@@ -126,8 +129,8 @@ class Service:
         Raises:
             ApiError: too much is waiting, or the service takes nothing.
         """
-        assert self.model is not None
-        self.check_room(sum(prompt.request.params.n for prompt in prompts))
+        self._check_ready()
+        self.check_room(sum(prompt.request.params.num_drawn for prompt in prompts))
         job = Job(prompts, self._thread.queue.cancel)
         for index, prompt in enumerate(prompts):
             number = self._thread.queue.put(prompt.request)
@@ -228,7 +231,7 @@ class Service:
         """End when a step takes for ever: a rank may be lost in silence."""
         while True:
             await asyncio.sleep(min(1.0, self.limits.step_seconds / 4))
-            spent = time.monotonic() - self._thread.queue.looked_at
+            spent = self._thread.queue.seconds_in_step
             if self.state in (State.READY, State.DRAINING) and spent > self.limits.step_seconds:
                 self.on_end(EngineStuck(f"a step has taken more than {self.limits.step_seconds:g} s: a rank is lost"))
                 return

@@ -191,6 +191,14 @@ def test_n_gives_different_texts_and_each_prompt_its_own(server, offline):
     assert body["usage"] == {"prompt_tokens": 8, "completion_tokens": 32, "total_tokens": 40}
 
 
+def test_equal_prompts_get_texts_of_their_own_unless_there_is_a_seed(server):
+    body = {"prompt": [PROMPT] * 3, "max_tokens": 24}
+    for options, different in (({}, 3), ({"seed": 5}, 1)):
+        assert len({choice["text"] for choice in server.complete(**body, **options).json["choices"]}) == different
+    several = server.complete(prompt=PROMPT, n=2, best_of=5, max_tokens=8).json
+    assert len({choice["text"] for choice in several["choices"]}) == 2 and not server.service._tracked
+
+
 def test_long_prompts_are_refused_or_cut(server):
     words = "word " * 600
     refused = server.complete(prompt=words)

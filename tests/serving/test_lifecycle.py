@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,8 @@ def test_an_engine_that_fails_ends_everything_with_its_error(alone):
 def test_a_step_that_never_ends_is_a_lost_rank(alone):
     with running(alone, Limits(step_seconds=0.5)) as server:
         server.wait_for(lambda: health(server)[0] == 200)
+        time.sleep(1.2)  # waiting for requests is no step
+        assert server.complete(prompt="Once", max_tokens=2).status == 200
         server.brake.on()
         assert server.complete(**LONG).status == 503
         server.thread.join(SECONDS)
@@ -140,6 +143,7 @@ def test_an_error_of_one_request_is_500_for_it_alone(alone, monkeypatch):
         assert event["error"]["code"] == "internal_error"
         assert server.complete(prompt="Once", seed=14).status == 200
         assert server.metric("vllm:request_success_total", finished_reason="error") == 2
+        assert server.request("HEAD", "/health").status == 200
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_beyond_the_queue_is_429_and_nothing_else_fails(alone):
         assert refused.status == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json["error"]["code"] == "queue_full" and "3 may" in refused.json["error"]["message"]
         assert server.complete(prompt=["x", "y"], n=2).status == 400  # would never fit
+        assert server.complete(prompt="x", best_of=4).status == 400  # as what is drawn counts
         server.brake.off()
         assert all(b" 200 OK" in ended(connection) for connection in connections)
         assert server.complete(prompt="x").status == 200
@@ -156,8 +157,9 @@ def test_a_key_is_asked_for(alone):
         for key in ("s3cret2", "S3cret", "", "s3cre", "é"):
             headers = {"Authorization": f"Bearer {key}".encode("latin-1")}
             assert server.request("POST", "/v1/completions", {"prompt": "a"}, headers).status == 401
-        headers = {"Authorization": "Bearer s3cret"}
-        assert server.request("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}, headers).status == 200
+        for scheme in ("Bearer", "bearer"):
+            headers = {"Authorization": f"{scheme} s3cret"}
+            assert server.request("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}, headers).status == 200
         assert server.request("GET", "/").status == 200
 
 

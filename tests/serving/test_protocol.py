@@ -81,7 +81,10 @@ HOSTILE = [
     (b'{"prompt": "a", "echo": 1}', "echo: must be a valid boolean"),
     (b'{"prompt": "a", "stop": [""]}', "stop.0"),
     (b'{"prompt": "a", "stop": "' + b"x" * 1001 + b'"}', "stop.0"),
-    (b'{"prompt": "a", "stop": ' + str(["x"] * 17).replace("'", '"').encode() + b"}", "stop"),
+    (
+        b'{"prompt": "a", "stop": ' + str(["x"] * 17).replace("'", '"').encode() + b"}",
+        "stop: must have at most 16 items, not 17",
+    ),
     (b'{"prompt": "a", "logit_bias": [1]}', "logit_bias: must be an object"),
     (b'{"prompt": "a", "logit_bias": {"-1": 1}}', "not a token id"),
     (b'{"prompt": "a", "logit_bias": {"\\u0661": 1}}', "not a token id"),
@@ -89,7 +92,7 @@ HOSTILE = [
     (b'{"prompt": "a", "logit_bias": {"1": 101}}', "logit_bias"),
     (b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream is not true"),
     (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens is 0"),
-    (b'{"prompt": "a", "user": "' + b"x" * 257 + b'"}', "user"),
+    (b'{"prompt": "a", "user": "' + b"x" * 257 + b'"}', "user: must have at most 256 characters"),
 ]
 
 
@@ -114,8 +117,19 @@ def test_other_kinds_of_bodies_have_bounds_too():
             read(kind, body)
 
 
+def test_what_is_said_of_two_fields_names_one():
+    for body, field in (
+        (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens"),
+        (b'{"prompt": "a", "stream_options": {}}', "stream_options"),
+    ):
+        with pytest.raises(ApiError) as refused:
+            read(CompletionBody, body)
+        assert refused.value.param == field
+
+
 def test_the_engines_words_become_the_apis():
     error = in_terms_of_api("max_new_tokens is 0, but must be at least 1")
     assert (error.message, error.param) == ("max_tokens is 0, but must be at least 1", "max_tokens")
+    assert in_terms_of_api("logit_bias has [4096], but ids go").param == "logit_bias"
     error = in_terms_of_api("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
