@@ -114,6 +114,7 @@ def test_alternatives_by_keyboard_and_by_pointer(page):
     page.run("arguments[0].focus()", page["tokens"])
     page["tokens"].send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     active = page["tokens"].get_attribute("aria-activedescendant")
+    assert page[active].get_attribute("aria-describedby") == "alternatives"
     assert page[active].get_attribute("aria-selected") == "true" and "%" in page[active].get_attribute("aria-label")
     assert 5 <= len(page.all(".alternative")) <= 6 and len(page.all(".alternative.chosen")) == 1
     page["tokens"].send_keys(Keys.ESCAPE)
@@ -144,6 +145,10 @@ def test_continue_goes_on_from_what_was_written(page):
     page.wait_for(lambda: page.is_idle() and page["prompt"].get_attribute("value") == "The king" + first)
     page.wait_for(lambda: page["status"].get_attribute("textContent").startswith("Done"))
     assert page["tokens"].text.startswith(("The king" + first).strip())
+    page["prompt"].send_keys(" of")  # what was written belongs to another prompt now
+    assert not page["continue"].is_enabled()
+    page["prompt"].send_keys(Keys.BACKSPACE * 3)
+    assert page["continue"].is_enabled()
 
 
 def test_examples_and_reset(page):
@@ -167,6 +172,17 @@ def test_text_is_text_and_errors_are_told(page):
     assert "has 60" in page["error"].text and "positions" in page["error"].text and page.is_idle()
     assert not page["tokens"].is_displayed() and page["empty"].is_displayed()
     page.browser.get_log("browser")  # Chromium notes the answer's status
+
+
+def test_a_connection_that_ends_too_soon_is_told(page):
+    page.run(
+        "const plain = fetch; window.fetch = async (url, options) => { window.fetch = plain;"
+        " const text = await (await plain(url, options)).text(); return new Response(text.split('data: [DONE]')[0]); }"
+    )
+    page.set(max_tokens=3)
+    page["generate"].click()
+    page.wait_for(lambda: page["error"].is_displayed())
+    assert "the connection ended before" in page["error"].text and page.is_idle() and page.written()
 
 
 def test_nothing_comes_from_elsewhere_and_everything_has_a_name(page, server):
@@ -203,8 +219,12 @@ def test_a_key_is_asked_for_and_used(alone, browser):
     with running(alone, api_key="s3cret") as server:
         browser.open(server)
         browser.wait_for(lambda: browser["key"].is_displayed())
-        browser["key"].send_keys("s3cret")
+        assert browser["model"].text == "a key is needed"
+        browser["key"].send_keys("secret")
         browser["key-use"].click()
+        browser.wait_for(lambda: browser["model"].text == "this key is not the server's")
+        browser["key"].clear()
+        browser["key"].send_keys("s3cret", Keys.ENTER)
         browser.wait_for(lambda: "story" in browser["model"].text)
         assert not browser["key"].is_displayed()
         generate(browser, max_tokens=3)

@@ -12,6 +12,7 @@ const form = at("form"), prompt = at("prompt"), tokens = at("tokens"), alternati
 
 let modelName = null;
 let running = null; // the AbortController of what is being generated
+let asked = null; // the prompt that it was generated from
 let written = ""; // what has been generated
 let active = null; // the token whose alternatives are shown
 const reports = new WeakMap(); // a token's element -> its choices, likeliest first
@@ -40,7 +41,8 @@ async function connect() {
     at("max_tokens").max = Math.min(512, model.max_model_len - 1);
     showOptions();
   } else if (answer.status === 401) {
-    at("model").textContent = "a key is needed";
+    at("model").textContent = at("key").value ? "this key is not the server's" : "a key is needed";
+    at("key").focus();
   } else {
     at("model").textContent = await messageOf(answer);
     setTimeout(connect, 1000);
@@ -60,7 +62,7 @@ async function* eventsOf(answer) {
   let buffer = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the connection ended before the text did");
     const parts = (buffer + value).split("\n\n");
     buffer = parts.pop();
     for (const part of parts) {
@@ -137,7 +139,7 @@ class Meter {
 }
 
 function begin(text) {
-  written = "";
+  [asked, written] = [text, ""];
   hideAlternatives();
   active = null;
   tokens.removeAttribute("aria-activedescendant");
@@ -168,7 +170,8 @@ function finish(meter, end) {
 function setButtons() {
   at("generate").disabled = running !== null;
   at("stop").disabled = running === null;
-  at("continue").disabled = running !== null || written === "";
+  // What was written goes on from the prompt that it came from, and from no other.
+  at("continue").disabled = running !== null || written === "" || prompt.value !== asked;
 }
 
 function showError(message) {
@@ -199,8 +202,9 @@ function addToken({ text, logprobs }) {
 }
 
 function select(token) {
-  active?.setAttribute("aria-selected", "false");
+  unselect();
   active = token;
+  token.setAttribute("aria-describedby", alternatives.id);
   token.setAttribute("aria-selected", "true");
   tokens.setAttribute("aria-activedescendant", token.id);
   alternatives.replaceChildren(...reports.get(token).map(row));
@@ -208,8 +212,13 @@ function select(token) {
   place(token);
 }
 
-function hideAlternatives() {
+function unselect() {
   active?.setAttribute("aria-selected", "false");
+  active?.removeAttribute("aria-describedby");
+}
+
+function hideAlternatives() {
+  unselect();
   alternatives.hidden = true;
 }
 
@@ -279,18 +288,28 @@ form.addEventListener("reset", (event) => {
   setTimeout(() => {
     [prompt.value, at("key").value] = [text, key];
     showOptions();
+    setButtons();
   });
 });
-form.addEventListener("input", showOptions);
+form.addEventListener("input", () => {
+  showOptions();
+  setButtons();
+});
 at("stop").addEventListener("click", () => running?.abort());
 at("continue").addEventListener("click", () => {
   prompt.value += written;
   generate(prompt.value);
 });
 at("key-use").addEventListener("click", connect);
+at("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); // it would send the form
+  connect();
+});
 for (const example of document.querySelectorAll(".example")) {
   example.addEventListener("click", () => {
     prompt.value = example.textContent;
+    setButtons();
     prompt.focus();
   });
 }
