@@ -7,6 +7,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import resource
 import sys
 import traceback
 from pathlib import Path
@@ -27,6 +28,7 @@ HELP = "serve a model over HTTP: OpenAI's completions API, metaseq's, and a page
 
 _KEY_VARIABLE = "OPT_MEGATRON_API_KEY"
 _TORCHRUN_WAITS = 25.0  # seconds: 30 from a signal to SIGKILL, without an option; less the engine's own end
+_OTHER_FILES = 256  # checkpoints, pipes, other ranks
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--max-queue-length", type=int, default=1024, metavar="N", help="continuations that may wait; default: 1024"
     )
-    limits.add_argument("--max-connections", type=int, default=1000, metavar="N", help="at a time; default: 1000")
+    # More than may wait and run, so that too many requests get 429 and its Retry-After, and not uvicorn's 503.
+    limits.add_argument("--max-connections", type=int, default=2048, metavar="N", help="at a time; default: 2048")
     limits.add_argument("--max-body-size", default="2MiB", metavar="SIZE", help="of a request; default: 2MiB")
     for name, seconds, text in (
         ("request-timeout", 600, "for a request, waiting included"),
@@ -78,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
         )
 
     from ..parallel import on_all_ranks
-    from ..serving.server import bind, ignore_signals
+    from ..serving.server import ignore_signals
 
-    listener = on_all_ranks(parallel, lambda: bind(args.host, args.port) if parallel.is_leader else None)
+    listener = on_all_ranks(parallel, lambda: _listen(args) if parallel.is_leader else None)
     if listener is not None:
         _lead(args, parallel, listener, limits, key)
         return
@@ -88,6 +91,13 @@ def run(args: argparse.Namespace) -> None:
     ignore_signals()
     for _ in served.engine.generate(()):
         raise AssertionError("only the leader gets events")
+
+
+def _listen(args: argparse.Namespace) -> socket.socket:
+    from ..serving.server import bind
+
+    _allow_connections(args.max_connections)
+    return bind(args.host, args.port)
 
 
 def _lead(
@@ -163,6 +173,25 @@ def _limits(args: argparse.Namespace) -> Limits:
         step_seconds=args.step_timeout,
         drain_seconds=args.shutdown_timeout,
     )
+
+
+def _allow_connections(connections: int) -> None:
+    """Raise the limit on this process's open files to what so many connections need.
+
+    Raises:
+        UserError: the system allows less.
+    """
+    needed = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError, OverflowError):
+        raise UserError(
+            f"--max-connections is {connections}, and needs {needed} open files, but the system allows this process "
+            f"{hard} (ulimit -Hn): give {max(1, hard - _OTHER_FILES)} at the most"
+        ) from None
 
 
 def _api_key(args: argparse.Namespace) -> str | None:

@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
         max_connections: at a time; more are answered with 503.
     """
 
-    def __init__(self, service: Service, app: FastAPI, max_connections: int = 1000) -> None:
+    def __init__(self, service: Service, app: FastAPI, max_connections: int = 2048) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

@@ -152,6 +152,7 @@ def test_an_error_of_one_request_is_500_for_it_alone(alone, monkeypatch):
         (["--port", "70000"], "--port is 70000"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--max-queue-length", "0"], "--max-queue-length is 0"),
+        (["--max-connections", str(10**12)], "open files, but the system allows"),
         (["--request-timeout", "nan"], "--request-timeout is nan"),
         (["--max-body-size", "many"], "'many' is not a size"),
         (["--api-key", ""], "is empty"),
