@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -55,7 +56,7 @@ class OPTMegatronLM(TemplateLM):
     ) -> None:
         if world_size_from_environment() > 1:
             raise UserError("on several ranks lm-eval is started by `opt-megatron evaluate lm-eval` under torchrun")
-        parallel = init_parallel(device=device)
+        parallel = init_parallel(device=_device(device))
         pretrained = open_pretrained(load, parallel, revision=revision, tokenizer=tokenizer)
         model = pretrained.load_model(dtype, quantization=quantization)
         self._start(Evaluator(pretrained, model, batch_size=_whole(batch_size)))
@@ -171,6 +172,14 @@ class OPTMegatronLM(TemplateLM):
         stop = tuple(text for text in options["until"] if text)
         params = SamplingParams(**{"temperature": 0.0, **given, "max_new_tokens": new, "stop": stop})
         return Request(prompt, params, self._tokenizer.stream)
+
+
+def _device(device: str | None) -> str | None:
+    """lm-eval's command line says "cuda:0" when its user says nothing: as its `hf` does, run on what there is."""
+    if device == "cuda:0" and not torch.cuda.is_available():
+        print("opt-megatron: lm-eval asks for cuda:0, and there is no CUDA GPU: running on the CPU", file=sys.stderr)
+        return "cpu"
+    return device
 
 
 def _whole(batch_size: int | str) -> int:
