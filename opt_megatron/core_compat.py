@@ -119,6 +119,7 @@ def prepare_training() -> None:
         _let_schedules_run_on_cpu()
         _let_recomputation_run_on_cpu()
         torch.cuda.synchronize = lambda device=None: None  # before tensors are written to a checkpoint
+        torch.cuda.current_stream = lambda device=None: None  # core 0.19 asks, before it waits for no events on it
     _prepared_for_training = True
 
 
