@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 import queue
 import types
@@ -121,6 +122,17 @@ def prepare_training() -> None:
         torch.cuda.synchronize = lambda device=None: None  # before tensors are written to a checkpoint
         torch.cuda.current_stream = lambda device=None: None  # core 0.19 asks, before it waits for no events on it
     _prepared_for_training = True
+
+
+def own_async_writer() -> dict[str, str]:
+    """Arguments of `dist_checkpointing.save` by which core's own writer makes an asynchronous checkpoint.
+
+    From 0.19 on another one, of NVIDIA's resiliency extension, is the default; 0.16 knows no choice.
+    """
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def _let_schedules_run_on_cpu() -> None:

@@ -30,7 +30,7 @@ from torch import nn
 
 from ..checkpoint.atomic import flush
 from ..checkpoint.torch_dist import INDEX_FILE
-from ..core_compat import prepare_training
+from ..core_compat import own_async_writer, prepare_training
 from ..errors import CheckpointError, UserError
 from ..parallel import ParallelContext, on_all_ranks
 from .optimizer import TrainingOptimizer
@@ -112,6 +112,7 @@ class Checkpoints:
             str(partial),
             sharded_strategy=_threaded_strategy(self._background),
             async_sharded_save=True,
+            **own_async_writer(),
         )
         self._writing = _Writing(request, partial, state.iteration)
         if not self._background:
