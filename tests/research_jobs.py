@@ -67,6 +67,29 @@ def _spoil(tensor: Tensor) -> None:
     tensor.zero_()
 
 
+def failing(directory: Path, pp: int, tokens: Tensor, name: str) -> tuple[list[str], bool]:
+    """What hooks that fail at one place come to on this rank, and whether the model is as before."""
+    opt = _load(directory, 1, pp)
+    plain = opt.logits(tokens)
+
+    def fail(tensor: Tensor) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    messages = []
+    for hook, run in (
+        (fail, lambda: opt.logits(tokens)),
+        (lambda tensor: tensor[:, :1], lambda: opt.capture(tokens, ["output"])),
+        (fail, lambda: opt.hidden_states(tokens, layers=[0])),
+    ):
+        try:
+            with opt.hooks({name: hook}):
+                run()
+            messages.append("nothing was raised")
+        except (UserError, ZeroDivisionError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages, torch.equal(plain, opt.logits(tokens))
+
+
 def errors(directory: Path, tp: int) -> list[str]:
     """The messages of mistakes, on this rank."""
     opt = _load(directory, tp, 1)
@@ -83,6 +106,8 @@ def errors(directory: Path, tp: int) -> list[str]:
         lambda: opt.logits([]),
         lambda: opt.tokens("text"),
         lambda: opt.generate([[2, 5]], heat=3),
+        lambda: opt.generate([[2, 5]], max_new_tokens=2.5),
+        lambda: opt.logits(None),
         lambda: _with(opt, "layers.1", lambda x: x[..., 1:]),
         lambda: _with(opt, "layers.1.attention.weights", lambda x: x),
         lambda: _generate_within(opt),

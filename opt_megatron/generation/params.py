@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
 
 from ..errors import UserError
 from .stopping import compile_pattern
@@ -53,8 +56,10 @@ class SamplingParams:
         logprobs: report the chosen token's log-probability, and those of so many best tokens; None reports none.
         echo: report the prompt as well.
 
+    Values may be of numpy, tuples may be given as lists, one string as itself, and `logit_bias` as a dict.
+
     Raises:
-        UserError: a value is out of its range, or options contradict each other.
+        UserError: a value is of the wrong kind or out of its range, or options contradict each other.
     """
 
     max_new_tokens: int = 64
@@ -91,6 +96,9 @@ class SamplingParams:
     echo: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = _KINDS[field.type](field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         _check_lengths(self)
         _check_filters(self)
         _check_penalties(self)
@@ -160,6 +168,67 @@ _FOREIGN_TO_BEAMS = {"top_k": 0, "penalty_alpha": 0, "logprobs": None, **_OF_SAM
 _FOREIGN_TO_CONTRASTIVE = {"temperature": 1, "n": 1, **_OF_SAMPLING}
 
 
+def _whole(name: str, value: Any) -> int:
+    _check(isinstance(value, Integral) and not isinstance(value, bool), name, _shown(value), "a whole number")
+    return int(value)
+
+
+def _whole_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else _whole(name, value)
+
+
+def _number(name: str, value: Any) -> float:
+    _check(isinstance(value, Real) and not isinstance(value, bool), name, _shown(value), "a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise UserError(f"{name} is {_shown(value)}, which is more than a number can be") from None
+    return value if isinstance(value, int) else number
+
+
+def _flag(name: str, value: Any) -> bool:
+    _check(isinstance(value, bool), name, _shown(value), "true or false")
+    return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    good = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+    _check(good, name, _shown(value), "a string or a list of strings")
+    return tuple(texts)
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    good = isinstance(value, Sequence) and all(isinstance(token, Integral) for token in value)
+    _check(good and not isinstance(value, str | bytes), name, _shown(value), "a list of ids")
+    return tuple(map(int, value))
+
+
+def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        return tuple((_whole(name, token), _number(name, bias)) for token, bias in pairs)
+    except (TypeError, ValueError, UserError):
+        raise UserError(f"{name} is {_shown(value)}, but must be ids with a number each") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# By the annotation of a field of SamplingParams: what checks a value and gives it its own type.
+_KINDS: dict[str, Callable[[str, Any], Any]] = {
+    "int": _whole,
+    "int | None": _whole_or_none,
+    "float": _number,
+    "bool": _flag,
+    "tuple[str, ...]": _texts,
+    "tuple[int, ...]": _ids,
+    "tuple[tuple[int, float], ...]": _biases,
+}
+
+
 def _check_lengths(params: SamplingParams) -> None:
     least = 0 if params.echo else 1
     _check(params.max_new_tokens >= least, "max_new_tokens", params.max_new_tokens, f"at least {least}")
@@ -222,8 +291,8 @@ def _check_stops(params: SamplingParams) -> None:
 def _check_search(params: SamplingParams) -> None:
     _check(1 <= params.num_beams <= MOST_ROWS, "num_beams", params.num_beams, f"from 1 to {MOST_ROWS}")
     _check(1 <= params.n <= MOST_CONTINUATIONS, "n", params.n, f"from 1 to {MOST_CONTINUATIONS}")
-    good = params.best_of is None or params.n <= params.best_of <= MOST_CONTINUATIONS
-    _check(good, "best_of", params.best_of, f"from n, which is {params.n}, to {MOST_CONTINUATIONS}")
+    _check(params.num_drawn >= params.n, "best_of", params.best_of, f"at least n, which is {params.n}")
+    _check(params.num_drawn <= MOST_CONTINUATIONS, "best_of", params.best_of, f"at most {MOST_CONTINUATIONS}")
     # So that the longest sequence to this power is still a number.
     _check(-20 <= params.length_penalty <= 20, "length_penalty", params.length_penalty, "from -20 to 20")
     if params.num_beams > 1:

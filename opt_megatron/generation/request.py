@@ -130,8 +130,11 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
         ("logit_bias", [token for token, _ in request.params.logit_bias]),
         ("stop_token_ids", request.params.stop_token_ids),
     ):
-        if any(not 0 <= token < config.vocab_size for token in ids):
-            raise UserError(f"{what}: {name} has {ids}, but ids go from 0 to {config.vocab_size - 1}")
+        foreign = [token for token in ids if not 0 <= token < config.vocab_size]
+        if foreign:
+            raise UserError(
+                f"{what}: {name} has {', '.join(map(str, foreign[:8]))}, but ids go from 0 to {config.vocab_size - 1}"
+            )
     _check_length(length, request.params, limit, what)
     if (request.params.stop or request.params.stop_regex) and request.decoder is None:
         raise UserError(f"{what} has stop strings, which need a tokenizer to be found in the output")

@@ -47,6 +47,7 @@ class OPT:
         self._pretrained = pretrained
         self._batch_size = batch_size
         self._active_hooks = 0
+        self._hook_errors: list[Exception] = []  # of the pass that runs
 
     @classmethod
     def from_pretrained(
@@ -141,15 +142,17 @@ class OPT:
             UserError: a text is empty or longer than the model, or something is neither a text nor a pair.
         """
         items = [self._item(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        return score(
+        scores = score(
             self.model, self.parallel, items, batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
         )
+        self._raise_hook_errors()
+        return scores
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
         """[b, s, vocab_size] for ids [b, s] (or one sequence [s]); padding rows of the vocabulary included."""
         ids = self._checked(tokens)
-        return self._head(stage_forward(self.model, self.parallel, ids), ids.shape)
+        return self._head(self._forward(ids), ids.shape)
 
     def hidden_states(self, tokens: Tokens, layers: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Hidden states by transformers' convention (`output_hidden_states`), each [b, s, hidden_size].
@@ -196,7 +199,7 @@ class OPT:
         names = sorted({names} if isinstance(names, str) else set(names))  # in one order on all ranks
         found: dict[str, Tensor] = {}
         with self.hooks({name: _keep(found, name) for name in names}):
-            stage_forward(self.model, self.parallel, ids)
+            self._forward(ids)
         for name in names:
             place = parse(name, self.config)
             stage = place.stage(self.config, self.parallel.pipeline_model_parallel_size)
@@ -212,14 +215,18 @@ class OPT:
         place, and must do the same on each.
 
         Raises:
-            UserError: there is no such place, or no function for it; in a pass: a hook returned something of
-                another shape.
+            UserError: there is no such place, or no function for it; after a pass: a hook returned something of
+                another shape, or raised an error on another rank. What it raised itself is raised where it did.
         """
         for name, hook in hooks.items():
             if not callable(hook):
                 raise UserError(f"the hook at {name} must be a function, not {type(hook).__name__}")
         places = {name: parse(name, self.config) for name in hooks}
-        handles = [attach(self.model, self.parallel, place, hooks[name]) for name, place in places.items()]
+        handles = [
+            attach(self.model, self.parallel, place, hooks[name], self._hook_errors) for name, place in places.items()
+        ]
+        if not self._active_hooks:
+            self._hook_errors.clear()  # of a pass that did not come to its end
         self._active_hooks += 1
         try:
             yield
@@ -255,6 +262,29 @@ class OPT:
             self.model, self.parallel, max_batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
         )
 
+    def _forward(self, ids: Tensor) -> Tensor:
+        hidden = stage_forward(self.model, self.parallel, ids)
+        self._raise_hook_errors()
+        return hidden
+
+    def _raise_hook_errors(self) -> None:
+        """After a pass with hooks: what went wrong on one rank goes wrong on all."""
+        if not self._active_hooks:
+            return
+        errors = self._hook_errors.copy()
+        self._hook_errors.clear()
+        mine = None
+        if errors:
+            known = isinstance(errors[0], UserError)
+            mine = str(errors[0]) if known else f"a hook raised {type(errors[0]).__name__}: {errors[0]}"
+        messages: list[str | None] = [None] * self.parallel.world_size
+        dist.all_gather_object(messages, mine, group=self.parallel.control_group)
+        if errors:
+            raise errors[0]
+        told = next((message for message in messages if message is not None), None)
+        if told is not None:
+            raise UserError(told)
+
     def _head(self, hidden: Tensor | None, size: Sequence[int]) -> Tensor:
         """[s, b, H] on the last stage -> [b, s, V] on every rank."""
         logits = None
@@ -283,22 +313,26 @@ class OPT:
     def _checked(self, tokens: Tokens) -> Tensor:
         """[b, s] on the device."""
         try:
+            if isinstance(tokens, list | tuple):  # rows may be tensors or arrays of their own
+                tokens = [_plain(row) for row in tokens]
             ids = torch.as_tensor(tokens)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"tokens must be ids, in sequences of one length: {error}") from None
         ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        is_whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.dim() != 2 or ids.numel() == 0 or not is_whole:
             raise UserError(f"tokens must be ids [b, s] or [s], not {ids.dtype} {list(ids.shape)}")
+        ids = ids.long()  # first: torch compares no unsigned numbers of 16 bits or more
         if ids.size(1) > self.config.max_position_embeddings:
             raise UserError(f"{ids.size(1)} tokens are more than the model's {self.config.max_position_embeddings}")
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise UserError(f"ids go from 0 to {self.config.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
-        return ids.long().to(self.parallel.device)
+        return ids.to(self.parallel.device)
 
     def _numbers(self, layers: Iterable[int], count: int) -> list[int]:
         if not isinstance(layers, Iterable):
             raise UserError(f"layers must be numbers in a list, as in layers=[{layers}]")
-        layers = list(layers)
+        layers = list(_plain(layers))
         strange = [number for number in layers if not (isinstance(number, Integral) and -count <= number < count)]
         if strange:
             raise UserError(f"layer {strange[0]!r}: there are {count}, from 0 to {count - 1}")
@@ -307,7 +341,7 @@ class OPT:
     def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt))
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of torch or numpy
+        ids = _plain(prompt)
         if not isinstance(ids, Sequence) or not all(isinstance(token, Integral) for token in ids):
             raise UserError(f"a prompt must be a text or a list of ids, not {repr(prompt)[:80]}")
         return tuple(ids)
@@ -320,6 +354,11 @@ class OPT:
         before = self.tokenizer.encode(context.rstrip(" "))
         both = self.tokenizer.encode(context + continuation)
         return Item(tuple(before), tuple(both[len(before) :]))
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and numpy's arrays and numbers as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _keep(found: dict[str, Tensor], name: str) -> Hook:

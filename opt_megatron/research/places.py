@@ -89,19 +89,25 @@ def parse(name: str, config: OPTConfig) -> Place:
     return Place(name, match[2] or "", int(match[1]))
 
 
-def attach(model: OPTModel, parallel: ParallelContext, place: Place, hook: Hook) -> RemovableHandle | None:
+def attach(
+    model: OPTModel, parallel: ParallelContext, place: Place, hook: Hook, errors: list[Exception]
+) -> RemovableHandle | None:
     """Call the hook whenever the model's ordinary forward pass comes to the place; None where it is not this stage's.
 
     Called on every rank. The hook runs on all tensor parallel ranks of the stage with the same tensor, and must
     return the same on each.
+
+    Args:
+        errors: gets what the hook raises, or what is wrong with its result. The pass goes on with the tensor as it
+            was: were it left here, other ranks would wait for this one's part of it.
     """
     collectives = tensor_parallel_collectives(parallel)
     if place.stage(model.opt_config, parallel.pipeline_model_parallel_size) != parallel.pipeline_model_parallel_rank:
         return None
     module, is_input = _module(model, place)
     if place.part == WEIGHTS:
-        return module.register_forward_pre_hook(_watch_weights(place, collectives, hook))
-    change = _changer(place, model.opt_config, parallel, collectives, hook)
+        return module.register_forward_pre_hook(_watch_weights(place, collectives, hook, errors))
+    change = _changer(place, model.opt_config, parallel, collectives, hook, errors)
     if is_input:
         return module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
     return module.register_forward_hook(lambda _, inputs, output: _with_first(output, change))
@@ -128,7 +134,12 @@ def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _changer(
-    place: Place, config: OPTConfig, parallel: ParallelContext, collectives: Collectives, hook: Hook
+    place: Place,
+    config: OPTConfig,
+    parallel: ParallelContext,
+    collectives: Collectives,
+    hook: Hook,
+    errors: list[Exception],
 ) -> Callable[[Tensor], Tensor]:
     """From the module's tensor [s, b, width on this rank] to what takes its place."""
     is_divided = place.part in (HEADS, NEURONS)
@@ -139,10 +150,14 @@ def _changer(
         whole = collectives.all_gather(local) if is_divided else local
         whole = whole.transpose(0, 1).clone()  # [b, s, width]
         shown = whole.unflatten(-1, (-1, config.head_dim)) if place.part == HEADS else whole
-        replacement = hook(shown)
+        try:
+            replacement = hook(shown)
+            _check(place, shown, replacement)
+        except Exception as error:
+            errors.append(error)
+            return local
         if replacement is None:
             return local
-        _check(place, shown, replacement)
         flat = replacement.to(local).reshape(whole.shape).transpose(0, 1)
         return flat[..., rank * local.size(-1) : (rank + 1) * local.size(-1)].contiguous()
 
@@ -150,17 +165,22 @@ def _changer(
 
 
 def _check(place: Place, shown: Tensor, replacement: Any) -> None:
-    if not isinstance(replacement, Tensor) or replacement.shape != shown.shape:
+    if replacement is not None and (not isinstance(replacement, Tensor) or replacement.shape != shown.shape):
         got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
         raise UserError(f"the hook at {place.name} returned {got}, but must return {tuple(shown.shape)} or None")
 
 
-def _watch_weights(place: Place, collectives: Collectives, hook: Hook) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watch_weights(
+    place: Place, collectives: Collectives, hook: Hook, errors: list[Exception]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         weights = attention_weights(*inputs[:2], module.softmax_scale)  # [b, heads of this rank, s, s]
         whole = collectives.all_gather(weights.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-        if hook(whole) is not None:
-            raise UserError(f"{place.name} can be read only: its hook must return None (change attention.heads)")
+        try:
+            if hook(whole) is not None:
+                raise UserError(f"{place.name} can be read only: its hook must return None (change attention.heads)")
+        except Exception as error:
+            errors.append(error)
 
     return watch
 

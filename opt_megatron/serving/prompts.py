@@ -102,7 +102,7 @@ async def _prepare(model: ServedModel, body: Sampling, prompt: Prompt, what: str
 def in_terms_of_api(message: str) -> ApiError:
     """A refusal of the engine with the API's names of options."""
     message = re.sub(r"\b\w+\b", lambda word: _NAMES.get(word[0], word[0]), message)
-    field = re.match(r"(\w+) (?:is|has) ", message)
+    field = re.match(r"(?:(?:the )?prompt(?: \d+)?: )?(\w+) (?:is|has) ", message)
     code = "context_length_exceeded" if "positions" in message else None
     return bad_request(message, field[1] if field else "prompt", code)
 

@@ -243,11 +243,11 @@ def test_a_prompt_may_have_its_own_options(capsys, tmp_path):
     ("options", "message"),
     [
         ({"temprature": 1}, "prompt 1: there is no option 'temprature'"),
-        ({"temperature": "hot"}, "temperature is 'hot', but must be of the kind float"),
+        ({"temperature": "hot"}, "temperature is 'hot', but must be a number"),
         ({"top_k": True}, "top_k is True"),
         ({"stop": [1]}, "stop is"),
         ({"logit_bias": [1]}, "logit_bias is"),
-        ({"logit_bias": {"9999": 1}}, "logit_bias has [9999], but ids go from 0 to 4095"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias has 9999, but ids go from 0 to 4095"),
         ({"stop_regex": "("}, "stop_regex"),
         ([], "'options' is not an object"),
     ],

@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -443,7 +444,15 @@ def test_a_truncated_history_is_one_that_never_went_further(prompt, output, data
         ({"logprobs": 101}, "logprobs is 101, but must be none, or from 0 .* to 100"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"n": 0}, "n is 0, but must be from 1 to 100000"),
-        ({"n": 3, "best_of": 2}, "best_of is 2, but must be from n, which is 3, to 100000"),
+        ({"n": 2.0}, "n is 2.0, but must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, but must be a whole number"),
+        ({"temperature": "1"}, "temperature is '1', but must be a number"),
+        ({"temperature": 10**400}, "which is more than a number can be"),
+        ({"echo": 1}, "echo is 1, but must be true or false"),
+        ({"stop": [1]}, "stop is .1., but must be a string or a list of strings"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5, but must be a list of ids"),
+        ({"logit_bias": [1]}, "logit_bias is .1., but must be ids with a number each"),
+        ({"n": 3, "best_of": 2}, "best_of is 2, but must be at least n, which is 3"),
         ({"n": 2, "temperature": 0}, "n is 2, but must be 1 at temperature 0"),
         ({"best_of": 2, "temperature": 0}, "best_of is 2, but must be 1 at temperature 0"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -492,3 +501,11 @@ def test_plain_greedy_is_what_needs_only_the_best_logit():
         {"logprobs": 0},
     ):
         assert not SamplingParams(**{"temperature": 0, **option}).is_plain_greedy, option
+
+
+def test_values_come_in_all_kinds():
+    given = SamplingParams(
+        seed=np.int64(7), temperature=np.float32(0.5), stop="ab", stop_token_ids=[np.int32(4)], logit_bias={5: -1}
+    )
+    assert given == SamplingParams(seed=7, temperature=0.5, stop=("ab",), stop_token_ids=(4,), logit_bias=((5, -1),))
+    assert type(given.seed) is int and type(given.temperature) is float and type(given.stop_token_ids[0]) is int

@@ -148,6 +148,33 @@ def test_a_hook_may_keep_its_tensor_and_write_into_it(models, ranks, tokens, tp)
             assert torch.equal(seen[name], captured[name]), name
 
 
+@pytest.mark.parametrize("name", ["layers.1.mlp", "layers.10.attention.weights"])
+def test_a_hook_that_fails_on_one_stage_fails_on_all_and_leaves_them_in_step(models, ranks, tokens, name):
+    stages = list(ranks(2).run(research_jobs.failing, models["pre-norm"][0], 2, tokens, name))
+    own, other = stages if name == "layers.1.mlp" else reversed(stages)
+    assert own[1] and other[1]
+    assert own[0][::2] == ["ZeroDivisionError: by nothing"] * 2
+    assert other[0][::2] == ["UserError: a hook raised ZeroDivisionError: by nothing"] * 2
+    assert own[0][1] == other[0][1] and own[0][1].startswith(
+        f"UserError: {'the hook at ' if 'mlp' in name else ''}{name}"
+    )
+
+
+def test_tokens_and_layers_come_in_all_kinds(alone):
+    from opt_megatron import OPT
+
+    opt = OPT.from_pretrained()
+    ids = opt.tokens("Once upon a time")
+    wanted = opt.logits(ids)
+    for kind in ("int8", "uint16", "uint32", "uint64", "int64"):
+        row = (ids % 100).numpy().astype(kind)
+        assert torch.equal(opt.logits(row), opt.logits(ids % 100))
+    for given in (ids[0], ids[0].tolist(), [ids[0]], list(ids.numpy()), tuple(ids[0])):
+        assert torch.equal(opt.logits(given), wanted)
+    one, two = (opt.hidden_states(ids, layers=layers) for layers in (torch.tensor([0, -1]), [0, -1]))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
 def test_hooks_act_on_scores(models, alone):
     from opt_megatron import OPT
 
@@ -178,6 +205,8 @@ def test_mistakes_are_the_same_line_on_every_rank(models, ranks):
             "tokens must be ids [b, s] or [s]",
             "has no tokenizer: give ids",
             "got an unexpected keyword argument 'heat'",
+            "max_new_tokens is 2.5, but must be a whole number",
+            "tokens must be ids, in sequences of one length",
             "the hook at layers.1 returned (1, 2, 47), but must return (1, 2, 48) or None",
             "can be read only",
             "generate does not run hooks",

@@ -219,13 +219,13 @@ def test_long_prompts_are_refused_or_cut(server):
         ({"temperature": 0, "n": 2}, "n is 2, but must be 1 at temperature 0"),
         ({"max_tokens": 0}, "max_tokens is 0, but must be at least 1"),
         ({"min_tokens": 17}, "min_tokens is 17, but must be from 0 to max_tokens, which is 16"),
-        ({"n": 3, "best_of": 2}, "best_of is 2, but must be from n, which is 3"),
+        ({"n": 3, "best_of": 2}, "best_of is 2, but must be at least n, which is 3"),
         ({"prompt": [2, 4096]}, "the prompt holds the id 4096"),
         ({"prompt": [[2], [2, -1]]}, "prompt 2 holds the id -1"),
         ({"prompt": [2, 10**30]}, "the prompt holds the id 1000"),
         ({"prompt": "", "add_special_tokens": False}, "the prompt has no tokens"),
-        ({"stop_token_ids": [4096]}, "stop_token_ids has (4096,)"),
-        ({"logit_bias": {"4096": 1}}, "logit_bias has [4096]"),
+        ({"stop_token_ids": [4095, 4096]}, "stop_token_ids has 4096, but"),
+        ({"logit_bias": {"4095": 1, "4096": 1}}, "logit_bias has 4096, but"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

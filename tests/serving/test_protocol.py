@@ -130,6 +130,7 @@ def test_what_is_said_of_two_fields_names_one():
 def test_the_engines_words_become_the_apis():
     error = in_terms_of_api("max_new_tokens is 0, but must be at least 1")
     assert (error.message, error.param) == ("max_tokens is 0, but must be at least 1", "max_tokens")
-    assert in_terms_of_api("logit_bias has [4096], but ids go").param == "logit_bias"
+    for what in ("the prompt", "prompt 3"):
+        assert in_terms_of_api(f"{what}: logit_bias has 4096, but ids go").param == "logit_bias"
     error = in_terms_of_api("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
