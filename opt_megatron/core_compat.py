@@ -115,7 +115,9 @@ def prepare_training() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}")
     # Core passes the writers' results through a manager process, which it spawns at every save; here the writers
     # are threads (training/checkpointing.py), and a queue within the process does.
-    filesystem_async._get_write_results_queue = queue.Queue
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # in 0.16, in 0.19
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, queue.Queue)
     if not torch.cuda.is_available():
         _let_schedules_run_on_cpu()
         _let_recomputation_run_on_cpu()
