@@ -290,8 +290,8 @@ def _threaded_strategy(background: bool) -> Any:
         results.put(gathered)
 
     class Threaded(TorchDistSaveShardedStrategy):
-        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> Any:
-            request = super()._get_save_and_finalize_callbacks(writer, planned)
+        def _get_save_and_finalize_callbacks(self, writer: Any, *planned: Any) -> Any:
+            request = super()._get_save_and_finalize_callbacks(writer, *planned)
             if request.async_fn is None:
                 return request
             transforms = [writer.transforms] if hasattr(writer, "transforms") else []
