@@ -29,6 +29,7 @@ from .evaluator import Evaluator
 from .scoring import Item
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+_SEARCH = ("num_beams", "length_penalty", "early_stopping")
 _WITHOUT_MEANING = ("do_sample", "until", "max_gen_toks")  # are looked at on their own
 
 
@@ -159,16 +160,17 @@ class OPTMegatronLM(TemplateLM):
 
     def _request(self, context: str, options: dict[str, Any]) -> Request:
         options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-        unknown = sorted(options.keys() - {*_SAMPLING, *_WITHOUT_MEANING})
+        unknown = sorted(options.keys() - {*_SAMPLING, *_SEARCH, *_WITHOUT_MEANING})
         if unknown:
-            raise UserError(f"the task wants {', '.join(unknown)} for its generation, which are not known here")
+            raise UserError(f"a task wants generation by {', '.join(unknown)}, which is not known here")
         new, sampled = options["max_gen_toks"], bool(options.get("do_sample"))
         room = self.max_length - new
         if room < 1:
             raise UserError(f"the task wants {new} new tokens, but the model has {self.max_length} positions")
         ids = self.tok_encode(context, add_special_tokens=False)
         prompt = (self.prefix_token_id, *ids[max(0, len(ids) - (room - 1)) :])
-        given = {name: options[name] for name in _SAMPLING if sampled and options.get(name) is not None}
+        names = (*_SEARCH, *(_SAMPLING if sampled else ()))
+        given = {name: options[name] for name in names if options.get(name) is not None}
         stop = tuple(text for text in options["until"] if text)
         params = SamplingParams(**{"temperature": 0.0, **given, "max_new_tokens": new, "stop": stop})
         return Request(prompt, params, self._tokenizer.stream)

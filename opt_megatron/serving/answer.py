@@ -91,6 +91,8 @@ class ChoiceWriter:
         self._prefix = prompt.text  # what comes before the first new text
         self._held: list[TokenEvent] = []  # the prompt's, until there is a new one
         self._has_logprobs = logprobs
+        self._prompt_length = len(prompt.text)
+        self._is_in_prompt = prompt.echoed
         self._decoder = model.tokenizer.stream()
         self._offset = 0 if prompt.echoed else len(prompt.text)
 
@@ -121,13 +123,16 @@ class ChoiceWriter:
             "tokens": [name(event.token) for event in events],
             "token_logprobs": [event.logprob for event in events],
             "top_logprobs": tops,
-            "text_offset": [self._next_offset(event.token) for event in events],
+            "text_offset": [self._next_offset(event) for event in events],
         }
 
-    def _next_offset(self, token: int) -> int:
+    def _next_offset(self, event: TokenEvent) -> int:
         """Where the token begins in the choice's text, in characters (of a half character, where it will stand)."""
+        if self._is_in_prompt and not event.is_prompt:  # the new text is decoded by itself, behind the whole prompt
+            self._is_in_prompt, self._offset = False, self._prompt_length
+            self._decoder = self._model.tokenizer.stream()
         begin = self._offset
-        self._offset += len(self._decoder.push(token))
+        self._offset += len(self._decoder.push(event.token))
         return begin
 
 

@@ -70,6 +70,7 @@ class WatchedQueue(RequestQueue):
 
     def wait(self, seconds: float) -> bool:
         """As RequestQueue's, but not for long: in between the engine sends a sign to the other ranks."""
+        self._on_look()  # what has ended since the last step
         self._begun = None
         try:
             return super().wait(min(seconds, _SECONDS_BETWEEN_SIGNS))

@@ -27,6 +27,8 @@ QUESTIONS = [
     ("loglikelihood_rolling", (LONG,)),
     ("generate_until", ("Once upon a time", {"until": ["."], "max_gen_toks": 40})),
     ("generate_until", ("The old woman said", {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False})),
+    ("generate_until", ("The king", {"until": ["\n\n"], "max_gen_toks": 12, "num_beams": 1})),
+    ("generate_until", ("The king", {"until": ["\n\n"], "max_gen_toks": 12, "num_beams": 3, "early_stopping": True})),
 ]
 
 
@@ -110,8 +112,8 @@ def log_likelihood(model, context: str, continuation: str) -> float:
 def test_generation_wants_options_that_are_known(ranks):
     from ranks import RankFailure
 
-    question = [("generate_until", ("Once", {"until": [], "num_beams": 3}))]
-    with pytest.raises(RankFailure, match="the task wants num_beams for its generation"):
+    question = [("generate_until", ("Once", {"until": [], "penalty_alpha": 0.6}))]
+    with pytest.raises(RankFailure, match="a task wants generation by penalty_alpha, which is not known here"):
         ranks(1).run(evaluation_jobs.lm_eval_answers, EMBEDDED_DIRECTORY, 1, 1, question)
 
 
