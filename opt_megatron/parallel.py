@@ -78,6 +78,12 @@ class ParallelContext:
         dist.broadcast_object_list(holder, src=LEADER, group=self.control_group)
         return holder[0]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank; picklable. Called on all ranks."""
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
     def broadcast_integers(self, values: torch.Tensor) -> None:
         """Fill the int64 CPU tensor `values` on every rank with the leader's."""
         dist.broadcast(values, src=LEADER, group=self.control_group)
@@ -250,9 +256,7 @@ def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    messages: list[str | None] = [None] * parallel.world_size
-    dist.all_gather_object(messages, message, group=parallel.control_group)
-    for rank, text in enumerate(messages):
+    for rank, text in enumerate(parallel.gather_objects(message)):
         if text is not None:
             others = f" (on rank {rank})" if rank else ""
             raise UserError(text + others)

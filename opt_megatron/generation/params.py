@@ -169,7 +169,7 @@ _FOREIGN_TO_CONTRASTIVE = {"temperature": 1, "n": 1, **_OF_SAMPLING}
 
 
 def _whole(name: str, value: Any) -> int:
-    _check(isinstance(value, Integral) and not isinstance(value, bool), name, _shown(value), "a whole number")
+    _check_kind(_is_whole(value), name, value, "a whole number")
     return int(value)
 
 
@@ -178,7 +178,7 @@ def _whole_or_none(name: str, value: Any) -> int | None:
 
 
 def _number(name: str, value: Any) -> float:
-    _check(isinstance(value, Real) and not isinstance(value, bool), name, _shown(value), "a number")
+    _check_kind(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
     try:
         number = float(value)
     except OverflowError:
@@ -187,20 +187,20 @@ def _number(name: str, value: Any) -> float:
 
 
 def _flag(name: str, value: Any) -> bool:
-    _check(isinstance(value, bool), name, _shown(value), "true or false")
+    _check_kind(isinstance(value, bool), name, value, "true or false")
     return value
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     good = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
-    _check(good, name, _shown(value), "a string or a list of strings")
+    _check_kind(good, name, value, "a string or a list of strings")
     return tuple(texts)
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    good = isinstance(value, Sequence) and all(isinstance(token, Integral) for token in value)
-    _check(good and not isinstance(value, str | bytes), name, _shown(value), "a list of ids")
+    good = isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(_is_whole, value))
+    _check_kind(good, name, value, "a list of ids")
     return tuple(map(int, value))
 
 
@@ -210,6 +210,15 @@ def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
         return tuple((_whole(name, token), _number(name, bias)) for token, bias in pairs)
     except (TypeError, ValueError, UserError):
         raise UserError(f"{name} is {_shown(value)}, but must be ids with a number each") from None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_kind(good: bool, name: str, value: Any, wanted: str) -> None:
+    if not good:  # before anything of the value is written: every request makes these checks
+        _check(good, name, _shown(value), wanted)
 
 
 def _shown(value: Any) -> str:

@@ -277,8 +277,7 @@ class OPT:
         if errors:
             known = isinstance(errors[0], UserError)
             mine = str(errors[0]) if known else f"a hook raised {type(errors[0]).__name__}: {errors[0]}"
-        messages: list[str | None] = [None] * self.parallel.world_size
-        dist.all_gather_object(messages, mine, group=self.parallel.control_group)
+        messages = self.parallel.gather_objects(mine)
         if errors:
             raise errors[0]
         told = next((message for message in messages if message is not None), None)

@@ -105,9 +105,19 @@ def attach(
     if place.stage(model.opt_config, parallel.pipeline_model_parallel_size) != parallel.pipeline_model_parallel_rank:
         return None
     module, is_input = _module(model, place)
+
+    def see(shown: Tensor) -> Tensor | None:
+        try:
+            replacement = hook(shown)
+            _check(place, shown, replacement)
+        except Exception as error:
+            errors.append(error)
+            return None
+        return replacement
+
     if place.part == WEIGHTS:
-        return module.register_forward_pre_hook(_watch_weights(place, collectives, hook, errors))
-    change = _changer(place, model.opt_config, parallel, collectives, hook, errors)
+        return module.register_forward_pre_hook(_watch_weights(collectives, see))
+    change = _changer(place, model.opt_config, parallel, collectives, see)
     if is_input:
         return module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
     return module.register_forward_hook(lambda _, inputs, output: _with_first(output, change))
@@ -134,12 +144,7 @@ def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _changer(
-    place: Place,
-    config: OPTConfig,
-    parallel: ParallelContext,
-    collectives: Collectives,
-    hook: Hook,
-    errors: list[Exception],
+    place: Place, config: OPTConfig, parallel: ParallelContext, collectives: Collectives, see: Hook
 ) -> Callable[[Tensor], Tensor]:
     """From the module's tensor [s, b, width on this rank] to what takes its place."""
     is_divided = place.part in (HEADS, NEURONS)
@@ -150,12 +155,7 @@ def _changer(
         whole = collectives.all_gather(local) if is_divided else local
         whole = whole.transpose(0, 1).clone()  # [b, s, width]
         shown = whole.unflatten(-1, (-1, config.head_dim)) if place.part == HEADS else whole
-        try:
-            replacement = hook(shown)
-            _check(place, shown, replacement)
-        except Exception as error:
-            errors.append(error)
-            return local
+        replacement = see(shown)
         if replacement is None:
             return local
         flat = replacement.to(local).reshape(whole.shape).transpose(0, 1)
@@ -165,22 +165,20 @@ def _changer(
 
 
 def _check(place: Place, shown: Tensor, replacement: Any) -> None:
-    if replacement is not None and (not isinstance(replacement, Tensor) or replacement.shape != shown.shape):
+    if replacement is None:
+        return
+    if place.part == WEIGHTS:
+        raise UserError(f"{place.name} can be read only: its hook must return None (change attention.heads)")
+    if not isinstance(replacement, Tensor) or replacement.shape != shown.shape:
         got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
         raise UserError(f"the hook at {place.name} returned {got}, but must return {tuple(shown.shape)} or None")
 
 
-def _watch_weights(
-    place: Place, collectives: Collectives, hook: Hook, errors: list[Exception]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watch_weights(collectives: Collectives, see: Hook) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         weights = attention_weights(*inputs[:2], module.softmax_scale)  # [b, heads of this rank, s, s]
         whole = collectives.all_gather(weights.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-        try:
-            if hook(whole) is not None:
-                raise UserError(f"{place.name} can be read only: its hook must return None (change attention.heads)")
-        except Exception as error:
-            errors.append(error)
+        see(whole)
 
     return watch
 

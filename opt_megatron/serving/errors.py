@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from starlette.responses import Response
@@ -42,6 +43,12 @@ class ApiError(Exception):
     def to_response(self) -> Response:
         """The answer. Escaped to ASCII: a message may quote what cannot be written as UTF-8."""
         return Response(json.dumps(self.to_json()), self.status, self.headers, "application/json")
+
+
+def field_of(message: str) -> str | None:
+    """The field that a sentence begins with ("n is 0, but ...", "prompt 2: logit_bias has ..."), if it does."""
+    match = re.match(r"(?:(?:the )?prompt(?: \d+)?: )?(\w+) (?:is|has) ", message)
+    return match[1] if match else None
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UserError
 from ..generation.params import SamplingParams
 from ..generation.request import Request
-from .errors import ApiError, bad_request
+from .errors import ApiError, bad_request, field_of
 from .protocol import CompletionBody, MetaseqBody, Prompt, Sampling
 from .served import ServedModel
 
@@ -102,9 +102,8 @@ async def _prepare(model: ServedModel, body: Sampling, prompt: Prompt, what: str
 def in_terms_of_api(message: str) -> ApiError:
     """A refusal of the engine with the API's names of options."""
     message = re.sub(r"\b\w+\b", lambda word: _NAMES.get(word[0], word[0]), message)
-    field = re.match(r"(?:(?:the )?prompt(?: \d+)?: )?(\w+) (?:is|has) ", message)
     code = "context_length_exceeded" if "positions" in message else None
-    return bad_request(message, field[1] if field else "prompt", code)
+    return bad_request(message, field_of(message) or "prompt", code)
 
 
 def _cut(model: ServedModel, body: Sampling, ids: list[int], bos: bool) -> list[int]:

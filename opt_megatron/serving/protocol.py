@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
-from .errors import ApiError, bad_request
+from .errors import ApiError, bad_request, field_of
 from .strict_json import parse_object
 
 MOST_CHOICES = 128  # of a prompt
@@ -226,6 +226,5 @@ def _told(error: ValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = re.sub(r"^\w+ should have", "must have", message).replace(" after validation", "")
     if not field:  # what is said of several fields begins with the one that is wrong
-        named = re.match(r"(\w+) is ", message)
-        return bad_request(message, named[1] if named else None)
+        return bad_request(message, field_of(message))
     return bad_request(f"{field}: {message}", field)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.atomic import flush
@@ -153,8 +152,7 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         on_all_ranks(self._parallel, writing.wait)
         writing.finalize()
-        entries = [None] * self._parallel.world_size
-        dist.all_gather_object(entries, writing.hashes(self._parallel.rank), group=self._parallel.control_group)
+        entries = self._parallel.gather_objects(writing.hashes(self._parallel.rank))
         merged = {name: entry for entry in entries for name, entry in (entry or {}).items()}
         on_all_ranks(self._parallel, lambda: self._publish(writing, merged) if self._parallel.is_leader else None)
         return writing.iteration

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
 import xxhash
 
 from ..parallel import ParallelContext
@@ -33,9 +32,7 @@ def newest_whole(
     Ranks share the hashing. `say` is told of every one that is passed over.
     """
     for _, path in parallel.broadcast_object(saved_checkpoints(directory)):
-        problems: list[str | None] = [None] * parallel.world_size
-        mine = damage(path, parallel.rank, parallel.world_size)
-        dist.all_gather_object(problems, mine, group=parallel.control_group)
+        problems = parallel.gather_objects(damage(path, parallel.rank, parallel.world_size))
         problem = next((text for text in problems if text), None)
         if problem is None:
             return path

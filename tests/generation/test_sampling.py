@@ -450,6 +450,8 @@ def test_a_truncated_history_is_one_that_never_went_further(prompt, output, data
         ({"temperature": 10**400}, "which is more than a number can be"),
         ({"echo": 1}, "echo is 1, but must be true or false"),
         ({"stop": [1]}, "stop is .1., but must be a string or a list of strings"),
+        ({"stop_token_ids": [True]}, "stop_token_ids is .True., but must be a list of ids"),
+        ({"stop_token_ids": "5"}, "stop_token_ids is .5., but must be a list of ids"),
         ({"stop_token_ids": 5}, "stop_token_ids is 5, but must be a list of ids"),
         ({"logit_bias": [1]}, "logit_bias is .1., but must be ids with a number each"),
         ({"n": 3, "best_of": 2}, "best_of is 2, but must be at least n, which is 3"),
