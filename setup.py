@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),
     package_data={
-        "opt_megatron": ["assets/*/*", "serving/assets/*", "evaluation/tasks/*", "research/README.md"],
+        "opt_megatron": ["assets/*/*", "serving/assets/*", "evaluation/tasks/*", "analysis/README.md"],
     },
     # The registry's package named "apex" is unrelated to NVIDIA's and must never stand here: NVIDIA's
     # Apex is found at run time when the user has built it (README, "On a GPU").

@@ -1,7 +1,7 @@
 """Run, convert, train, serve and study Meta's OPT language models on Megatron-core.
 
 Importing this package is cheap: torch and Megatron-core are imported by the modules that use them, and `OPT`
-(opt_megatron/research/README.md) when it is first asked for.
+(api.py) when it is first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .research import OPT
+    from .api import OPT
 
 __all__ = ["__version__", "OPT"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "OPT":
-        from .research import OPT
+        from .api import OPT
 
         return OPT
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -201,40 +201,6 @@ def check_dtype(name: str) -> None:
         raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
 
 
-def tensor_parallel_sizes(config: OPTConfig) -> list[int]:
-    """The sizes that divide the heads, the MLP and the vocabulary."""
-    sizes = (config.num_attention_heads, config.ffn_hidden_size, config.vocab_size)
-    return [n for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes)]
-
-
-def check_sizes(tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
-    """Raise UserError unless both sizes are at least 1."""
-    if tensor_model_parallel_size < 1 or pipeline_model_parallel_size < 1:
-        sizes = f"{tensor_model_parallel_size} x {pipeline_model_parallel_size}"
-        raise UserError(f"tensor x pipeline parallel size is {sizes}; both must be at least 1")
-
-
-def check_model_divides(config: OPTConfig, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
-    """Raise UserError, in one line with the numbers, unless the model divides by the layout."""
-    check_sizes(tensor_model_parallel_size, pipeline_model_parallel_size)
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    for size, what in (
-        (config.num_attention_heads, "attention heads"),
-        (config.ffn_hidden_size, "ffn_hidden_size"),
-        (config.vocab_size, "vocabulary rows"),
-    ):
-        if size % tp:
-            fitting = ", ".join(map(str, tensor_parallel_sizes(config)))
-            raise UserError(
-                f"tensor parallel size {tp} does not divide the model's {size} {what}: use one of {fitting}"
-            )
-    if config.num_layers % pp:
-        fitting = ", ".join(str(n) for n in range(1, config.num_layers + 1) if config.num_layers % n == 0)
-        raise UserError(
-            f"pipeline parallel size {pp} does not divide the model's {config.num_layers} layers: use one of {fitting}"
-        )
-
-
 def _positive(field: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{field} is {value}, but must be at least 1")

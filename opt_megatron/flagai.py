@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .checkpoint.formats import is_checkpoint
+from .checkpoint.formats.registry import is_checkpoint
 from .checkpoint.load import load_model, locate_on_all_ranks
-from .core_compat import prepare_megatron
 from .errors import UserError
-from .generation.engine import Engine
+from .generation.core.engine import Engine
 from .generation.request import Request
-from .generation.sampling import SamplingParams
-from .parallel import ParallelContext, current_context, init_parallel, seed_everything, shut_down_at_exit
+from .generation.sampling.sampler import SamplingParams
+from .parallel.context import ParallelContext, current_context, init_parallel, seed_everything, shut_down_at_exit
+from .parallel.core_compat import prepare_megatron
 from .tokenizer import OPTTokenizer
 
 __all__ = ["AutoLoader", "Predictor", "mpu"]

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint.formats import open_checkpoint
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.formats.registry import open_checkpoint
 from .checkpoint.load import load_model, locate_on_all_ranks
 from .checkpoint.locate import locate
-from .checkpoint.view import Checkpoint
 from .config import OPTConfig
 from .errors import CheckpointError, UserError
-from .parallel import ParallelContext, check_layout, on_all_ranks
+from .parallel.context import ParallelContext, on_all_ranks
+from .parallel.layout import check_layout
 from .tokenizer import OPTTokenizer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from opt_megatron.core_compat import prepare_megatron
+from opt_megatron.parallel.core_compat import prepare_megatron
 
 prepare_megatron()
 
@@ -22,7 +22,7 @@ from factory import random_model, save
 from ranks import RankPool
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
-from opt_megatron.parallel import ParallelContext, init_parallel
+from opt_megatron.parallel.context import ParallelContext, init_parallel
 
 torch.set_num_threads(1)  # these models gain nothing from more, and lose much where other processes are busy
 
@@ -62,3 +62,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
         made[name] = save(model, tmp_path_factory.mktemp(name)), model
     made["story"] = EMBEDDED_DIRECTORY, OPTForCausalLM.from_pretrained(EMBEDDED_DIRECTORY, dtype="float32").eval()
     return made
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of an indexed corpus: 300 documents of 10 to 89 tokens, of which the next is often the same again."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(tmp_path_factory.mktemp("corpus") / "random_text_document")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(300):
+        words = torch.randint(4, 516, (10 + number % 80,), generator=generator)
+        document = torch.cat([words.repeat_interleave(2)[:-1], torch.tensor([2])])
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of four layers as a Hugging Face directory."""
+    return save(random_model(num_hidden_layers=4), tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="session")
+def post_norm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One as 350m is."""
+    model = random_model(num_hidden_layers=4, do_layer_norm_before=False, word_embed_proj_dim=24)
+    return save(model, tmp_path_factory.mktemp("post"))

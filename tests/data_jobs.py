@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from opt_megatron.data.dataloader import Batches
+from opt_megatron.data.pretraining_dataset import DataOptions, build_datasets
 from opt_megatron.errors import UserError
-from opt_megatron.parallel import init_parallel
-from opt_megatron.training.batches import Batches
-from opt_megatron.training.pretraining_data import DataOptions, build_datasets
+from opt_megatron.parallel.context import init_parallel
 
 
 def digest_of_batches(options: DataOptions, steps: int) -> list[list[list[int]]] | str:

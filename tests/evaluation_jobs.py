@@ -9,11 +9,11 @@ from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.evaluation.evaluator import Evaluator
 from opt_megatron.evaluation.perplexity import Documents, Perplexity, perplexity
-from opt_megatron.evaluation.scoring import Item, Score, score
-from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.params import SamplingParams
+from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Request
-from opt_megatron.parallel import init_parallel
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
+from opt_megatron.model.scoring import Item, Score, score
+from opt_megatron.parallel.context import init_parallel
 from opt_megatron.pretrained import open_pretrained
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from opt_megatron.checkpoint.load import load_model
-from opt_megatron.collectives import Distributed, SharedMemory, tensor_parallel_collectives
 from opt_megatron.errors import UserError
-from opt_megatron.generation import engine as engine_module
-from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.memory import round_up
-from opt_megatron.generation.plan import BLOCK, Extent, Kind, Output, Row, Step
-from opt_megatron.generation.queue import RequestQueue
+from opt_megatron.generation.core import engine as engine_module
+from opt_megatron.generation.core.engine import Engine
+from opt_megatron.generation.core.kv_cache_allocator import round_up
+from opt_megatron.generation.core.model_runner import ModelRunner, carry_out
+from opt_megatron.generation.core.request_queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
-from opt_megatron.generation.runner import ModelRunner, carry_out
-from opt_megatron.generation.sampling import SamplingParams
-from opt_megatron.parallel import ParallelContext, init_parallel, on_all_ranks
+from opt_megatron.generation.sampling.sampler import SamplingParams
+from opt_megatron.generation.step import BLOCK, Extent, Kind, Output, Row, Step
+from opt_megatron.parallel.collectives import Distributed, SharedMemory, tensor_parallel_collectives
+from opt_megatron.parallel.context import ParallelContext, init_parallel, on_all_ranks
 
 
 def start(tp: int, pp: int) -> ParallelContext:
@@ -78,7 +78,7 @@ def sampled_tokens(directory: Path, tp: int, pp: int) -> list[tuple[int, ...]]:
 
 def bytes_read_by_rank(directory: Path, tp: int, pp: int) -> int:
     """Bytes that this rank's load read from the checkpoint."""
-    from opt_megatron.checkpoint.formats import open_checkpoint
+    from opt_megatron.checkpoint.formats.registry import open_checkpoint
     from opt_megatron.checkpoint.load import read_into
     from opt_megatron.model.opt_model import build_model
 
@@ -266,7 +266,7 @@ def context_facts(tp: int, pp: int) -> tuple[int, int, bool, bool, int]:
 
 def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: int) -> tuple[int, int, int]:
     """Bytes of this rank's parameters and KV cache, and bytes that loading read."""
-    from opt_megatron.checkpoint.formats import open_checkpoint
+    from opt_megatron.checkpoint.formats.registry import open_checkpoint
 
     parallel = start(tp, pp)
     checkpoint = open_checkpoint(directory)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opt_megatron.generation.engine import Engine
-from opt_megatron.generation.plan import Output, Step
-from opt_megatron.generation.sampling import SamplingParams, TokenHistory, choose
+from opt_megatron.generation.core.engine import Engine
+from opt_megatron.generation.sampling.sampler import SamplingParams, TokenHistory, choose
+from opt_megatron.generation.step import Output, Step
 
 HIDDEN_SIZE = 6
 
 
 class RuleModel:
-    """A Runner (`generation/runner.py`).
+    """A Runner (`generation/core/model_runner.py`).
 
     Args:
         vocabulary: tokens.

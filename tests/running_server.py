@@ -13,7 +13,7 @@ from typing import Any
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.config import OPTConfig
-from opt_megatron.generation.engine import Engine
+from opt_megatron.generation.core.engine import Engine
 from opt_megatron.serving.app import make_app
 from opt_megatron.serving.metrics import Metrics
 from opt_megatron.serving.served import ServedModel

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from opt_megatron.checkpoint.formats import open_checkpoint
-from opt_megatron.core_compat import prepare_training
-from opt_megatron.parallel import ParallelContext, init_parallel
+from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.parallel.context import ParallelContext, init_parallel
+from opt_megatron.parallel.core_compat import prepare_training
 
 prepare_training()
 
-from opt_megatron.training.batches import Batches  # noqa: E402
+from opt_megatron.data.dataloader import Batches  # noqa: E402
 from opt_megatron.training.checkpointing import Checkpoints, TrainingState  # noqa: E402
 from opt_megatron.training.objective import forward_backward  # noqa: E402
 from opt_megatron.training.saved import newest_whole  # noqa: E402

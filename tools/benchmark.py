@@ -1,6 +1,11 @@
 """Measure this project against transformers and CTranslate2, and the memory's limit (see --help)."""
 
-from opt_megatron.benchmark.command import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
+
+from benchmarks.command import main
 
 if __name__ == "__main__":
     main()

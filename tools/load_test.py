@@ -1,6 +1,11 @@
 """Put load on a running server and measure it (see --help)."""
 
-from opt_megatron.benchmark.load import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
+
+from benchmarks.load import main
 
 if __name__ == "__main__":
     main()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .blocks import whole
+from .checkpoint import Checkpoint
 from .manifest import read_manifest
-from .scatter import row_blocks, tensor_hash
-from .sources import dtype_name, same_bytes
-from .view import Checkpoint
+from .storage.blocks import whole
+from .storage.lazy_tensor import dtype_name, same_bytes
+from .write import row_blocks, tensor_hash
 
 
 @dataclass(frozen=True)

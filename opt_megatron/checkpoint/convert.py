@@ -11,17 +11,15 @@ from pathlib import Path
 
 import torch
 
-from ..config import OPTConfig, check_dtype, check_model_divides, check_sizes
+from ..config import OPTConfig, check_dtype
 from ..errors import CheckpointError, UserError, shorten
+from ..files import PartialDirectory, restore_interrupted
+from ..parallel.layout import check_model_divides, check_sizes
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
-from .atomic import PartialDirectory, restore_interrupted
-from .formats import is_checkpoint, open_checkpoint
-from .manifest import write_manifest
-from .megatron import TRACKER
-from .scatter import create_files, fill_files
-from .sources import dtype_name
-from .view import Checkpoint
-from .writers import (
+from .checkpoint import Checkpoint
+from .formats.megatron import TRACKER
+from .formats.registry import is_checkpoint, open_checkpoint
+from .formats.writers import (
     DtypeOf,
     OutputFile,
     flagai_files,
@@ -30,6 +28,9 @@ from .writers import (
     metaseq_files,
     pipeline_stages,
 )
+from .manifest import write_manifest
+from .storage.lazy_tensor import dtype_name
+from .write import create_files, fill_files
 
 FORMATS = ("megatron", "hf", "metaseq", "flagai")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..config import OPTConfig, check_dtype
 from ..errors import UserError
-from ..parallel import ParallelContext, on_all_ranks
-from .formats import open_checkpoint
+from ..parallel.context import ParallelContext, on_all_ranks
+from .checkpoint import Checkpoint
+from .formats.registry import open_checkpoint
 from .locate import locate
-from .table import Parameter, layers_of_stage, part_view, rank_block, stage_parameters
-from .view import Checkpoint
+from .parameter_mapping import Parameter, layers_of_stage, part_view, rank_block, stage_parameters
 
 
 def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:

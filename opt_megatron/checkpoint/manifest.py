@@ -10,7 +10,7 @@ from typing import Any
 from ..config import OPTConfig
 from ..errors import CheckpointError
 from ..version import __version__
-from .view import Checkpoint
+from .checkpoint import Checkpoint
 
 MANIFEST = "opt_megatron_manifest.json"
 

@@ -11,8 +11,8 @@ from .arguments import size_in_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..generation.engine import Engine
-    from ..parallel import ParallelContext
+    from ..generation.core.engine import Engine
+    from ..parallel.context import ParallelContext
 
 
 def add_engine(group: argparse._ArgumentGroup) -> None:
@@ -64,7 +64,7 @@ def make_engine(
         UserError: the draft model cannot be loaded, or does not fit.
     """
     from ..checkpoint.load import load_model, locate_on_all_ranks
-    from ..generation.engine import Engine
+    from ..generation.core.engine import Engine
 
     draft_model = None
     if args.draft_model is not None:

@@ -115,8 +115,8 @@ def _check_output(directory: Path, force: bool) -> None:
 
 
 def _write(directory: Path, report: dict[str, Any], force: bool) -> None:
-    from ..checkpoint.atomic import PartialDirectory
     from ..evaluation.report import to_markdown
+    from ..files import PartialDirectory
 
     with PartialDirectory(directory, {}, resume=False, fsync=False) as partial:
         text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     parallel = start_parallel(args)
     from ..evaluation.perplexity import perplexity
-    from ..parallel import on_all_ranks
+    from ..parallel.context import on_all_ranks
 
     # The file need not be there on other machines.
     texts = on_all_ranks(parallel, lambda: _read(args) if parallel.is_leader else [])

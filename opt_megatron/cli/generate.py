@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..config import OPTConfig
-    from ..generation.params import SamplingParams
     from ..generation.request import Request
+    from ..generation.sampling.sampling_params import SamplingParams
     from ..tokenizer import OPTTokenizer
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    from ..parallel import check_layout, check_seed, world_size_from_environment
+    from ..parallel.context import check_seed
+    from ..parallel.layout import check_layout, world_size_from_environment
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
@@ -67,10 +68,10 @@ def run(args: argparse.Namespace) -> None:
     parameters = sampling_params(args)
     check_engine_options(args)
 
-    from ..checkpoint.formats import open_checkpoint
+    from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.load import load_model, locate_on_all_ranks
     from ..checkpoint.locate import EMBEDDED_NAME
-    from ..parallel import init_parallel, on_all_ranks
+    from ..parallel.context import init_parallel, on_all_ranks
     from .output import show
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)

@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such checkpoint, or it is incomplete or damaged.
     """
-    from ..checkpoint.formats import open_checkpoint
+    from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.locate import locate
     from ..checkpoint.manifest import MANIFEST
-    from ..checkpoint.sources import dtype_name
+    from ..checkpoint.storage.lazy_tensor import dtype_name
 
     checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
     config = checkpoint.config
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_ranks(config: OPTConfig, dtype: str) -> None:
-    from ..checkpoint.planning import Workload, plan_ranks
-    from ..config import tensor_parallel_sizes
+    from ..checkpoint.memory_estimate import Workload, plan_ranks
+    from ..parallel.layout import tensor_parallel_sizes
 
     sizes = []
     for tp in [n for n in tensor_parallel_sizes(config) if n <= 16]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
 
 if TYPE_CHECKING:
-    from ..parallel import ParallelContext
+    from ..parallel.context import ParallelContext
     from ..pretrained import Pretrained
 
 TOY_NOTICE = (
@@ -34,7 +34,8 @@ def start_parallel(args: argparse.Namespace) -> ParallelContext:
         UserError: the layout does not fit the number of processes, or an argument is out of its range.
     """
     from ..config import check_dtype
-    from ..parallel import check_layout, check_seed, init_parallel, world_size_from_environment
+    from ..parallel.context import check_seed, init_parallel
+    from ..parallel.layout import check_layout, world_size_from_environment
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
@@ -51,7 +52,7 @@ def open_model(args: argparse.Namespace, parallel: ParallelContext, *, needs_tok
         UserError: of any kind; the same one on every rank.
     """
     from ..checkpoint.locate import EMBEDDED_NAME
-    from ..parallel import on_all_ranks
+    from ..parallel.context import on_all_ranks
     from ..pretrained import open_pretrained
 
     config = on_all_ranks(parallel, lambda: config_argument(args))

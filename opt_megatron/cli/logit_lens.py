@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args, output)
     parallel = start_parallel(args)
     pretrained = open_model(args, parallel)
-    from ..parallel import on_all_ranks
-    from ..research.logit_lens import draw, logit_lens
-    from ..research.opt import OPT
+    from ..analysis.logit_lens import draw, logit_lens
+    from ..api import OPT
+    from ..parallel.context import on_all_ranks
 
     opt = OPT(pretrained, pretrained.load_model(args.dtype, quantization=args.quantization), batch_size=1)
     lens = logit_lens(opt, opt.tokens(args.prompt))

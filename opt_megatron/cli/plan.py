@@ -10,7 +10,7 @@ from ..errors import UserError
 from .arguments import size_in_bytes
 
 if TYPE_CHECKING:
-    from ..checkpoint.planning import RankPlan
+    from ..checkpoint.memory_estimate import RankPlan
     from ..config import OPTConfig
 
 HELP = "print the memory that a model needs per rank on a layout, and which layouts fit"
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: the model does not divide by the sizes, or a number is out of its range.
     """
-    from ..checkpoint.planning import Workload, plan_ranks, smallest_layouts
-    from ..config import check_dtype, check_model_divides
+    from ..checkpoint.memory_estimate import Workload, plan_ranks, smallest_layouts
+    from ..config import check_dtype
+    from ..parallel.layout import check_model_divides
 
     check_dtype(args.dtype)
     config = _config(args.model)

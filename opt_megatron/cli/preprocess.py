@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..checkpoint.locate import locate
-    from ..training.preprocess import check_inputs, preprocess
+    from ..data.preprocess import check_inputs, preprocess
 
     if not args.output_prefix:
         raise UserError("--output-prefix is empty; is a shell variable unset?")

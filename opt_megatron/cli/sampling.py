@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..errors import UserError
-from ..generation.params import SamplingParams
+from ..generation.sampling.sampling_params import SamplingParams
 
 # Set by other means: FlagAI's order of filters, ids that the tokenizer knows.
 _NOT_OPTIONS = {"log_probabilities", "banned_tokens", "sentence_end_tokens"}

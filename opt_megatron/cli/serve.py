@@ -20,7 +20,7 @@ from .loading import add_model, open_model, start_parallel
 if TYPE_CHECKING:
     import socket
 
-    from ..parallel import ParallelContext
+    from ..parallel.context import ParallelContext
     from ..serving.served import ServedModel
     from ..serving.service import Limits
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             "30 s after it is told to end"
         )
 
-    from ..parallel import on_all_ranks
+    from ..parallel.context import on_all_ranks
     from ..serving.server import ignore_signals
 
     listener = on_all_ranks(parallel, lambda: _listen(args) if parallel.is_leader else None)

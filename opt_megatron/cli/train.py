@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    from ..parallel import check_layout, check_seed, world_size_from_environment
+    from ..parallel.context import check_seed
+    from ..parallel.layout import check_layout, world_size_from_environment
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     check_layout(None, tp, pp, world_size_from_environment())
@@ -110,15 +111,15 @@ def run(args: argparse.Namespace) -> None:
     _check_sources(args)
     recipe = _recipe(args)
 
-    from ..core_compat import prepare_training
-    from ..parallel import init_parallel
+    from ..parallel.context import init_parallel
+    from ..parallel.core_compat import prepare_training
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
     prepare_training()
-    from ..checkpoint.formats import open_checkpoint
+    from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.load import locate_on_all_ranks
     from ..checkpoint.locate import locate
-    from ..parallel import on_all_ranks
+    from ..parallel.context import on_all_ranks
     from ..tokenizer import has_tokenizer
     from ..training.session import train
 
@@ -254,7 +255,7 @@ def _number(args: argparse.Namespace, recipe: Recipe | None, name: str) -> Any:
 
 
 def _data(args: argparse.Namespace) -> Any:
-    from ..training.pretraining_data import DataOptions
+    from ..data.pretraining_dataset import DataOptions
 
     if args.data_path is None and args.train_data_path is None:
         return None

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; no output is left then.
     """
-    from ..training.tokenizer_training import train_tokenizer
+    from ..data.train_tokenizer import train_tokenizer
 
     if not args.output:
         raise UserError("--output is empty; is a shell variable unset?")

@@ -10,7 +10,7 @@ from ..errors import UserError, shorten
 from .arguments import add_config, config_argument
 
 if TYPE_CHECKING:
-    from ..checkpoint.view import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
 
 HELP = "compare a converted checkpoint with its manifest, or two checkpoints of any formats tensor by tensor"
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..checkpoint.compare import differences_between, differences_from_manifest
-    from ..checkpoint.formats import open_checkpoint
+    from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.locate import locate
     from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
 
@@ -74,7 +74,7 @@ def _compare_logits(first: Checkpoint, second: Checkpoint) -> bool:
     import torch
 
     from ..checkpoint.load import load_model
-    from ..parallel import init_parallel
+    from ..parallel.context import init_parallel
 
     parallel = init_parallel(device="cpu")
     length = min(64, first.config.max_position_embeddings, second.config.max_position_embeddings)

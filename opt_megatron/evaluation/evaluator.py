@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import UserError
-from ..generation.engine import Engine
+from ..generation.core.engine import Engine
 from ..generation.request import Completion, Request
 from ..model.opt_model import OPTModel
-from ..parallel import on_all_ranks
+from ..model.scoring import Item, Score, check_items, score
+from ..parallel.context import on_all_ranks
 from ..pretrained import Pretrained
-from .scoring import Item, Score, check_items, score
 
 T = TypeVar("T")
 _SCORE, _COMPLETE, _STOP = "score", "complete", "stop"

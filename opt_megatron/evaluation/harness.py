@@ -21,12 +21,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..generation.params import SamplingParams
 from ..generation.request import Request
-from ..parallel import init_parallel, world_size_from_environment
+from ..generation.sampling.sampling_params import SamplingParams
+from ..model.scoring import Item
+from ..parallel.context import init_parallel
+from ..parallel.layout import world_size_from_environment
 from ..pretrained import open_pretrained
 from .evaluator import Evaluator
-from .scoring import Item
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _SEARCH = ("num_beams", "length_penalty", "early_stopping")

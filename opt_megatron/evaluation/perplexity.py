@@ -22,9 +22,9 @@ from itertools import islice
 
 from ..errors import UserError
 from ..model.opt_model import OPTModel
-from ..parallel import ParallelContext
+from ..model.scoring import Item, score
+from ..parallel.context import ParallelContext
 from ..tokenizer import OPTTokenizer
-from .scoring import Item, score
 
 _BATCHES_AT_A_TIME = 64  # among which windows are sorted by length
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from ..config import OPTConfig
 from ..errors import UserError
-from .sampling import SamplingParams
+from .sampling.sampler import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "refused", "failed"]
 TopLogProbs = tuple[tuple[int, float], ...]

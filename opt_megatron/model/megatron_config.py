@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from ..config import LAYERNORM_EPSILON, OPTConfig
-from ..parallel import ParallelContext
+from ..parallel.context import ParallelContext
 
 
 def transformer_config(

@@ -10,9 +10,10 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from ..config import POSITION_OFFSET, OPTConfig
-from ..core_compat import cuda_calls_stay_on_cpu
 from ..errors import UserError
-from ..parallel import ParallelContext, check_layout
+from ..parallel.context import ParallelContext
+from ..parallel.core_compat import cuda_calls_stay_on_cpu
+from ..parallel.layout import check_layout
 from .attention import padding_mask_to_inputs
 from .embedding import Int8Embedding, Int8ProjectedOutputLayer, OPTEmbedding, ProjectedOutputLayer
 from .linear import DeferredWeight, Int8OutputLayer, OPTOutputLayer

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from ..generation.queue import RequestQueue
+from ..generation.core.request_queue import RequestQueue
 from ..generation.request import TokenEvent
 from .served import ServedModel
 

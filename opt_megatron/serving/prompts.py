@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..generation.params import SamplingParams
 from ..generation.request import Request
+from ..generation.sampling.sampling_params import SamplingParams
 from .errors import ApiError, bad_request, field_of
 from .protocol import CompletionBody, MetaseqBody, Prompt, Sampling
 from .served import ServedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import OPTConfig
-from ..generation.engine import Engine
+from ..generation.core.engine import Engine
 from ..tokenizer import OPTTokenizer
 from .errors import ApiError
 

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.atomic import flush
-from ..checkpoint.torch_dist import INDEX_FILE
-from ..core_compat import own_async_writer, prepare_training
+from ..checkpoint.formats.torch_dist import INDEX_FILE
 from ..errors import CheckpointError, UserError
-from ..parallel import ParallelContext, on_all_ranks
+from ..files import flush
+from ..parallel.context import ParallelContext, on_all_ranks
+from ..parallel.core_compat import own_async_writer, prepare_training
 from .optimizer import TrainingOptimizer
 from .saved import MANIFEST_FILE, file_entry, saved_checkpoints
 
@@ -331,7 +331,7 @@ def _sharded_state(
 
 
 def _index_of(path: Path) -> dict[str, Any]:
-    """Where each shard of each of the model's tensors stands: checkpoint/torch_dist.py reads this and no pickle."""
+    """Where each shard of each of the model's tensors is (read by checkpoint/formats/torch_dist.py)."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.table import (
+from ..checkpoint.parameter_mapping import (
     EMBEDDING,
     POSITIONS,
     canonical_shapes,
@@ -24,7 +24,7 @@ from ..checkpoint.table import (
 )
 from ..config import POSITION_OFFSET, OPTConfig
 from ..model.lora import adapted_layers
-from ..parallel import ParallelContext
+from ..parallel.context import ParallelContext
 from .recipe import INIT_STD
 
 _ROWS_PER_BLOCK = 64

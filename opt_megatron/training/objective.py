@@ -16,7 +16,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from .batches import MicroBatch
+from ..data.dataloader import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..parallel import ParallelContext
+from ..parallel.context import ParallelContext
 
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"iter_(\d{7,})")

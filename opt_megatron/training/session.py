@@ -23,22 +23,22 @@ from megatron.core.distributed import (
 )
 from torch import nn
 
-from ..checkpoint.formats import open_checkpoint
+from ..checkpoint.formats.registry import open_checkpoint
+from ..checkpoint.formats.torch_dist import LORA_FILE
 from ..checkpoint.load import locate_on_all_ranks, read_into
-from ..checkpoint.table import layers_of_stage, stage_parameters
-from ..checkpoint.torch_dist import LORA_FILE
+from ..checkpoint.parameter_mapping import layers_of_stage, stage_parameters
 from ..config import OPTConfig
-from ..core_compat import prepare_training
+from ..data.dataloader import SampleDataset, num_micro_batches
+from ..data.pretraining_dataset import DataOptions, build_datasets
 from ..errors import UserError
 from ..model.lora import LoRAOptions
 from ..model.opt_model import build_model
-from ..parallel import ParallelContext, on_all_ranks
+from ..parallel.context import ParallelContext, on_all_ranks
+from ..parallel.core_compat import prepare_training
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
-from .batches import SampleDataset, num_micro_batches
 from .checkpointing import Checkpoints, TrainingState
 from .initialize import initialize, initialize_factors
 from .optimizer import CPUOptimizer, MegatronOptimizer, OptimizerOptions, TrainingOptimizer
-from .pretraining_data import DataOptions, build_datasets
 from .progress import Progress
 from .recipe import INIT_STD
 from .run_directory import RunDirectory
@@ -283,7 +283,7 @@ def _enough_for_validation(
 def _supervised(
     settings: TrainingSettings, num_train: int, validates: bool
 ) -> tuple[SampleDataset, SampleDataset | None]:
-    from .supervised_data import SupervisedDataset
+    from ..data.supervised_dataset import SupervisedDataset
 
     if settings.tokenizer is None:
         raise UserError(

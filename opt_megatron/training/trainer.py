@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import OPTConfig
+from ..data.dataloader import Batches, SampleDataset
 from ..errors import UserError
-from ..parallel import ParallelContext
-from .batches import Batches, SampleDataset
+from ..parallel.context import ParallelContext
 from .checkpointing import Checkpoints, TrainingState
 from .objective import LossSum, forward_backward
 from .optimizer import StepOutcome, TrainingOptimizer

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from opt_megatron.checkpoint.formats import open_checkpoint
-from opt_megatron.checkpoint.pickles import MappedTensors
-from opt_megatron.checkpoint.torch_file import TensorHole, create
+from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.checkpoint.storage.torch_reader import MappedTensors
+from opt_megatron.checkpoint.storage.torch_writer import TensorHole, create
 from opt_megatron.config import RELEASED_SIZES
 
 PARTS, SHARDS, LAYERS, H, F, V = 8, 124, 96, 12288, 49152, 50272

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from opt_megatron.checkpoint.convert import Options, convert
-from opt_megatron.checkpoint.formats import open_checkpoint
+from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.checkpoint.formats.writers import pipeline_stages
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.checkpoint.manifest import MANIFEST, read_manifest
-from opt_megatron.checkpoint.writers import pipeline_stages
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import CheckpointError, UserError
 
@@ -128,7 +128,7 @@ def test_round_trips_of_random_models_lose_nothing(tmp_path_factory, data):
 
 def test_blocks_of_rows_do_not_change_the_result(tmp_path, monkeypatch):
     """Tensors larger than a block are copied in pieces; here a block is a row or two."""
-    from opt_megatron.checkpoint import scatter
+    from opt_megatron.checkpoint import write as scatter
 
     config = hf_config()
     tensors = random_tensors(config)
@@ -316,7 +316,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):
     """The second is refused up to the very end of the first, when the journal is gone and the disk is waited for."""
-    from opt_megatron.checkpoint import atomic
+    from opt_megatron import files as atomic
 
     refused, flush = [], atomic.flush
 

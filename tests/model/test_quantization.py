@@ -11,9 +11,9 @@ from factory import random_model, save
 from opt_megatron.checkpoint import load
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
-from opt_megatron.generation.engine import Engine
+from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling import SamplingParams
+from opt_megatron.generation.sampling.sampler import SamplingParams
 from opt_megatron.tokenizer import OPTTokenizer
 
 MODELS = ["pre-norm", "post-norm", "story"]

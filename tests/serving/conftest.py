@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from running_server import Running, running
 
-from opt_megatron.parallel import ParallelContext
+from opt_megatron.parallel.context import ParallelContext
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from running_server import SECONDS, TOKENIZER, running
 
 from opt_megatron.cli import main
 from opt_megatron.errors import UserError
-from opt_megatron.generation.branches import SamplingBranch
+from opt_megatron.generation.decoding.sequences import SamplingBranch
 from opt_megatron.serving.service import EngineStuck, Limits
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve.py"

@@ -13,13 +13,13 @@ import torch
 import training_jobs as jobs
 from ranks import RankPool
 
-from opt_megatron.checkpoint.formats import open_checkpoint
+from opt_megatron.checkpoint.formats.registry import open_checkpoint
 from opt_megatron.checkpoint.load import load_model
+from opt_megatron.data.pretraining_dataset import DataOptions
 from opt_megatron.errors import CheckpointError
 from opt_megatron.model.lora import LoRAOptions
-from opt_megatron.parallel import ParallelContext
+from opt_megatron.parallel.context import ParallelContext
 from opt_megatron.training.checkpointing import LATEST_FILE
-from opt_megatron.training.pretraining_data import DataOptions
 from opt_megatron.training.progress import METRICS_FILE
 from opt_megatron.training.saved import damage, saved_checkpoints
 from opt_megatron.training.schedule import Schedule

@@ -11,7 +11,7 @@ import torch
 import training_jobs as jobs
 from ranks import RankPool
 
-from opt_megatron.checkpoint.table import EMBEDDING, POSITIONS, canonical_shapes
+from opt_megatron.checkpoint.parameter_mapping import EMBEDDING, POSITIONS, canonical_shapes
 from opt_megatron.config import OPTConfig
 from opt_megatron.training.initialize import initial_values, normal_rows
 from opt_megatron.training.recipe import RECIPES

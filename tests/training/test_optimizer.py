@@ -11,7 +11,7 @@ import training_jobs as jobs
 from ranks import RankPool
 from torch import nn
 
-from opt_megatron.parallel import ParallelContext
+from opt_megatron.parallel.context import ParallelContext
 from opt_megatron.training.optimizer import CPUOptimizer, LossScale, OptimizerOptions
 
 

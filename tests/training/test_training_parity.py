@@ -12,7 +12,7 @@ import training_jobs as jobs
 from factory import random_model, save
 from ranks import RankPool
 
-from opt_megatron.checkpoint.table import layers_of_stage, part_view, rank_block, stage_parameters
+from opt_megatron.checkpoint.parameter_mapping import layers_of_stage, part_view, rank_block, stage_parameters
 from opt_megatron.config import OPTConfig
 from opt_megatron.training.initialize import initial_values
 from opt_megatron.training.schedule import Schedule

@@ -1,0 +1,105 @@
+"""One random model, in the form that each system reads: Hugging Face safetensors and CTranslate2's files.
+
+Runs in a child process, so that what making a model takes goes back before anything is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from opt_megatron.config import OPTConfig
+
+_WEIGHTS_SEED = 1234
+
+
+def model_directory(work_dir: Path, name: str, config: OPTConfig) -> Path:
+    """Where a model of this shape is kept; another shape under the same name has another place."""
+    values = json.dumps(config.to_hf(), sort_keys=True)
+    return work_dir / f"{name}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
+
+def huggingface_directory(model: Path) -> Path:
+    """The Hugging Face files, which this project and transformers read."""
+    return model / "hf"
+
+
+def ctranslate2_directory(model: Path, dtype: str) -> Path:
+    """CTranslate2's files in `dtype` ("float32" or "int8")."""
+    return model / f"ctranslate2-{dtype}"
+
+
+def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ...]) -> None:
+    """Make the random model and its conversions, as far as they are not there yet."""
+    target = huggingface_directory(model)
+    if not target.is_dir():
+        _finish(_save_random(config, _unfinished(target)), target)
+    for dtype in ctranslate2_dtypes:
+        converted = ctranslate2_directory(model, dtype)
+        if not converted.is_dir():
+            _finish(_convert(target, _unfinished(converted), dtype, config), converted)
+
+
+def _save_random(config: OPTConfig, target: Path) -> Path:
+    """transformers' own initialisation, with noise where it puts constants."""
+    import torch
+    from transformers import OPTConfig as HFConfig
+    from transformers import OPTForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(_WEIGHTS_SEED)
+    model = OPTForCausalLM(HFConfig.from_dict(config.replace(dtype="float32").to_hf()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # zeros and ones would hide an error in a bias or a norm
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        # Rows behind the tokenizer's last id are padding: this project never chooses them, and with these
+        # weights no other system does, since the best of fifty thousand logits is far above 0.
+        model.get_input_embeddings().weight[config.num_tokens :] = 0
+    model.save_pretrained(target)
+    return target
+
+
+def _convert(source: Path, target: Path, dtype: str, config: OPTConfig) -> Path:
+    from ctranslate2.converters import TransformersConverter
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    class Converter(TransformersConverter):
+        """CTranslate2 wants a vocabulary of strings, and a random model has no tokenizer to take it from."""
+
+        def load_tokenizer(self, tokenizer_class: type, name: str, **options: object) -> _NumberTokenizer:
+            return _NumberTokenizer(config)
+
+    Converter(str(source)).convert(str(target), quantization=dtype, force=True)
+    return target
+
+
+class _NumberTokenizer:
+    """As much of a tokenizer as the converter asks for: token 17 is called "17"."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        self.bos_token = str(config.bos_token_id)
+        self.eos_token = str(config.eos_token_id)
+        self.unk_token = "3"
+        self._size = config.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Name -> id."""
+        return {str(number): number for number in range(self._size)}
+
+
+def _unfinished(target: Path) -> Path:
+    """A place beside `target`: an interrupted run must not leave half a model that the next one takes."""
+    place = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _finish(place: Path, target: Path) -> None:
+    place.rename(target)

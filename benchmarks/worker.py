@@ -1,0 +1,159 @@
+"""Child processes: each holds one system with one model, and does what the parent says when it is its turn.
+
+with Worker("transformers", setup) as worker: ...
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from opt_megatron.errors import UserError
+
+from .peer import Setup
+
+_PATIENCE = 30  # seconds for a child to end by itself
+
+
+class Worker:
+    """A system in a process of its own, or in `setup.ranks` processes.
+
+    Args:
+        kinds: module and name of the table in which the system's class stands.
+    """
+
+    def __init__(self, system: str, setup: Setup, kinds: str = "peers:PEERS") -> None:
+        self._name = f"{system} ({setup.dtype})"
+        self._directory = tempfile.TemporaryDirectory(prefix="benchmark-ranks-")
+        store = Path(self._directory.name) / "store"
+        self._children = [
+            _Child(self._name, _serve_peer, system, replace(setup, rank=rank, store=store), kinds)
+            for rank in range(setup.ranks)
+        ]
+        self._answers()  # loaded
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call the system's method, on every rank at once, and return what the first gives."""
+        for child in self._children:
+            child.send((method, args))
+        return self._answers()[0]
+
+    def _answers(self) -> list[Any]:
+        return [child.answer() for child in self._children]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for child in self._children:
+            child.close(_PATIENCE if kind is None else 0)
+        self._directory.cleanup()
+
+
+def in_child(what: str, threads: int, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a fresh process with this many threads, which ends with it."""
+    child = _Child(what, _call_once, threads, function, args)
+    patience = 0
+    try:
+        value, patience = child.answer(), _PATIENCE
+        return value
+    finally:
+        child.close(patience)
+
+
+class _Child:
+    """A process with a pipe to it."""
+
+    def __init__(self, name: str, target: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would take the parent's memory and threads along
+        self._name = name
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, *args), daemon=True)
+        self._process.start()
+        theirs.close()  # or the pipe would outlive the child, and we would wait for a dead one
+
+    def send(self, message: Any) -> None:
+        self._pipe.send(message)
+
+    def answer(self) -> Any:
+        """What the child returns.
+
+        Raises:
+            UserError: it ended, or reports a mistake of the user's.
+            RuntimeError: it failed; with its traceback.
+        """
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError:
+            self._process.join(_PATIENCE)
+            code = self._process.exitcode
+            memory = ": most likely memory ran out" if code == -9 else ""
+            raise UserError(f"the process of {self._name} ended with code {code}{memory}") from None
+        if kind == "mistake":
+            raise UserError(f"{self._name}: {value}")
+        if kind == "failure":
+            raise RuntimeError(f"{self._name}:\n{value}")
+        return value
+
+    def close(self, patience: float) -> None:
+        """End it: by itself if it does so in this many seconds (it may be at work when something went wrong)."""
+        self._pipe.close()
+        self._process.join(patience)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+
+
+def _serve_peer(pipe: Connection, system: str, setup: Setup, kinds: str) -> None:
+    _settle_environment(setup.threads)
+    os.environ |= {"RANK": str(setup.rank), "LOCAL_RANK": str(setup.rank), "WORLD_SIZE": str(setup.ranks)}
+    if setup.ranks == 1:
+        del os.environ["WORLD_SIZE"]  # alone, this project needs no address to meet at
+    module, name = kinds.split(":")
+    kind = getattr(importlib.import_module(f"{__package__}.{module}"), name)[system]
+
+    def load() -> Any:
+        kind.prepare(setup)
+        return kind(setup)
+
+    peer = _answer(pipe, load, keep=True)
+    while peer is not None:
+        try:
+            method, args = pipe.recv()
+        except EOFError:
+            return
+        _answer(pipe, getattr(peer, method), *args)
+
+
+def _call_once(pipe: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _settle_environment(threads)
+    _answer(pipe, function, *args)
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], *args: Any, keep: bool = False) -> Any:
+    """Send what the function returns, or how it failed; with `keep`, return it instead and send that it is there."""
+    try:
+        value = function(*args)
+    except UserError as error:
+        pipe.send(("mistake", str(error)))
+    except Exception:
+        pipe.send(("failure", traceback.format_exc()))
+    else:
+        pipe.send(("value", None if keep else value))
+        return value
+
+
+def _settle_environment(threads: int) -> None:
+    """The same threads for every library; before any of them is imported, since they read it only then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
+    os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

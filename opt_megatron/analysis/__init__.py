@@ -1,0 +1,1 @@
+"""Interpretability methods that stand on `opt_megatron.OPT`: the logit lens."""

@@ -1,0 +1,91 @@
+"""The lazy view of a checkpoint that stands between every reader and every user of it.
+
+Readers make it; conversion, loading and verification read from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import OPTConfig
+from ..errors import CheckpointError, shorten
+from .parameter_mapping import canonical_shapes
+from .storage.blocks import Block, whole
+from .storage.lazy_tensor import Source
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint: its config and its canonical tensors, none of them read yet.
+
+    Attributes:
+        tensors: canonical name to source.
+        format: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
+        ranks: of a Megatron directory, each rank's name and what it holds.
+        derived: sentences about what of the config was derived because the files do not carry it.
+        bytes_read: bytes handed out so far, counted after slicing.
+    """
+
+    path: Path
+    format: str
+    config: OPTConfig
+    tensors: dict[str, Source]
+    derived: list[str] = field(default_factory=list)
+    ranks: list[tuple[str, str]] = field(default_factory=list)
+    bytes_read: int = 0
+
+    def read(self, name: str, block: Block | None = None) -> Tensor:
+        """One block of a canonical tensor.
+
+        Raises:
+            CheckpointError: the file turned out to be damaged.
+        """
+        try:
+            source = self.tensors[name]
+            tensor = source.fetch(whole(source.shape) if block is None else block)
+        except CheckpointError:
+            raise
+        except (RuntimeError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def release(self, name: str, block: Block) -> None:
+        """Let go of what reading a block has brought into memory."""
+        self.tensors[name].release(block)
+
+    def check_tensors(self) -> None:
+        """Compare names and shapes with the config.
+
+        Raises:
+            CheckpointError: lists the unknown, the missing and the misshapen tensors by name.
+        """
+        wanted = canonical_shapes(self.config)
+        missing = [name for name in wanted if name not in self.tensors]
+        unknown = [name for name in self.tensors if name not in wanted]
+        misshapen = [
+            f"{name} is {list(source.shape)}, the config says {list(wanted[name])}"
+            for name, source in self.tensors.items()
+            if name in wanted and source.shape != wanted[name]
+        ]
+        kinds = (torch.float32, torch.float16, torch.bfloat16)
+        strange = [f"{name} is {source.dtype}" for name, source in self.tensors.items() if source.dtype not in kinds]
+        problems = [
+            f"{len(names)} {what}: {shorten(names, 4)}"
+            for names, what in (
+                (missing, "missing"),
+                (unknown, "unknown"),
+                (misshapen, "misshapen"),
+                (strange, "of a dtype that OPT is not stored in"),
+            )
+            if names
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.path}: the tensors do not fit the config ({'; '.join(problems)}); "
+                "use the files and the config of one model"
+            )

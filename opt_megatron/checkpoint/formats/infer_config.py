@@ -1,0 +1,117 @@
+"""A config for files that carry none, from the shapes of their tensors and what else is known.
+
+Everything but the number of heads stands in the shapes. Heads come from a hint (metaseq's `cfg`, Megatron's
+`args`) or, for the released sizes, from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config import POSITION_OFFSET, RELEASED_SIZES, OPTConfig
+from ...errors import CheckpointError
+from ..parameter_mapping import EMBEDDING, PREFIX
+from ..storage.lazy_tensor import Source, dtype_name
+
+
+@dataclass
+class Hints:
+    """What files say of the model beside its tensors; None where they say nothing.
+
+    Attributes:
+        where: how messages call the place ("cfg.model").
+    """
+
+    where: str
+    num_attention_heads: int | None = None
+    dropout: float | None = None
+    attention_dropout: float | None = None
+    do_layer_norm_before: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def config_beside(path: Path) -> OPTConfig | None:
+    """What the config.json in a checkpoint's directory (or beside its one file) says; None where there is none.
+
+    Raises:
+        CheckpointError: there is one, and it cannot be read as an OPT's.
+    """
+    file = (path.parent if path.is_file() else path) / "config.json"
+    return OPTConfig.from_file(file) if file.is_file() else None
+
+
+def derive_config(tensors: Mapping[str, Source], hints: Hints) -> tuple[OPTConfig, list[str]]:
+    """A config that fits canonical tensors, and sentences about what was derived from what.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing, or nothing tells the number of heads.
+    """
+    rows, embed = _shape(tensors, "embed_tokens.weight")
+    positions, hidden = _shape(tensors, "embed_positions.weight")
+    ffn, _ = _shape(tensors, "layers.0.fc1.weight")
+    numbers = [name.removeprefix(f"{PREFIX}layers.").split(".")[0] for name in tensors if f"{PREFIX}layers." in name]
+    layers = 1 + max(int(number) for number in numbers if number.isdigit())
+    final_norm = f"{PREFIX}final_layer_norm.weight" in tensors
+    heads, source = _heads(layers, hidden, hints)
+    pre_norm = final_norm if hints.do_layer_norm_before is None else hints.do_layer_norm_before
+    config = OPTConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=ffn,
+        word_embed_proj_dim=embed,
+        vocab_size=rows,
+        max_position_embeddings=positions - POSITION_OFFSET,
+        # Where nothing else tells: of the released models only 350m has no final norm, and it is post-norm.
+        do_layer_norm_before=pre_norm,
+        has_final_layer_norm=final_norm,
+        dropout=_number(hints.dropout, 0.1),
+        attention_dropout=_number(hints.attention_dropout, 0.0),
+        dtype=dtype_name(tensors[EMBEDDING].dtype),
+    )
+    norm = "pre-norm" if pre_norm else "post-norm" + ("" if final_norm else ", since there is no final norm")
+    return config, [
+        f"sizes from the tensors' shapes: {layers} layers, hidden {hidden}, ffn {ffn}, vocabulary {rows}, "
+        f"{positions - POSITION_OFFSET} positions, {norm}",
+        f"{heads} attention heads from {source}",
+        *hints.notes,
+    ]
+
+
+def namespace_values(namespace: Any) -> dict[str, Any]:
+    """What an argparse.Namespace or a dictionary holds; nothing for anything else."""
+    if isinstance(namespace, Mapping):
+        return dict(namespace)
+    return dict(vars(namespace)) if type(namespace).__name__ == "Namespace" else {}
+
+
+def integer(values: Mapping[str, Any], name: str) -> int | None:
+    """A whole number out of an untrusted dictionary, or None."""
+    value = values.get(name)
+    return value if type(value) is int else None
+
+
+def _heads(layers: int, hidden: int, hints: Hints) -> tuple[int, str]:
+    if hints.num_attention_heads:
+        return hints.num_attention_heads, hints.where
+    for name, size in RELEASED_SIZES.items():
+        if (size.config.num_layers, size.config.hidden_size) == (layers, hidden):
+            return size.config.num_attention_heads, f"the table of released sizes ({name})"
+    raise CheckpointError(
+        f"nothing tells the number of attention heads of a model of {layers} layers and hidden size {hidden}: "
+        "give its config.json with --config"
+    )
+
+
+def _shape(tensors: Mapping[str, Source], name: str) -> tuple[int, int]:
+    source = tensors.get(PREFIX + name)
+    if source is None or len(source.shape) != 2:
+        raise CheckpointError(f"there is no config.json, and no matrix {name} to derive one from; give --config")
+    return source.shape[0], source.shape[1]
+
+
+def _number(value: Any, default: float) -> float:
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1 else default

@@ -1,0 +1,138 @@
+"""What a layout needs, computed from the config alone: nothing is allocated and no checkpoint is opened.
+
+Weights come from the same parameter table that loading uses. The rest is arithmetic, per rank:
+
+    KV cache       2 * layers * batch * context * hidden / T * bytes
+    activations    the largest moment of a forward pass over the whole context (prefill): residual,
+                   attention input and output, q k v, and the two halves of the MLP
+    logits         batch * vocabulary * 4, gathered in float32 on the last stage
+
+T = tensor parallel size. Attention scores are not counted: the kernels that are used never hold them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..config import BYTES_OF_DTYPE, OPTConfig
+from ..errors import UserError
+from ..parallel.layout import tensor_parallel_sizes
+from .parameter_mapping import canonical_shapes, layers_of_stage, rank_block, stage_parameters
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What runs: rows of the batch, tokens of a row at the most, and the name of everything's dtype."""
+
+    batch: int
+    context: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return BYTES_OF_DTYPE[self.dtype]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank holds. Sizes in bytes; `rows` are its rows of the vocabulary, None without embedding or head."""
+
+    tensor_rank: int
+    stage: int
+    layers: range
+    heads: range
+    vocabulary_rows: range | None
+    weights: int
+    kv_cache: int
+    activations: int
+    read_from_disk: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv_cache + self.activations
+
+
+def plan_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankPlan]:
+    """A plan for every rank, in the order of ranks.
+
+    Args:
+        stored: name of the dtype of the checkpoint's tensors, for what is read from the disk.
+
+    Raises:
+        UserError: the context is longer than the model's positions, or a number is below 1.
+    """
+    _check(config, workload)
+    return [_plan_rank(config, tp, pp, rank, stage, workload, stored) for stage in range(pp) for rank in range(tp)]
+
+
+def _plan_rank(config: OPTConfig, tp: int, pp: int, rank: int, stage: int, workload: Workload, stored: str) -> RankPlan:
+    layers = layers_of_stage(config.num_layers, pp, stage)
+    first, last = stage == 0, stage == pp - 1
+    shapes = canonical_shapes(config)
+    elements = 0
+    for row in stage_parameters(config, layers, first=first, last=last):
+        for name in row.canonical:
+            elements += math.prod(s.stop - s.start for s in rank_block(shapes[name], row.split, rank, tp))
+    rows = config.vocab_size // tp
+    heads = config.num_attention_heads // tp
+    return RankPlan(
+        tensor_rank=rank,
+        stage=stage,
+        layers=layers,
+        heads=range(rank * heads, (rank + 1) * heads),
+        vocabulary_rows=range(rank * rows, (rank + 1) * rows) if first or last else None,
+        weights=elements * workload.itemsize,
+        kv_cache=2 * len(layers) * workload.batch * workload.context * heads * config.head_dim * workload.itemsize,
+        activations=_activations(config, tp, workload, last=last),
+        read_from_disk=elements * BYTES_OF_DTYPE[stored],
+    )
+
+
+def _activations(config: OPTConfig, tp: int, workload: Workload, *, last: bool) -> int:
+    """The larger of a layer's attention half and its MLP half, beside the residual stream, and the logits."""
+    tokens, size = workload.batch * workload.context, workload.itemsize
+    h, f = config.hidden_size, config.ffn_hidden_size
+    attention = h + 3 * h // tp + h // tp + h // tp + h  # normalised input, q k v, scaled q, heads' output, projection
+    mlp = h + 2 * f // tp + h  # normalised input, before and after ReLU, projection
+    layer = tokens * size * (h + max(attention, mlp))
+    logits = workload.batch * config.vocab_size * (size + 4) if last else 0
+    return max(layer, logits)
+
+
+def smallest_layouts(
+    config: OPTConfig, workload: Workload, stored: str, device_memory: int, largest: int = 128
+) -> list[tuple[int, int, int]]:
+    """Layouts (T, P, bytes of the fullest rank) with the fewest ranks that fit, fewest pipeline stages first.
+
+    Args:
+        device_memory: bytes of one device that may be used.
+        largest: ranks at the most.
+    """
+    _check(config, workload)
+    stage_counts = [p for p in range(1, config.num_layers + 1) if config.num_layers % p == 0]
+    fitting = []
+    for t in tensor_parallel_sizes(config):
+        for p in stage_counts:
+            if t * p <= largest:
+                fullest = max(rank.total for rank in _ranks_that_differ(config, t, p, workload, stored))
+                if fullest <= device_memory:
+                    fitting.append((t * p, p, t, fullest))
+    fewest = min((ranks for ranks, *_ in fitting), default=0)
+    return [(t, p, fullest) for ranks, p, t, fullest in sorted(fitting) if ranks == fewest]
+
+
+def _ranks_that_differ(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankPlan]:
+    # Tensor ranks of a stage hold equally much, and so do the stages between the first and the last.
+    return [_plan_rank(config, tp, pp, 0, stage, workload, stored) for stage in sorted({0, pp // 2, pp - 1})]
+
+
+def _check(config: OPTConfig, workload: Workload) -> None:
+    if workload.batch < 1 or workload.context < 1:
+        raise UserError(f"batch {workload.batch} and context {workload.context} must be at least 1")
+    if workload.context > config.max_position_embeddings:
+        raise UserError(
+            f"a context of {workload.context} passes the model's {config.max_position_embeddings} positions"
+        )

@@ -1,0 +1,176 @@
+"""The parameter table: one row per Megatron module, what it is called elsewhere, and how it is split.
+
+Names, fusing and splitting are three separate things. Fusing happens in one place only: Megatron keeps
+q, k and v in one matrix, interleaved per attention head (T = tensor parallel ranks, d = head_dim):
+
+    canonical            q = [q0 q1 q2 q3]   k = [k0 k1 k2 k3]   v = [v0 v1 v2 v3]      4 heads of d rows
+    linear_qkv           [q0 k0 v0  q1 k1 v1  q2 k2 v2  q3 k3 v3]
+    T = 2, rank 0        [q0 k0 v0  q1 k1 v1]
+
+so a rank's part is made of contiguous rows of q, k and v, and splitting is a plain cut of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ..config import OPTConfig
+from .storage.blocks import Block, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "model.decoder."
+EMBEDDING = PREFIX + "embed_tokens.weight"
+POSITIONS = PREFIX + "embed_positions.weight"
+
+
+class Split(Enum):
+    """How one parameter is divided among tensor parallel ranks: the dimension that is cut."""
+
+    REPLICATED = None  # norms, positions, row-parallel biases, 350m's projections
+    COLUMN = 0  # embedding, attention input, fc1: weights and biases
+    ROW = 1  # attention output and fc2: weights only
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Megatron module: its names, and the split of its weight and bias (None: it has no bias)."""
+
+    megatron: str
+    canonical: tuple[str, ...]
+    weight: Split
+    bias: Split | None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a Megatron stage and the canonical tensors that it is made of (q, k, v, or one)."""
+
+    megatron: str
+    canonical: tuple[str, ...]
+    split: Split
+
+
+# fmt: off
+_FIRST_STAGE = (
+    Module("embedding.word_embeddings",     ("embed_tokens",),    Split.COLUMN,     None),
+    Module("embedding.position_embeddings", ("embed_positions",), Split.REPLICATED, None),
+)
+_LAYER = (
+    Module("self_attention.linear_qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                                                                  Split.COLUMN, Split.COLUMN),
+    Module("self_attention.linear_proj", ("self_attn.out_proj",), Split.ROW,    Split.REPLICATED),
+    Module("mlp.linear_fc1",             ("fc1",),                Split.COLUMN, Split.COLUMN),
+    Module("mlp.linear_fc2",             ("fc2",),                Split.ROW,    Split.REPLICATED),
+)
+_PRE_NORM = (
+    Module("input_layernorm",   ("self_attn_layer_norm",), Split.REPLICATED, Split.REPLICATED),
+    Module("pre_mlp_layernorm", ("final_layer_norm",),     Split.REPLICATED, Split.REPLICATED),
+)
+_POST_NORM = (  # 350m normalises after the residual add
+    Module("self_attn_bda.norm", ("self_attn_layer_norm",), Split.REPLICATED, Split.REPLICATED),
+    Module("mlp_bda.norm",       ("final_layer_norm",),     Split.REPLICATED, Split.REPLICATED),
+)
+_FINAL_NORM  = Module("decoder.final_layernorm", ("final_layer_norm",), Split.REPLICATED, Split.REPLICATED)
+_PROJECT_IN  = Module("embedding.word_embeddings.project_in", ("project_in",), Split.REPLICATED, None)
+_PROJECT_OUT = Module("output_layer.project_out", ("project_out",), Split.REPLICATED, None)
+_TIED_OUTPUT = Module("output_layer", ("embed_tokens",), Split.COLUMN, None)
+# fmt: on
+
+_SPLITS = {
+    (name, kind): split
+    for module in (*_FIRST_STAGE, *_LAYER)
+    for name in module.canonical
+    for kind, split in (("weight", module.weight), ("bias", module.bias))
+    if split is not None
+}
+# What metaseq calls modules whose canonical name differs; it also fuses k, v and q into qkv_proj.
+METASEQ_NAMES = {"layer_norm": "final_layer_norm", "project_in_dim": "project_in", "project_out_dim": "project_out"}
+
+
+def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: bool) -> list[Parameter]:
+    """The parameters of one pipeline stage, under Megatron's names (layer numbers start at 0 in a stage).
+
+    Args:
+        layers: the model's layers that this stage holds.
+        first: it is the first stage and holds the embedding.
+        last: it is the last and holds the output head, a second copy of the embedding unless also first.
+    """
+    modules: list[tuple[Module, str, str]] = []  # module, Megatron prefix, canonical prefix
+    if first:
+        modules += [(module, "", PREFIX) for module in _FIRST_STAGE]
+        modules += [(_PROJECT_IN, "", PREFIX)] if config.has_embedding_projection else []
+    for local, layer in enumerate(layers):
+        for module in _LAYER + (_PRE_NORM if config.do_layer_norm_before else _POST_NORM):
+            modules.append((module, f"decoder.layers.{local}.", f"{PREFIX}layers.{layer}."))
+    if last:
+        modules += [(_FINAL_NORM, "", PREFIX)] if config.has_final_layer_norm else []
+        modules += [(_PROJECT_OUT, "", PREFIX)] if config.has_embedding_projection else []
+        modules += [] if first else [(_TIED_OUTPUT, "", PREFIX)]
+    return [parameter for module in modules for parameter in _parameters(*module)]
+
+
+def canonical_shapes(config: OPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every canonical tensor of a model."""
+    h, f, w = config.hidden_size, config.ffn_hidden_size, config.word_embed_proj_dim
+    widths = {  # last part of a module's name: (rows, columns)
+        "embed_tokens": (config.vocab_size, w),
+        "embed_positions": (config.num_position_rows, h),
+        "project_in": (h, w),
+        "project_out": (w, h),
+        "fc1": (f, h),
+        "fc2": (h, f),
+    }
+
+    def shape(name: str) -> tuple[int, ...]:
+        module, kind = name.rsplit(".", 2)[-2:]
+        rows, columns = widths.get(module, (h, h))
+        return (rows,) if kind == "bias" or module.endswith("layer_norm") else (rows, columns)
+
+    whole = stage_parameters(config, range(config.num_layers), first=True, last=True)
+    return {name: shape(name) for parameter in whole for name in parameter.canonical}
+
+
+def split_of(name: str) -> Split:
+    """How model-parallel formats cut a canonical tensor, metaseq's and FlagAI's parts as Megatron's ranks."""
+    module, _, kind = name.removeprefix(PREFIX).rpartition(".")
+    return _SPLITS.get((module.split(".", 2)[2] if module.startswith("layers.") else module, kind), Split.REPLICATED)
+
+
+def layers_of_stage(num_layers: int, stages: int, stage: int) -> range:
+    """The layers of pipeline stage `stage` when all stages hold equally many."""
+    per_stage = num_layers // stages
+    return range(stage * per_stage, (stage + 1) * per_stage)
+
+
+def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> Block:
+    """The block of a canonical tensor that belongs to tensor parallel rank `rank` of `ranks`."""
+    block = list(whole(shape))
+    if split.value is not None:
+        size = shape[split.value] // ranks
+        block[split.value] = slice(rank * size, (rank + 1) * size)
+    return tuple(block)
+
+
+def part_view(parameter: Tensor, part: int, parts: int, head_dim: int) -> Tensor:
+    """The view of a Megatron tensor that holds its canonical part number `part`.
+
+    For `linear_qkv` that is q, k or v of every head: [heads, 3, d, ...][:, part]. Otherwise the tensor.
+    """
+    if parts == 1:
+        return parameter
+    return parameter.unflatten(0, (-1, parts, head_dim))[:, part]
+
+
+def _parameters(module: Module, megatron_prefix: str, canonical_prefix: str) -> Iterator[Parameter]:
+    for kind, split in (("weight", module.weight), ("bias", module.bias)):
+        if split is not None:
+            yield Parameter(
+                f"{megatron_prefix}{module.megatron}.{kind}",
+                tuple(f"{canonical_prefix}{name}.{kind}" for name in module.canonical),
+                split,
+            )

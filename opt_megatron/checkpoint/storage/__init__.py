@@ -1,0 +1,1 @@
+"""Tensor storage: lazy tensors over memory-mapped safetensors and torch.save files, and writing the latter."""

@@ -1,0 +1,255 @@
+"""Reading files that torch.save wrote, without running or importing anything that they name.
+
+The file is a zip archive of stored (not compressed) records: `data.pkl`, and one record for each storage.
+`pickle_machine.py` interprets the pickle; its tensors become views of the mapped file, made when they are
+read. (The format: torch/serialization.py and caffe2/serialize/inline_container.h.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from . import safe_unpickler as pickle_machine
+from .lazy_tensor import Source, TensorSource
+from .mmap import MappedFile
+
+_MAX_PICKLE_BYTES = 256 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a file that torch.save wrote by itself, as torch.distributed.checkpoint's files are made of."""
+
+    file: MappedFile
+    start: int
+    length: int
+
+
+class _PartFile(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, path: Path, part: Part) -> None:
+        self._file, self._part, self._at = path.open("rb"), part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.length}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._part.length - self._at))
+        self._file.seek(self._part.start + self._at)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class MappedTensors:
+    """What one file holds: its object, with a `FileTensor` for every tensor.
+
+    Args:
+        part: of the file, where it is not all of it.
+
+    Attributes:
+        content: the object that was saved.
+
+    Raises:
+        CheckpointError: the file is damaged, or of the format before torch 1.6.
+    """
+
+    def __init__(self, path: Path, part: Part | None = None) -> None:
+        self._file = MappedFile(path) if part is None else part.file
+        try:
+            with contextlib.nullcontext(path) if part is None else _PartFile(path, part) as source:
+                if not zipfile.is_zipfile(source):
+                    raise CheckpointError(
+                        f"{path}: is truncated, or not a file that torch.save wrote in the format of torch 1.6 or later"
+                    )
+                with zipfile.ZipFile(source) as archive:
+                    records = _Records(archive, self._file, 0 if part is None else part.start)
+                    self.content = pickle_machine.run(records.pickle(), _KNOWN, records.persistent_load)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
+            raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from None
+
+    def source(self, tensor: FileTensor) -> Source:
+        """A source over one of the content's tensors."""
+        return TensorSource(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
+
+    def model(self, whose: str) -> dict[str, Source]:
+        """The tensors under "model", where metaseq and Megatron-LM alike keep them.
+
+        Raises:
+            CheckpointError: there is no such dictionary, so the file is not one of `whose`.
+        """
+        model = self.content.get("model") if isinstance(self.content, dict) else None
+        if not isinstance(model, dict):
+            raise CheckpointError(f"{self._file.path}: has no 'model' dictionary, so it is not a {whose} checkpoint")
+        named = {name: value for name, value in model.items() if isinstance(name, str)}
+        return {name: self.source(value) for name, value in named.items() if isinstance(value, FileTensor)}
+
+
+@dataclass(eq=False)
+class Storage:
+    """A record of the archive that holds a tensor's elements.
+
+    Where its data begins stands in the record's own header, which is only read when the data is: a raw
+    checkpoint of 175B has 100,000 of them.
+    """
+
+    file: MappedFile
+    header_offset: int
+    num_elements: int
+    dtype: torch.dtype
+    _data_offset: int | None = None
+
+    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[stop - start] view of the file, or a copy where it does not lie as torch needs it."""
+        if self._data_offset is None:
+            header = self.file.tensor(self.header_offset, 30, torch.uint8).numpy().tobytes()
+            name_size, extra_size = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+            self._data_offset = self.header_offset + 30 + name_size + extra_size
+        count = (self.num_elements if stop is None else stop) - start
+        return self.file.tensor(self._data_offset + start * self.dtype.itemsize, count, self.dtype)
+
+
+@dataclass(eq=False)
+class FileTensor:
+    """A tensor in a file: torch's view of a storage, not yet mapped."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def values(self) -> Tensor:
+        """The tensor, as a view of the file."""
+        values = self.storage.values()
+        # as_strided counts from the start of the file's mapping, of which the storage is a part.
+        return values.as_strided(self.shape, self.stride, values.storage_offset() + self.offset)
+
+
+class _Records:
+    """The archive's records, found by name; none of them is ever extracted to the disk."""
+
+    def __init__(self, archive: zipfile.ZipFile, file: MappedFile, start: int) -> None:
+        self._archive = archive
+        self._file = file
+        self._start = start  # of the archive in the file
+        self._storages: dict[tuple[str, torch.dtype], Storage] = {}
+        self._entries = {entry.filename: entry for entry in archive.infolist()}
+        pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"{file.path}: holds {len(pickles)} data.pkl records instead of one")
+        self._prefix = pickles[0].removesuffix("data.pkl")
+        if self._entries.get(f"{self._prefix}byteorder") and self._bytes("byteorder", 16) != b"little":
+            raise CheckpointError(f"{file.path}: was saved on a big-endian machine")
+
+    def pickle(self) -> bytes:
+        """The skeleton."""
+        return self._bytes("data.pkl", _MAX_PICKLE_BYTES)
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """A storage that the pickle refers to: ("storage", type, record, location, elements)."""
+        kind, dtype, key, _, num_elements = pid
+        known = type(kind) is type(key) is str and kind == "storage" and isinstance(dtype, torch.dtype)
+        if not known or type(num_elements) is not int:
+            raise ValueError("a storage of an unknown kind")
+        if (key, dtype) not in self._storages:
+            self._storages[key, dtype] = self._storage(key, dtype, num_elements)
+        return self._storages[key, dtype]
+
+    def _storage(self, key: str, dtype: torch.dtype, num_elements: int) -> Storage:
+        """A storage's record, which lies within the file and is large enough."""
+        entry = self._entry(f"data/{key}")
+        size = num_elements * dtype.itemsize
+        header = self._start + entry.header_offset
+        if num_elements < 0 or size > entry.file_size or header + 30 + size > self._file.size:
+            raise CheckpointError(
+                f"{self._file.path}: is damaged or incomplete: storage {key} of {size:,} bytes is not all there"
+            )
+        return Storage(self._file, header, num_elements, dtype)
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
+        entry = self._entries.get(self._prefix + name)
+        if entry is None:
+            raise CheckpointError(f"{self._file.path}: has no record {name}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self._file.path}: record {name} is compressed, which torch.save never does")
+        return entry
+
+    def _bytes(self, name: str, limit: int) -> bytes:
+        entry = self._entry(name)
+        if entry.file_size > limit:
+            size = f"{entry.file_size:,} bytes; {limit:,} is the limit"
+            raise CheckpointError(f"{self._file.path}: record {name} has {size}")
+        return self._archive.read(entry)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> FileTensor:
+    """torch._utils._rebuild_tensor_v2, with its bounds checked."""
+    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
+        raise ValueError("a tensor without a storage, a size or a stride")
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+        raise ValueError("a tensor whose offset, size and stride are not numbers that belong together")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= storage.num_elements:
+        raise ValueError(f"a tensor that reaches to element {last} of a storage of {storage.num_elements}")
+    return FileTensor(storage, offset, size, stride)
+
+
+def _rebuild_parameter(data: Any, *unused: Any) -> Any:
+    """torch._utils._rebuild_parameter: the tensor itself."""
+    return data
+
+
+def _size(numbers: Any = ()) -> tuple:
+    """torch.Size as a plain tuple."""
+    return tuple(numbers)
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): _size,
+    ("collections", "OrderedDict"): pickle_machine.ordered_dict,
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("_codecs", "encode"): pickle_machine.latin1_bytes,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+}

@@ -1,0 +1,208 @@
+"""Filling output files from a checkpoint in bounded memory: one pass over the source, in blocks of rows.
+
+Every canonical tensor is read once, some rows at a time, hashed, cast where asked for, and written to every
+place that wants it. Memory holds a few blocks for each worker, whatever the model's size. Workers are
+threads: reading, casting, hashing and writing all happen outside the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ..errors import UserError
+from .checkpoint import Checkpoint
+from .formats.writers import OutputFile, StoredTensor
+from .storage.blocks import Block, whole
+from .storage.torch_writer import TensorHole, create
+
+# Measured on Linux 6.18, ext4: small enough that a block is still in the processor's cache when it is written.
+BLOCK_BYTES = 4 * 2**20
+# Larger writes make the kernel look for larger pages, and take between half and four times as long.
+_WRITE_BYTES = 2**18
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block of a canonical tensor goes: its rows lie one after the other from a byte of a file."""
+
+    path: Path
+    offset: int
+    block: Block
+    dtype: torch.dtype
+
+
+Places = dict[str, list[Place]]  # canonical name -> everywhere that its values are stored
+
+
+def create_files(directory: Path, files: list[OutputFile]) -> tuple[Places, bool]:
+    """Create every file with holes for its tensors, write the constants, and say where all else goes.
+
+    Returns:
+        The places, and whether every file was there before with the size that it has now.
+    """
+    places: Places = defaultdict(list)
+    complete = True
+    for file in files:
+        path = directory / file.path
+        size_before = path.stat().st_size if path.is_file() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        offsets = _create_torch(path, file) if file.kind == "torch" else _create_safetensors(path, file.tensors)
+        for stored, offset in zip(file.tensors, offsets, strict=True):
+            if stored.constant is not None:
+                _write_at(path, offset, stored.constant)
+            for part in stored.parts:
+                start = offset + part.start * stored.dtype.itemsize
+                places[part.name].append(Place(path, start, part.block, stored.dtype))
+        complete &= path.stat().st_size == size_before
+    return places, complete
+
+
+def _create_torch(path: Path, file: OutputFile) -> list[int]:
+    holes = {stored.name: TensorHole(stored.shape, stored.dtype) for stored in file.tensors}
+    offsets = create(path, file.wrap(holes))
+    return [offsets[id(holes[stored.name])] for stored in file.tensors]
+
+
+def _create_safetensors(path: Path, tensors: tuple[StoredTensor, ...]) -> list[int]:
+    """The format's header (8 bytes of length, then JSON), and a hole for all that follows it."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ends = [0]
+    for stored in tensors:
+        ends.append(ends[-1] + stored.num_bytes)
+        entry = {"dtype": _SAFETENSORS_NAMES[stored.dtype], "shape": stored.shape, "data_offsets": ends[-2:]}
+        header[stored.name] = entry
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path.touch()
+    with path.open("r+b") as file:  # what an interrupted run has filled in stays
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + ends[-1])
+    return [8 + len(encoded) + end for end in ends[:-1]]
+
+
+def _write_at(path: Path, offset: int, tensor: Tensor) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(_bytes_of(tensor))
+
+
+def fill_files(
+    checkpoint: Checkpoint,
+    places: Places,
+    *,
+    workers: int,
+    done: dict[str, str],
+    on_tensor: Callable[[str, str, int], None],
+    progress: Callable[[int], None],
+) -> None:
+    """Write every canonical tensor to its places.
+
+    Args:
+        done: hashes of tensors that are in place already and are passed over.
+        on_tensor: called in this thread with name, hash and bytes of each tensor that is complete.
+        progress: called with the number of bytes written since the last call, from any thread.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        OSError: a file cannot be written.
+    """
+    descriptors = {path: os.open(path, os.O_WRONLY) for path in {p.path for ps in places.values() for p in ps}}
+    try:
+        names = [name for name in checkpoint.tensors if name not in done]
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            futures = {pool.submit(_copy, checkpoint, n, places[n], descriptors, progress): n for n in names}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    digest, num_bytes = future.result()
+                    on_tensor(futures[future], digest, num_bytes)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _copy(
+    checkpoint: Checkpoint,
+    name: str,
+    places: list[Place],
+    descriptors: dict[Path, int],
+    progress: Callable[[int], None],
+) -> tuple[str, int]:
+    """One canonical tensor to all its places; returns the hash of its bytes in their dtype, and bytes written."""
+    digest, total = xxhash.xxh3_128(), 0
+    for first, values in row_blocks(checkpoint, name, places[0].dtype):
+        digest.update(_bytes_of(values))
+        written = sum(_write_rows(values, first, place, descriptors[place.path]) for place in places)
+        total += written
+        progress(written)
+    return digest.hexdigest(), total
+
+
+def _write_rows(values: Tensor, first: int, place: Place, descriptor: int) -> int:
+    """The rows of `values`, which begins at row `first`, that belong to a place; returns bytes written."""
+    rows, columns = place.block[0], place.block[1:]
+    start, stop = max(rows.start, first), min(rows.stop, first + len(values))
+    if start >= stop:
+        return 0
+    wanted = values[(slice(start - first, stop - first), *columns)]
+    content = _bytes_of(wanted)
+    row_bytes = wanted[0].numel() * place.dtype.itemsize
+    _pwrite(descriptor, content, place.offset + (start - rows.start) * row_bytes)
+    return len(content)
+
+
+def _pwrite(descriptor: int, content: memoryview, offset: int) -> None:
+    while len(content):
+        written = os.pwrite(descriptor, content[:_WRITE_BYTES], offset)
+        content, offset = content[written:], offset + written
+
+
+def row_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
+    """A canonical tensor in blocks of rows that fit BLOCK_BYTES: (first row, values), contiguous, in `dtype`."""
+    source = checkpoint.tensors[name]
+    row_bytes = max(1, torch.Size(source.shape[1:]).numel() * source.dtype.itemsize)
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for first in range(0, source.shape[0], step):
+        block = (slice(first, min(first + step, source.shape[0])), *whole(source.shape)[1:])
+        values = checkpoint.read(name, block)
+        yield first, _cast(values, dtype or source.dtype, name).contiguous()
+        checkpoint.release(name, block)
+
+
+def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values in another dtype.
+
+    Raises:
+        UserError: one of them is finite, and too large for it.
+    """
+    cast = values.to(dtype)
+    if dtype is torch.float16 and values.dtype is not dtype and (cast.isinf() & values.isfinite()).any():
+        largest = float(values[values.isfinite()].abs().max())
+        raise UserError(f"{name} holds {largest:.4g}, and float16 ends at 65504: use --dtype bfloat16 or float32")
+    return cast
+
+
+def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
+    """xxh3-128 of a canonical tensor's bytes, row by row and little-endian, whatever the files' layout."""
+    digest = xxhash.xxh3_128()
+    for _, values in row_blocks(checkpoint, name):
+        digest.update(_bytes_of(values))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())

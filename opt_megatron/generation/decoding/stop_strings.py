@@ -1,0 +1,135 @@
+"""Stop strings and regular expressions in a stream of text: found across token borders, never shown in part.
+
+The stream ends at the match that is complete first, and of several that are complete at the same character, at the
+one that begins first. So it does not matter in which pieces the text arrives: it is judged as if it came one
+character at a time. For regular expressions this means:
+
+- A match is taken as soon as there is one, also where more text could make it longer: `\\d+` ends at one digit.
+- What a pattern asks about the text after the match (`$`, `\\b`, a negative lookahead) is asked at the
+  end of the text so far: `foo\\b` matches the first three letters of "food", and `foo\\Bd` matches nothing.
+- What it asks about the text before (`^`, `\\b`, a lookbehind) is answered from the last `CONTEXT` characters shown.
+- Text is held back for as long as it may become a match, so `a.*b` holds back everything after an a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import regex
+
+from ...errors import UserError
+
+CONTEXT = 256
+_TIMEOUT_S = 1.0  # for one search, which takes microseconds unless the pattern backtracks without end
+_MOVES_START = regex.compile(r"(?<!\\)(?:\\\\)*\\K")
+
+Span = tuple[int, int]
+
+
+def compile_pattern(pattern: str) -> regex.Pattern:
+    """A regular expression that can end a stream.
+
+    Raises:
+        UserError: it is not one, or cannot be used so.
+    """
+    try:
+        compiled = regex.compile(pattern)
+        empty = compiled.search("", timeout=_TIMEOUT_S)
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        raise UserError(f"stop_regex {pattern!r} is not a regular expression: {error}") from error
+    if empty:
+        raise UserError(f"stop_regex {pattern!r} matches the empty string, so nothing would be generated")
+    if compiled.flags & regex.REVERSE:
+        raise UserError(f"stop_regex {pattern!r} searches backwards, which a stream cannot: leave out (?r)")
+    if _MOVES_START.search(pattern):  # what stands before \K would be let through before the match is complete
+        raise UserError(f"stop_regex {pattern!r} moves the start of the match: write a lookbehind instead of \\K")
+    return compiled
+
+
+class StopScanner:
+    """Lets text through except what may yet become a stop string.
+
+    Args:
+        stops: strings, none of them empty.
+        patterns: regular expressions, none of which matches the empty string.
+        include_stop: show the match too.
+
+    Raises:
+        UserError: a pattern cannot be used, or takes too long (from `push`).
+    """
+
+    def __init__(self, stops: Sequence[str], patterns: Sequence[str] = (), include_stop: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._patterns = [compile_pattern(pattern) for pattern in patterns]
+        self._include_stop = include_stop
+        self._reset()
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that can be shown now, and whether the end was reached (text before it is still shown)."""
+        known = len(self._text)
+        self._text += text
+        match = self._find(known)
+        if match:
+            start, end = match
+            shown = self._text[self._shown : end if self._include_stop else start]
+            self._reset()
+            return shown, True
+        return self._release(min([len(self._text) - self._possible_start(), *self._begins])), False
+
+    def flush(self) -> str:
+        """What was held back and turned out not to be a stop string."""
+        text = self._text[self._shown :]
+        self._reset()
+        return text
+
+    def _reset(self) -> None:
+        self._text = ""  # the last that was shown, for context, and what is held back
+        self._shown = 0  # where the latter begins
+        self._begins = [0] * len(self._patterns)  # where each pattern's match could begin
+
+    def _release(self, end: int) -> str:
+        """Show the text up to `end`."""
+        shown = self._text[self._shown : end]
+        dropped = max(end - CONTEXT, 0)
+        self._text = self._text[dropped:]
+        self._shown = end - dropped
+        self._begins = [begin - dropped for begin in self._begins]
+        return shown
+
+    def _find(self, known: int) -> Span | None:
+        """The match that is complete first, the text up to `known` having been searched."""
+        spans = []
+        for stop in self._stops:
+            start = self._text.find(stop, self._shown)
+            if start >= 0:
+                spans.append((start, start + len(stop)))
+        first_end = min((end for _, end in spans), default=len(self._text))
+        for end in range(known + 1, first_end + 1 if self._patterns else 0):
+            matches = [span for index in range(len(self._patterns)) if (span := self._search(index, end))]
+            if matches:
+                return min(matches + [span for span in spans if span[1] == end])
+        return min((span for span in spans if span[1] == first_end), default=None)
+
+    def _search(self, index: int, end: int) -> Span | None:
+        """A pattern's match in the text up to `end`; without one, remember where it could begin."""
+        pattern, begin = self._patterns[index], self._begins[index]
+        try:
+            match = pattern.search(self._text, begin, end, partial=True, timeout=_TIMEOUT_S)
+        except TimeoutError:
+            raise UserError(
+                f"stop_regex {pattern.pattern!r} took more than {_TIMEOUT_S:g} s for one search: write it without "
+                "repetitions inside repetitions"
+            ) from None
+        if match and not match.partial:
+            return match.span()
+        self._begins[index] = match.start() if match else end
+        return None
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(self._text) - self._shown), 0, -1):
+            end = self._text[len(self._text) - size :]
+            if any(stop.startswith(end) for stop in self._stops):
+                return size
+        return 0

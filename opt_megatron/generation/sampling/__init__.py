@@ -1,0 +1,1 @@
+"""Sampling: the options of a request, the logits processors, and the choice of a token."""

@@ -1,0 +1,129 @@
+"""The forward pass of generation: the same modules without what inference has no use for.
+
+GPTModel's forward is made for whole batches of sequences with gradients. Here the tokens of a step stand in
+one row [T, H], whatever requests they belong to: prompts need no padding, decoding rows and pieces of
+prompts share a product, and a layer is twelve calls of torch. Attention alone knows of requests, through the
+cache (`generation/core/kv_cache.py`).
+
+T = tokens of the step, H = hidden_size, n = attention heads of this rank, d = head_dim, V = vocabulary rows
+of this rank, R = tokens whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from ..config import POSITION_OFFSET
+from ..parallel.collectives import tensor_parallel_collectives
+from ..parallel.context import ParallelContext
+from .opt_model import OPTModel
+
+
+class Attention(Protocol):
+    """What a layer asks of the cache."""
+
+    def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
+        """Store the keys and values of [T, n, 3, d], and return what the queries see, [T, n * d]."""
+
+
+Attend = Callable[[int, Tensor], Tensor]
+
+
+class InferenceModel:
+    """Runs the model's part on this rank, step by step.
+
+    Args:
+        model: is prepared for inference: its weights become products.
+    """
+
+    def __init__(self, model: OPTModel, parallel: ParallelContext) -> None:
+        model.prepare_inference()
+        self.collectives = tensor_parallel_collectives(parallel)
+        self._model = model
+        self._all_reduce = self.collectives.all_reduce
+        heads = model.opt_config.num_attention_heads // parallel.tensor_model_parallel_size
+        self._head_shape = (heads, 3, model.opt_config.head_dim)  # Megatron's order within linear_qkv
+        self._run_layer = self._pre_norm if model.opt_config.do_layer_norm_before else self._post_norm
+        bind = _bind_pre_norm if model.opt_config.do_layer_norm_before else _bind_post_norm
+        self._layers = [bind(layer) for layer in model.decoder.layers]
+        final_norm = model.decoder.final_layernorm
+        self._final_norm = None if final_norm is None else _bound_norm(final_norm)
+        self.num_layers = len(self._layers)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions [T] -> [T, H]; on the first pipeline stage."""
+        embedding = self._model.embedding
+        rows = self._all_reduce(embedding.word_embeddings.local_rows(tokens))
+        return embedding.word_embeddings.project(rows) + embedding.position_embeddings(positions + POSITION_OFFSET)
+
+    @torch.inference_mode()
+    def run_layers(self, hidden: Tensor, cache: Attention) -> Tensor:
+        """[T, H] -> [T, H] through the layers of this stage, and the final norm behind the last."""
+        run_layer, attend = self._run_layer, cache.attend
+        for number, layer in enumerate(self._layers):
+            hidden = run_layer(hidden, layer, attend, number)
+        return hidden if self._final_norm is None else self._final_norm(hidden)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, V] in float32; on the last pipeline stage."""
+        return self._model.output_layer.infer(hidden).float()
+
+    def _pre_norm(self, x: Tensor, layer: _Layer, attend: Attend, number: int) -> Tensor:
+        query_key_value = layer.qkv(layer.attention_norm(x)).unflatten(-1, self._head_shape)
+        x = self._all_reduce(layer.projection(attend(number, query_key_value), x))
+        return self._all_reduce(layer.narrow(layer.widen(layer.mlp_norm(x), relu=True), x))
+
+    def _post_norm(self, x: Tensor, layer: _Layer, attend: Attend, number: int) -> Tensor:
+        query_key_value = layer.qkv(x).unflatten(-1, self._head_shape)
+        x = layer.attention_norm(self._all_reduce(layer.projection(attend(number, query_key_value), x)))
+        return layer.mlp_norm(self._all_reduce(layer.narrow(layer.widen(x, relu=True), x)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A TransformerLayer's functions, looked up once: modules look attributes up in three tables each time."""
+
+    attention_norm: Callable[[Tensor], Tensor]
+    qkv: Callable[[Tensor], Tensor]
+    projection: Callable[[Tensor, Tensor], Tensor]
+    mlp_norm: Callable[[Tensor], Tensor]
+    widen: Callable[..., Tensor]
+    narrow: Callable[[Tensor, Tensor], Tensor]
+
+
+def _bind_pre_norm(layer: TransformerLayer) -> _Layer:
+    return _bind(layer, layer.input_layernorm, layer.pre_mlp_layernorm)
+
+
+def _bind_post_norm(layer: TransformerLayer) -> _Layer:
+    return _bind(layer, layer.self_attn_bda.norm, layer.mlp_bda.norm)
+
+
+def _bind(layer: TransformerLayer, attention_norm: nn.Module, mlp_norm: nn.Module) -> _Layer:
+    return _Layer(
+        _bound_norm(attention_norm),
+        layer.self_attention.linear_qkv.infer,
+        layer.self_attention.linear_proj.infer,
+        _bound_norm(mlp_norm),
+        layer.mlp.linear_fc1.infer,
+        layer.mlp.linear_fc2.infer,
+    )
+
+
+def _bound_norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    if not isinstance(module, nn.LayerNorm):  # Apex's or TransformerEngine's
+        return module
+    return partial(_norm, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
+def _norm(shape: tuple[int, ...], weight: Tensor, bias: Tensor, epsilon: float, x: Tensor) -> Tensor:
+    return torch.layer_norm(x, shape, weight, bias, epsilon)

@@ -1,0 +1,184 @@
+"""Log-likelihoods of continuations on any layout, in batches of items that are about as long.
+
+Whole sequences go through the model's ordinary forward pass, which also runs once an engine has prepared the
+model. Logits are made for the scored tokens alone, some rows at a time, and stay divided over the tensor
+parallel ranks: what passes between them is four numbers a token.
+
+R = scored tokens of a batch, V = vocabulary rows of this tensor parallel rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import OPTConfig
+from ..errors import UserError
+from ..parallel.collectives import Collectives, tensor_parallel_collectives
+from ..parallel.context import ParallelContext
+from .full_forward import local_logits, stage_forward
+from .opt_model import OPTModel
+
+_MOST_LOGITS = 2**24  # numbers at a time: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Item:
+    """A continuation to score.
+
+    Attributes:
+        context: ids before it, BOS included; at least one.
+        continuation: ids whose log-likelihood is wanted; at least one.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """What the model reads: all but the last id, after which nothing is asked."""
+        return (self.context + self.continuation)[:-1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says of a continuation.
+
+    Attributes:
+        logprobs: natural log-probability of each of its tokens.
+        is_greedy: each of them is the likeliest one (of equal ones that with the lowest id).
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """Natural log-likelihood of the whole continuation."""
+        return math.fsum(self.logprobs)
+
+
+def check_items(items: Sequence[Item], config: OPTConfig) -> None:
+    """Raise UserError, which counts the items from 1, unless the model can score them all."""
+    for number, item in enumerate(items, 1):
+        _check_item(item, config.max_position_embeddings, config.vocab_size, f"text {number}")
+
+
+def _check_item(item: Item, positions: int, vocab_size: int, what: str) -> None:
+    if not item.context or not item.continuation:
+        raise UserError(f"{what}: context and continuation must have a token each, BOS being the least context")
+    strange = [token for token in item.context + item.continuation if not 0 <= token < vocab_size]
+    if strange:
+        raise UserError(f"{what} holds the id {strange[0]}, but ids go from 0 to {vocab_size - 1}")
+    if len(item.fed) > positions:
+        raise UserError(
+            f"{what} has {len(item.fed) + 1} tokens with BOS, and a model with {positions} positions scores "
+            f"{positions + 1} at the most: shorten it"
+        )
+
+
+def score(
+    model: OPTModel,
+    parallel: ParallelContext,
+    items: Sequence[Item],
+    *,
+    batch_size: int = 8,
+    num_tokens: int | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[Score]:
+    """Score items; called on every rank with the same ones, and the result is there on every rank.
+
+    The longest come first, so that what does not fit into memory fails at once. What is fed for several items
+    (one-token answers to a question) is computed once.
+
+    Args:
+        batch_size: sequences in a pass; it changes rounding alone.
+        num_tokens: ids from this one on are vocabulary padding and have no probability; default: the config's.
+        on_batch: told how many items a finished batch had.
+
+    Raises:
+        UserError: an item does not fit the model, or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be at least 1")
+    config = model.opt_config
+    check_items(items, config)
+    order = sorted(range(len(items)), key=lambda index: (-len(items[index].fed), items[index].fed))
+    ordered = [items[index] for index in order]
+    sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.fed)]
+    collectives = tensor_parallel_collectives(parallel)
+    num_tokens = min(num_tokens or config.num_tokens, config.num_tokens)
+    results: list[Tensor] = []
+    for begin in range(0, len(sequences), batch_size):
+        batch = sequences[begin : begin + batch_size]
+        results.append(_score_batch(model, parallel, collectives, batch, num_tokens))
+        if on_batch:
+            on_batch(sum(map(len, batch)))
+    scores = _scores(ordered, _from_last_stage(parallel, results, ordered))
+    return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
+
+
+@torch.inference_mode()
+def _score_batch(
+    model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[list[Item]], num_tokens: int
+) -> Tensor:
+    """[R, 2]: log-probability and whether it is the likeliest token; empty but on the last stage.
+
+    Args:
+        batch: for each sequence the items that feed it.
+    """
+    fed = [alike[0].fed for alike in batch]
+    padding = model.opt_config.pad_token_id  # is looked at by nobody: what is asked about stands to its left
+    tokens = torch.tensor([ids + (padding,) * (len(fed[0]) - len(ids)) for ids in fed])  # the longest is the first
+    hidden = stage_forward(model, parallel, tokens.to(parallel.device))
+    if not parallel.is_last_stage:
+        return torch.empty(0, 2)
+    items = [(row, item) for row, alike in enumerate(batch) for item in alike]
+    asked = [hidden[len(item.context) - 1 : len(fed[row]), row] for row, item in items]
+    targets = torch.tensor([token for _, item in items for token in item.continuation], device=parallel.device)
+    rows = torch.cat(asked)
+    vocab_rows = model.opt_config.vocab_size // parallel.tensor_model_parallel_size
+    first, size = parallel.tensor_model_parallel_rank * vocab_rows, max(1, _MOST_LOGITS // vocab_rows)
+    parts = [
+        _log_probabilities(local_logits(model, some), own, first, num_tokens, collectives)
+        for some, own in zip(rows.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(parts).cpu()
+
+
+def _log_probabilities(local: Tensor, targets: Tensor, first: int, num_tokens: int, collectives: Collectives) -> Tensor:
+    """[R, 2] of logits [R, V], whose first column is the id `first`, and targets [R]."""
+    local = local[:, : max(0, num_tokens - first)]
+    if local.size(1) == 0:  # this rank has nothing but padding
+        local = torch.full((len(targets), 1), -torch.inf, device=local.device)
+    mine = (targets >= first) & (targets < first + local.size(1))
+    column = (targets - first).where(mine, 0)[:, None]
+    own = local.gather(1, column)[:, 0].masked_fill(~mine, -torch.inf)
+    best, index = local.max(-1)
+    every = collectives.all_gather(torch.stack((local.logsumexp(-1), own, best, (index + first).float()), dim=-1))
+    sums, owns, bests, ids = every.unflatten(-1, (-1, 4)).unbind(-1)  # each [R, ranks]
+    winner = bests.argmax(-1, keepdim=True)  # the first, hence the lowest ids, of equal ones
+    is_best = ids.gather(1, winner)[:, 0] == targets
+    return torch.stack((owns.amax(-1) - sums.logsumexp(-1), is_best.float()), dim=-1)
+
+
+def _from_last_stage(parallel: ParallelContext, results: list[Tensor], items: Sequence[Item]) -> Tensor:
+    """The rows of all batches, on every rank."""
+    rows = torch.cat(results) if results else torch.empty(0, 2)
+    if parallel.pipeline_model_parallel_size == 1:
+        return rows
+    if not parallel.is_last_stage:
+        rows = torch.empty(sum(len(item.continuation) for item in items), 2)
+    dist.broadcast(rows, src=parallel.logits_rank, group=parallel.control_group)
+    return rows
+
+
+def _scores(items: Sequence[Item], rows: Tensor) -> list[Score]:
+    parts = rows.split([len(item.continuation) for item in items]) if items else ()
+    return [Score(tuple(part[:, 0].tolist()), bool(part[:, 1].all())) for part in parts]

@@ -1,0 +1,1 @@
+"""Ranks and process groups: their context, which layouts fit a model, collectives, and Megatron-core's patches."""

@@ -1,0 +1,264 @@
+"""Starting torch.distributed and Megatron's groups: the one module that asks what device and backend there is.
+
+    parallel = init_parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, seed=1234)
+
+Everything else receives the frozen `ParallelContext` that it returns. Rank order is Megatron's: tensor
+parallel ranks are neighbours, pipeline stages are farthest apart.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from .core_compat import prepare_megatron
+from .layout import check_layout, local_rank, world_size_from_environment
+
+T = TypeVar("T")
+LEADER = 0  # the rank that reads the input, plans, samples and prints
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands among the ranks, and what it computes on.
+
+    `control_group` connects all ranks over gloo, so that plans and messages never pass through a GPU.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tensor_model_parallel_size: int
+    tensor_model_parallel_rank: int
+    pipeline_model_parallel_size: int
+    pipeline_model_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_rank: int
+    device: torch.device
+    control_group: dist.ProcessGroup
+
+    @property
+    def is_leader(self) -> bool:
+        """This rank reads, plans, samples and prints."""
+        return self.rank == LEADER
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the embedding."""
+        return self.pipeline_model_parallel_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the output head."""
+        return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
+
+    @property
+    def pipeline_stride(self) -> int:
+        """Difference of rank between one pipeline stage and the next."""
+        return self.world_size // self.pipeline_model_parallel_size
+
+    @property
+    def logits_rank(self) -> int:
+        """The rank of the last stage that sends the logits to the leader (its tensor rank 0)."""
+        return self.pipeline_stride * (self.pipeline_model_parallel_size - 1)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The leader's picklable `value`, on every rank."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=LEADER, group=self.control_group)
+        return holder[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank; picklable. Called on all ranks."""
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def broadcast_integers(self, values: torch.Tensor) -> None:
+        """Fill the int64 CPU tensor `values` on every rank with the leader's."""
+        dist.broadcast(values, src=LEADER, group=self.control_group)
+
+
+def init_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    *,
+    seed: int = 1234,
+    device: str | None = None,
+    timeout_minutes: float = 30,
+) -> ParallelContext:
+    """Start torch.distributed and Megatron's model-parallel groups, and seed every generator.
+
+    Under torchrun the environment tells rank and address; alone, a group of one is made without a port.
+    A torch.distributed that is already running is used as it is; groups of another layout are replaced.
+
+    Args:
+        seed: for Python, numpy, torch and Megatron's model-parallel random states; from 0 to 2**32 - 1.
+        device: "cpu" or "cuda"; by default CUDA where there is one.
+
+    Raises:
+        UserError: the sizes do not fit the number of processes, or there are fewer GPUs than local ranks.
+    """
+    check_seed(seed)
+    world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
+    check_layout(None, tensor_model_parallel_size, pipeline_model_parallel_size, world_size)
+    prepare_megatron()
+    place = _choose_device(device)
+    _start_distributed(place, timedelta(minutes=timeout_minutes))
+
+    from megatron.core import parallel_state
+
+    if not _has_layout(tensor_model_parallel_size, pipeline_model_parallel_size):
+        _leave_model_parallel_groups()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+        )
+    shut_down_at_exit()
+    seed_everything(seed)
+    return current_context(place)
+
+
+def _has_layout(tp: int, pp: int) -> bool:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.model_parallel_is_initialized()
+        and parallel_state.get_tensor_model_parallel_world_size() == tp
+        and parallel_state.get_pipeline_model_parallel_world_size() == pp
+    )
+
+
+def _leave_model_parallel_groups() -> None:
+    """Forget Megatron's groups and end them, which core's destroy_model_parallel leaves to nobody: about
+    twenty groups, and over gloo several threads for each."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD and group not in _control_groups.values():
+                dist.destroy_process_group(group)
+
+
+def current_context(device: torch.device | None = None) -> ParallelContext:
+    """The context of groups that Megatron has already initialised (by init_parallel or by the caller)."""
+    from megatron.core import parallel_state
+
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank(),
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        device=device or _device_in_use(),
+        control_group=_control_group(),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's model-parallel random states (different per tensor rank)."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless numpy accepts `seed` too (0 to 2**32 - 1, room for Megatron's offsets left)."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} is not from 0 to {2**32 - 1}")
+
+
+def shut_down_at_exit() -> None:
+    """Leave the process groups when the interpreter ends: gloo's threads abort a process that forgets to."""
+    atexit.unregister(shut_down)
+    atexit.register(shut_down)
+
+
+def shut_down() -> None:
+    """Leave the process groups."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails with a UserError or an OSError on any, raise a UserError on all of them.
+
+    Without this, the ranks that succeed would wait for ever for those that gave up.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    for rank, text in enumerate(parallel.gather_objects(message)):
+        if text is not None:
+            others = f" (on rank {rank})" if rank else ""
+            raise UserError(text + others)
+    return result  # type: ignore[return-value]
+
+
+def _choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch finds no CUDA GPU: use --device cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank()} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+            "start that many processes, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
+
+
+def _device_in_use() -> torch.device:
+    # Whoever started torch.distributed has also chosen the device.
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _start_distributed(device: torch.device, timeout: timedelta) -> None:
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+_control_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def _control_group() -> dist.ProcessGroup:
+    # Made once per process group: a new gloo group costs a rendezvous.
+    world = dist.group.WORLD
+    if id(world) not in _control_groups:
+        _control_groups.clear()
+        is_gloo = dist.get_backend() == "gloo"
+        _control_groups[id(world)] = world if is_gloo else dist.new_group(backend="gloo")
+    return _control_groups[id(world)]

@@ -1,0 +1,58 @@
+"""Layout checks, seeding, and errors that reach every rank."""
+
+import pytest
+import rank_jobs
+
+from opt_megatron.config import released_config
+from opt_megatron.errors import UserError
+from opt_megatron.parallel.context import check_seed
+from opt_megatron.parallel.layout import check_layout
+
+OPT_125M = released_config("opt-125m")
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "pp", "world", "message"),
+    [
+        (None, 2, 2, 1, "tensor 2 x pipeline 2 = 4 processes are needed.*torchrun --nproc-per-node 4"),
+        (None, 0, 1, 1, "0 x 1; both must be at least 1"),
+        (OPT_125M, 5, 1, 5, "5 does not divide the model's 12 attention heads: use one of 1, 2, 4"),
+        (OPT_125M, 3, 1, 3, "3 does not divide the model's 50272 vocabulary rows"),
+        (OPT_125M, 1, 5, 5, "5 does not divide the model's 12 layers: use one of 1, 2, 3, 4, 6, 12"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_line_with_the_numbers(monkeypatch, config, tp, pp, world, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=message) as caught:
+        check_layout(config, tp, pp, world)
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_beyond_the_model_are_data_parallel_or_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_layout(OPT_125M, 2, 1, 4)
+    with pytest.raises(UserError, match="2 processes are needed, but 4 were started"):
+        check_layout(OPT_125M, 2, 1, 4, data_parallel=False)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_out_of_range(seed):
+    with pytest.raises(UserError, match=str(seed)):
+        check_seed(seed)
+
+
+def test_context_says_where_each_rank_stands(ranks):
+    contexts = ranks(4).run(rank_jobs.context_facts, 2, 2)
+    assert contexts == [(0, 0, True, False, 2), (1, 0, True, False, 2), (0, 1, False, True, 2), (1, 1, False, True, 2)]
+
+
+def test_one_ranks_mistake_is_raised_on_all(ranks):
+    assert ranks(2).run(rank_jobs.error_of_rank, 1) == ["no such thing (on rank 1)"] * 2
+    assert ranks(2).run(rank_jobs.error_of_rank, 0) == ["no such thing"] * 2
+
+
+def test_tensor_ranks_share_torchs_generator_and_have_megatrons_apart(ranks):
+    (common, first, second), (other_common, other_first, _) = ranks(2).run(rank_jobs.random_draws, 2, 1)
+    assert common == other_common
+    assert first != other_first and first != second
+    assert ranks(2).run(rank_jobs.random_draws, 2, 1)[0] == (common, first, second)  # seeded anew
