@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..option_kinds import size_in_bytes as size_in_bytes
 
 if TYPE_CHECKING:
     from ..config import OPTConfig
@@ -81,18 +80,3 @@ def say_derived(notes: list[str]) -> None:
     """Tell what of the config was derived because the files do not carry it."""
     for note in notes:
         print(f"opt-megatron: no config.json: {note}", file=sys.stderr)
-
-
-def size_in_bytes(text: str) -> int:
-    """Bytes of a size as people write it: 500MB, 5GB (powers of ten), 2GiB (powers of two), or a plain number.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise UserError(f"{text!r} is not a size; write it as 500MB, 5GB or 2GiB")
-    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    if size > 1e18:
-        raise UserError(f"{text[:40]!r} is more than any machine has; write it as 500MB, 5GB or 2GiB")
-    return int(size)

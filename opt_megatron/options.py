@@ -1,0 +1,270 @@
+"""Options that are declared once, as fields of a dataclass.
+
+    @dataclass(frozen=True)
+    class SamplingParams:
+        top_p: float = option(1.0, help="keep the best until ...", above=0, maximum=1, api_name="top_p")
+
+From such a field come the argument `--top-p` (`add_arguments`, `from_arguments`), the checks of kind and range
+(`convert_kinds`, `check_ranges`), the key `top_p` of a YAML file (`options_file.py`), the field of an HTTP body
+(`serving/protocol.py`) and the row of the reference pages. No module that declares options imports torch, so that
+`--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Collection
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from .errors import UserError
+from .option_kinds import Kind, kind_of
+
+NO_DEFAULT: Any = ...
+_KEY = "option"  # of a field's metadata
+
+
+@dataclass(frozen=True)
+class Option:
+    """All that is declared of one option.
+
+    Attributes:
+        help: what it does, in the words of `--help`; the default is added.
+        minimum, above: the smallest value, included and excluded; of a list, each item's.
+        maximum, below: the same for the largest.
+        must: what messages say after "but must", where "be at least 1" does not say enough.
+        choices: the only values, if there is a list of them.
+        default_text: what stands for a default that is None or depends on something.
+        metavar: stands for the value in `--help`.
+        flags: instead of one made of the argument's name.
+        argument: the name of the argument and of the YAML key, where it is not the field's.
+        nargs: "+" takes several words after one flag; a list without it is a flag that may be repeated.
+        required: there must be one on the command line (or in the YAML file).
+        cli: there is an argument, and a prompt may set it; False is for what the package sets.
+        is_path: a file or a directory, or a name where there is none; relative to the working directory.
+        api_name: the field of the completions API, which has this option if there is a name.
+        api_minimum, api_maximum: the range over HTTP, where it is another one.
+        name, annotation, default: of the field (NO_DEFAULT where a value must be given).
+    """
+
+    help: str
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    must: str | None = None
+    choices: tuple[str, ...] = ()
+    default_text: str | None = None
+    metavar: str | None = None
+    flags: tuple[str, ...] = ()
+    argument: str = ""
+    nargs: str | None = None
+    required: bool = False
+    cli: bool = True
+    is_path: bool = False
+    api_name: str | None = None
+    api_minimum: float | None = None
+    api_maximum: float | None = None
+    name: str = ""
+    annotation: str = ""
+    default: Any = NO_DEFAULT
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """How its values are read."""
+        return kind_of(self.annotation)
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether a value may be None."""
+        return self.annotation.endswith(" | None")
+
+    @property
+    def flag(self) -> str:
+        """The name on a command line, the first if there are several."""
+        return self.flags[0] if self.flags else "--" + self.argument.replace("_", "-")
+
+    @functools.cached_property
+    def has_range(self) -> bool:
+        """Whether some value of the right kind is refused."""
+        bounds = (self.minimum, self.above, self.maximum, self.below)
+        return self.annotation.startswith("float") or bool(self.choices) or any(bound is not None for bound in bounds)
+
+    def bounds(self, *, api: bool = False) -> dict[str, float]:
+        """The range as pydantic's Field names it: ge, gt, le, lt; with `api`, the range over HTTP."""
+        named = {"ge": self.minimum, "gt": self.above, "le": self.maximum, "lt": self.below}
+        if api and self.api_minimum is not None:
+            named |= {"ge": self.api_minimum, "gt": None}
+        if api and self.api_maximum is not None:
+            named |= {"le": self.api_maximum, "lt": None}
+        return {name: bound for name, bound in named.items() if bound is not None}
+
+    def convert(self, value: Any, label: str) -> Any:
+        """The value in its own type.
+
+        Raises:
+            UserError: it is of another kind; `label` is the name that the message begins with.
+        """
+        return None if value is None and self.is_optional else self.kind.convert(label, value)
+
+    def check_range(self, value: Any, label: str) -> None:
+        """Check a value of the right kind.
+
+        Raises:
+            UserError: it is out of the range, not finite, or none of the choices.
+        """
+        if self.has_range and value is not None:
+            items = value if self.kind.is_list else (value,)
+            if not all(map(self._is_in_range, items)):
+                raise UserError(f"{label} is {value}, but must {self.must or self._range_in_words()}")
+
+    def _is_in_range(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        return (
+            (not isinstance(value, float) or math.isfinite(value))
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
+
+    def _range_in_words(self) -> str:
+        if self.choices:
+            return f"be one of {', '.join(self.choices)}"
+        if self.minimum is not None and self.maximum is not None:
+            return f"be from {self.minimum} to {self.maximum}"
+        words = (
+            ("at least", self.minimum),
+            ("above", self.above),
+            ("at most", self.maximum),
+            ("below", self.below),
+        )
+        return "be " + (
+            " and ".join(f"{word} {bound}" for word, bound in words if bound is not None) or "a finite number"
+        )
+
+    def help_with_default(self) -> str:
+        """The help text for a command line."""
+        return self.help + (f"; default: {self.default_in_words()}" if self.default_in_words() else "")
+
+    def default_in_words(self) -> str:
+        """The default, or nothing where there is none that must be told (None, false, an empty list)."""
+        if self.default_text is not None:
+            return self.default_text
+        if self.default in (None, NO_DEFAULT, "", ()) or isinstance(self.default, bool):
+            return ""
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+
+def option(default: Any = NO_DEFAULT, *, help: str, **declared: Any) -> Any:
+    """A dataclass's field that is an option; `declared` are the attributes of `Option`."""
+    metadata = {_KEY: Option(help, **declared)}
+    return field(metadata=metadata) if default is NO_DEFAULT else field(default=default, metadata=metadata)
+
+
+_DECLARED: dict[type, dict[str, Option]] = {}
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options that a dataclass declares, by the fields' names; fields of another sort are left out."""
+    if cls not in _DECLARED:
+        _DECLARED[cls] = {item.name: _complete(item) for item in fields(cls) if _KEY in item.metadata}
+    return _DECLARED[cls]
+
+
+def _complete(item: Field[Any]) -> Option:
+    """The option with what the field says of it."""
+    declared: Option = item.metadata[_KEY]
+    return dataclasses.replace(
+        declared,
+        name=item.name,
+        annotation=str(item.type),
+        default=NO_DEFAULT if item.default is MISSING else item.default,
+        argument=declared.argument or item.name,
+    )
+
+
+def convert_kinds(values: Any, *, with_flags: bool = False) -> None:
+    """Give every option of a new dataclass its own type, frozen or not.
+
+    Args:
+        with_flags: messages name the options as a command line does.
+
+    Raises:
+        UserError: a value is of the wrong kind.
+    """
+    for name, declared in options_of(type(values)).items():
+        label = declared.flag if with_flags else name
+        object.__setattr__(values, name, declared.convert(getattr(values, name), label))
+
+
+def check_ranges(values: Any, *, with_flags: bool = False) -> None:
+    """Check every option of a dataclass against its range.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    for name, declared in options_of(type(values)).items():
+        declared.check_range(getattr(values, name), declared.flag if with_flags else name)
+
+
+class CommandOptions:
+    """Base of dataclasses whose options are a command's alone: they are checked under the names of the arguments."""
+
+    def __post_init__(self) -> None:
+        convert_kinds(self, with_flags=True)
+        check_ranges(self, with_flags=True)
+
+
+def add_arguments(group: argparse._ActionsContainer, cls: type, *, leave_out: Collection[str] = ()) -> None:
+    """Declare an argument for every option of a dataclass.
+
+    Args:
+        leave_out: fields whose arguments are declared elsewhere.
+    """
+    for name, declared in options_of(cls).items():
+        if declared.cli and name not in leave_out:
+            flags = declared.flags or (declared.flag,)
+            group.add_argument(*flags, dest=declared.argument, **_argparse_words(declared))
+
+
+def _argparse_words(declared: Option) -> dict[str, Any]:
+    words: dict[str, Any] = {"help": declared.help_with_default().replace("%", "%%")}
+    if declared.kind.word is None:
+        return words | {"action": "store_true"}
+    words["type"] = declared.kind.word
+    default = None if declared.default is NO_DEFAULT else declared.default
+    words["default"] = list(default) if isinstance(default, tuple) else default
+    if declared.required:
+        words["required"] = True
+    if declared.choices:
+        words["choices"] = declared.choices
+    metavar = declared.metavar or {int: "N", float: "X"}.get(declared.kind.word)  # type: ignore[call-overload]
+    if metavar and not declared.choices:
+        words["metavar"] = metavar
+    if declared.nargs:
+        words["nargs"] = declared.nargs
+    elif declared.kind.is_list:
+        words["action"] = "append"
+    return words
+
+
+AnyOptions = TypeVar("AnyOptions")
+
+
+def from_arguments(cls: type[AnyOptions], arguments: argparse.Namespace) -> AnyOptions:
+    """A dataclass of options with the values of the arguments; those without an argument keep their defaults.
+
+    Raises:
+        UserError: a value is of the wrong kind or out of its range, or options contradict each other.
+    """
+    values = {
+        name: declared.convert(getattr(arguments, declared.argument), declared.flag)
+        for name, declared in options_of(cls).items()
+        if declared.cli and hasattr(arguments, declared.argument)
+    }
+    return cls(**values)
