@@ -20,6 +20,7 @@ prepare_megatron()
 import torch
 from factory import random_model, save
 from ranks import RankPool
+from running_server import Running, running
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.parallel.context import ParallelContext, init_parallel
@@ -46,6 +47,14 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 def alone() -> ParallelContext:
     """The context of this process, a world of one."""
     return init_parallel()
+
+
+@pytest.fixture(scope="module")
+def server(alone: ParallelContext) -> Iterator[Running]:
+    """A server that the tests of a module share; it is ready, and nothing runs on it."""
+    with running(alone) as made:
+        made.wait_for(lambda: made.request("GET", "/health").status == 200)
+        yield made
 
 
 @pytest.fixture(scope="session")
