@@ -15,10 +15,11 @@ from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.config import OPTConfig
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.serving.app import make_app
+from opt_megatron.serving.async_engine import AsyncEngine
+from opt_megatron.serving.limits import Limits
 from opt_megatron.serving.metrics import Metrics
-from opt_megatron.serving.served import ServedModel
+from opt_megatron.serving.served_model import ServedModel
 from opt_megatron.serving.server import Server, bind
-from opt_megatron.serving.service import Limits, Service
 from opt_megatron.tokenizer import OPTTokenizer
 
 SECONDS = 60  # after which a test has failed
@@ -77,7 +78,7 @@ class Running:
     """A server that runs in a thread."""
 
     port: int
-    service: Service
+    async_engine: AsyncEngine
     brake: Brake
     server: Server
     thread: threading.Thread
@@ -137,8 +138,8 @@ def running(
         before_ready()
         return served
 
-    service = Service(load, limits or Limits(), Metrics("story"))
-    server = Server(service, make_app(service, api_key))
+    async_engine = AsyncEngine(load, limits or Limits(), Metrics("story"))
+    server = Server(async_engine, make_app(async_engine, api_key))
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
 
@@ -151,7 +152,7 @@ def running(
     server.raised = None
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    made = Running(port, service, brake, server, thread)
+    made = Running(port, async_engine, brake, server, thread)
     made.wait_for(lambda: server.started)
     try:
         yield made

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import socket
 
     from ..parallel.context import ParallelContext
-    from ..serving.served import ServedModel
-    from ..serving.service import Limits
+    from ..serving.limits import Limits
+    from ..serving.served_model import ServedModel
 
 HELP = "serve a model over HTTP: OpenAI's completions API, metaseq's, and a page to try it in"
 
@@ -104,9 +104,9 @@ def _lead(
     args: argparse.Namespace, parallel: ParallelContext, listener: socket.socket, limits: Limits, key: str | None
 ) -> None:
     from ..serving.app import make_app
+    from ..serving.async_engine import AsyncEngine, EngineTimeoutError
     from ..serving.metrics import Metrics
     from ..serving.server import Server, url_of
-    from ..serving.service import EngineStuck, Service
     from . import is_lost_rank
 
     url = url_of(listener)
@@ -116,11 +116,11 @@ def _lead(
 
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     name = _names(args)[0]
-    service = Service(
+    async_engine = AsyncEngine(
         lambda: _load(args, parallel), limits, Metrics(name), lambda: _say(f"serving {name} ({layout}) at {url}")
     )
     try:
-        Server(service, make_app(service, key), args.max_connections).run([listener])
+        Server(async_engine, make_app(async_engine, key), args.max_connections).run([listener])
     except (UserError, SystemExit):
         raise
     except KeyboardInterrupt:
@@ -128,7 +128,7 @@ def _lead(
     except BaseException as error:
         if is_lost_rank(error):
             raise
-        if not isinstance(error, EngineStuck):
+        if not isinstance(error, EngineTimeoutError):
             traceback.print_exception(error)
         # Not by sys.exit: the engine's thread may wait for ever for a rank that is lost in silence.
         _end_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
@@ -136,7 +136,7 @@ def _lead(
 
 def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
     # On the leader this is the engine's thread. Its GPU is the first of its host, which is every thread's own.
-    from ..serving.served import ServedModel
+    from ..serving.served_model import ServedModel
 
     pretrained = open_model(args, parallel)
     model = pretrained.load_model(args.dtype, quantization=args.quantization)
@@ -155,7 +155,7 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from ..serving.service import Limits
+    from ..serving.limits import Limits
     from .arguments import size_in_bytes
 
     for name in ("max_queue_length", "max_connections"):

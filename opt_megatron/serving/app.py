@@ -13,16 +13,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..version import __version__
-from .answer import Answer, as_metaseq
+from .async_engine import AsyncEngine, EngineState
+from .engine_requests import decode, encode, make_engine_requests
 from .errors import ApiError, bad_request
-from .gate import Gate
 from .metrics import CONTENT_TYPE
+from .middleware import AuthenticationMiddleware, BodyLimitMiddleware
 from .openapi import describe, gives, takes
-from .page import add_page
-from .prompts import decode, encode, prepare
-from .protocol import CompletionBody, DetokenizeBody, MetaseqBody, Sampling, TokenizeBody, read
-from .service import Service, State
-from .stream import EventStream, whole_answer
+from .protocol import CompletionBody, DetokenizeBody, MetaseqBody, TokenizeBody, read
+from .request_output import OutputCollector
+from .response import ResponseBuilder, to_metaseq
+from .streaming import EventStreamResponse, collect_response
+from .web_page import add_web_page
 
 _LOGGER = logging.getLogger(__name__)
 _NO_CHAT = (
@@ -31,26 +32,27 @@ _NO_CHAT = (
 )
 
 
-def make_app(service: Service, api_key: str | None = None) -> FastAPI:
+def make_app(async_engine: AsyncEngine, api_key: str | None = None) -> FastAPI:
     """The application.
 
     Args:
         api_key: what clients must show; None lets everybody in.
     """
     app = FastAPI(title="opt_megatron", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, limits=service.limits, api_key=api_key)
+    app.add_middleware(BodyLimitMiddleware, limits=async_engine.limits)
+    app.add_middleware(AuthenticationMiddleware, api_key=api_key)  # the last one added runs first
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _http_told)
     app.add_exception_handler(Exception, _unforeseen)
-    _add_completions(app, service)
-    _add_tokens(app, service)
-    _add_state(app, service)
-    add_page(app)
+    _add_completions(app, async_engine)
+    _add_tokens(app, async_engine)
+    _add_state(app, async_engine)
+    add_web_page(app)
     describe(app)
     return app
 
 
-def _add_completions(app: FastAPI, service: Service) -> None:
+def _add_completions(app: FastAPI, async_engine: AsyncEngine) -> None:
     @app.post(
         "/v1/completions",
         openapi_extra=takes(CompletionBody),
@@ -59,19 +61,19 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     )
     async def completions(request: Request) -> Response:
         body = read(CompletionBody, await request.body())
-        service.model.check_name(body.model)
-        job, answer = await _begin(service, body, logprobs=body.logprobs is not None)
-        seconds = service.limits.request_seconds
+        async_engine.model.check_name(body.model)
+        output, builder = await _begin(async_engine, body, logprobs=body.logprobs is not None)
+        seconds = async_engine.limits.request_seconds
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(job, answer, seconds, include_usage=usage)
-        return _json(await whole_answer(job, answer, request.receive, seconds))
+            return EventStreamResponse(output, builder, seconds, include_usage=usage)
+        return _json(await collect_response(output, builder, request.receive, seconds))
 
     async def metaseq_completions(request: Request) -> Response:
         body = read(MetaseqBody, await request.body())
-        job, answer = await _begin(service, body, logprobs=True)
-        whole = await whole_answer(job, answer, request.receive, service.limits.request_seconds)
-        return _json(as_metaseq(whole))
+        output, builder = await _begin(async_engine, body, logprobs=True)
+        whole = await collect_response(output, builder, request.receive, async_engine.limits.request_seconds)
+        return _json(to_metaseq(whole))
 
     @app.post("/completions", openapi_extra=takes(MetaseqBody), summary="Continue prompts (metaseq)")
     async def plain(request: Request) -> Response:
@@ -93,26 +95,28 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         raise bad_request(_NO_CHAT, "messages", "no_chat_template")
 
 
-async def _begin(service: Service, body: Sampling, *, logprobs: bool) -> tuple[Any, Answer]:
-    model = service.model
-    service.check_room(len(body.prompt) * max(body.n, body.best_of or 1))
-    prompts = await prepare(model, body)
-    return service.submit(prompts), Answer(model, prompts, logprobs=logprobs)
+async def _begin(
+    async_engine: AsyncEngine, body: CompletionBody | MetaseqBody, *, logprobs: bool
+) -> tuple[OutputCollector, ResponseBuilder]:
+    model = async_engine.model
+    async_engine.check_queue(len(body.prompt) * max(body.n, body.best_of or 1))
+    requests = await make_engine_requests(model, body)
+    return async_engine.submit(requests), ResponseBuilder(model, requests, logprobs=logprobs)
 
 
-def _add_tokens(app: FastAPI, service: Service) -> None:
+def _add_tokens(app: FastAPI, async_engine: AsyncEngine) -> None:
     @app.post("/tokenize", openapi_extra=takes(TokenizeBody), summary="A text's token ids")
     async def tokenize(request: Request) -> Response:
         body = read(TokenizeBody, await request.body())
-        model = service.model
+        model = async_engine.model
         model.check_name(body.model)
         tokens = await encode(model, body.prompt, body.add_special_tokens)
-        return _json({"count": len(tokens), "max_model_len": model.positions, "tokens": tokens})
+        return _json({"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens})
 
     @app.post("/detokenize", openapi_extra=takes(DetokenizeBody), summary="The text of token ids")
     async def detokenize(request: Request) -> Response:
         body = read(DetokenizeBody, await request.body())
-        model = service.model
+        model = async_engine.model
         model.check_name(body.model)
         strange = [token for token in body.tokens if token >= model.config.vocab_size]
         if strange:
@@ -122,7 +126,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return _json({"prompt": await decode(model, body.tokens)})
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, async_engine: AsyncEngine) -> None:
     began = int(time.time())
 
     def entry(name: str) -> dict[str, Any]:
@@ -131,28 +135,28 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": began,
             "owned_by": "opt_megatron",
-            "root": service.model.name,
+            "root": async_engine.model.name,
             "parent": None,
-            "max_model_len": service.model.positions,
+            "max_model_len": async_engine.model.max_model_len,
         }
 
     @app.get("/v1/models", summary="What is served")
     async def models() -> Response:
-        return _json({"object": "list", "data": [entry(name) for name in service.model.names]})
+        return _json({"object": "list", "data": [entry(name) for name in async_engine.model.names]})
 
     @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> Response:
-        service.model.check_name(name)
+        async_engine.model.check_name(name)
         return _json(entry(name))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="200 when requests are taken, else 503")
     async def health() -> Response:
-        return _json({"status": service.state.value}, 200 if service.state is State.READY else 503)
+        return _json({"status": async_engine.state.value}, 200 if async_engine.state is EngineState.READY else 503)
 
     @app.get("/metrics", responses=gives("text/plain"), summary="Prometheus metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.write(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(async_engine.metrics.to_text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _json(value: dict[str, Any], status: int = 200) -> Response:

@@ -1,4 +1,4 @@
-"""The thread that loads the model and runs the engine, and hands what it says to an event loop."""
+"""The thread that loads the model and runs the engine, and reports to an event loop."""
 
 from __future__ import annotations
 
@@ -10,132 +10,152 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from ..generation.core.request_queue import RequestQueue
-from ..generation.request import TokenEvent
-from .served import ServedModel
+from ..generation.request import Request, TokenEvent
+from .served_model import ServedModel
 
-_SECONDS_BETWEEN_SIGNS = 5.0  # while nothing is asked for: how soon a lost rank is noticed
+# The engine waits no longer than this for requests before it exchanges a message with the other ranks, so that
+# an idle server notices a lost rank soon.
+_IDLE_WAIT_SECONDS = 5.0
 
 
-class Timed(NamedTuple):
-    """An event, when it happened, and when the step began in which it did (time.perf_counter)."""
+class TimedEvent(NamedTuple):
+    """An event of the engine with its times, both in seconds of `time.perf_counter`.
+
+    Attributes:
+        time: when the event happened.
+        step_start: when the engine's step began that made it.
+    """
 
     time: float
     event: TokenEvent
-    step: float
+    step_start: float
 
 
-class Status(NamedTuple):
-    """The engine's state in a step: requests that have rows, part of the cache in use, when the step began."""
+class SchedulerStats(NamedTuple):
+    """The state of the scheduler in one step.
+
+    Attributes:
+        running: numbers of the requests that are in the batch.
+        kv_cache_usage: used part of the KV cache, from 0 to 1.
+        step_start: when the step began, in seconds of `time.perf_counter`.
+    """
 
     running: frozenset[int]
     kv_cache_usage: float
-    step: float
+    step_start: float
 
 
-class Listener(Protocol):
-    """Who is told, in the event loop's thread."""
+class EngineListener(Protocol):
+    """Receives the reports of an `EngineThread`, in the event loop's thread."""
 
-    def on_ready(self, model: ServedModel) -> None:
-        """The model is loaded and takes requests."""
+    def on_model_loaded(self, model: ServedModel) -> None:
+        """Called once, when the engine can take requests."""
 
-    def on_status(self, status: Status) -> None:
-        """Another set of requests runs."""
+    def on_stats(self, stats: SchedulerStats) -> None:
+        """Called when other requests run than before."""
 
-    def on_events(self, events: list[Timed]) -> None:
-        """What was generated since the last call."""
+    def on_events(self, events: list[TimedEvent]) -> None:
+        """Called with the events since the last call."""
 
-    def on_end(self, error: BaseException | None) -> None:
-        """The engine has stopped: asked to, or by an error."""
+    def on_stopped(self, error: BaseException | None) -> None:
+        """Called once, when the engine has stopped: with the error that stopped it, or None after `queue.close`."""
 
 
-class WatchedQueue(RequestQueue):
-    """A queue that tells when the engine looks into it, which it does before every step, and how long a step takes."""
+class MonitoredRequestQueue(RequestQueue):
+    """A request queue that shows how long the engine has been in its current step.
 
-    def __init__(self, on_look: Callable[[], None]) -> None:
+    The engine drains the queue before every step and waits on it when there is nothing to do, so the time between
+    these calls is the time of a step.
+
+    Args:
+        on_step: called in the engine's thread before every step and every wait.
+    """
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
         super().__init__()
-        self._begun: float | None = None  # when the step began that has not ended
-        self._on_look = on_look
+        self._step_began: float | None = None  # None while the engine waits for requests
+        self._on_step = on_step
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the engine has not been seen here: 0 while it waits for something to do."""
-        begun = self._begun
-        return 0.0 if begun is None else time.monotonic() - begun
+        """How long the current step has taken so far; 0 while the engine waits for requests."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
-    def take(self) -> tuple[list, set[int]]:
-        """As RequestQueue's."""
-        self._begun = time.monotonic()
-        self._on_look()
+    def take(self) -> tuple[list[tuple[int, Request]], set[int]]:
+        """As `RequestQueue.take`; a new step begins."""
+        self._step_began = time.monotonic()
+        self._on_step()
         return super().take()
 
     def wait(self, seconds: float) -> bool:
-        """As RequestQueue's, but not for long: in between the engine sends a sign to the other ranks."""
-        self._on_look()  # what has ended since the last step
-        self._begun = None
+        """As `RequestQueue.wait`, for at most a few seconds."""
+        self._on_step()  # the requests that ended in the last step no longer run
+        self._step_began = None
         try:
-            return super().wait(min(seconds, _SECONDS_BETWEEN_SIGNS))
+            return super().wait(min(seconds, _IDLE_WAIT_SECONDS))
         finally:
-            self._begun = time.monotonic()
+            self._step_began = time.monotonic()
 
 
 class EngineThread:
-    """Loads the model and runs the engine in a thread of its own; made and started in the event loop's thread.
+    """Loads a model and runs its engine in a thread; to be made and started in the event loop's thread.
 
     Args:
-        load: makes the model; what it raises goes to `on_end`.
+        load: makes the model, in the new thread; an error that it raises goes to `listener.on_stopped`.
+
+    Attributes:
+        queue: where requests for the engine go; closing it stops the engine.
     """
 
-    def __init__(self, load: Callable[[], ServedModel], listener: Listener) -> None:
+    def __init__(self, load: Callable[[], ServedModel], listener: EngineListener) -> None:
         self._load, self._listener = load, listener
         self._loop = asyncio.get_running_loop()
-        self._said: deque[Timed] = deque()
-        self._is_called = False  # the loop has been asked to fetch what was said
-        self._status = Status(frozenset(), 0.0, 0.0)
-        self._step = 0.0  # when the latest began
+        self._events: deque[TimedEvent] = deque()
+        self._delivery_is_scheduled = False
+        self._stats = SchedulerStats(frozenset(), 0.0, 0.0)
+        self._step_start = 0.0
         self._model: ServedModel | None = None
-        self.queue = WatchedQueue(self._look)
-        # A daemon: a rank that is lost in silence may keep it waiting for ever.
+        self.queue = MonitoredRequestQueue(self._report_stats)
+        # A daemon thread, because the engine may wait forever for a rank that no longer answers.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to load."""
+        """Start the thread, which begins to load the model."""
         self._thread.start()
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the thread's end, and say whether it came."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         error = None
         try:
             self._model = self._load()
-            self._tell(self._listener.on_ready, self._model)
+            self._call_in_loop(self._listener.on_model_loaded, self._model)
             for event in self._model.engine.generate(self.queue):
-                self._said.append(Timed(time.perf_counter(), event, self._step))
-                if not self._is_called:
-                    self._is_called = True
-                    self._tell(self._fetch)
+                self._events.append(TimedEvent(time.perf_counter(), event, self._step_start))
+                if not self._delivery_is_scheduled:
+                    self._delivery_is_scheduled = True
+                    self._call_in_loop(self._deliver_events)
         except BaseException as caught:
             error = caught
-        self._tell(self._listener.on_end, error)
+        self._call_in_loop(self._listener.on_stopped, error)
 
-    def _look(self) -> None:
+    def _report_stats(self) -> None:
+        assert self._model is not None  # only its engine calls this
         engine = self._model.engine
         running = frozenset(engine.running_requests)
-        if running != self._status.running:
-            self._status = Status(running, engine.kv_cache_usage, self._step)
-            self._tell(self._listener.on_status, self._status)
-        self._step = time.perf_counter()  # what was put until now is admitted next
+        if running != self._stats.running:
+            self._stats = SchedulerStats(running, engine.kv_cache_usage, self._step_start)
+            self._call_in_loop(self._listener.on_stats, self._stats)
+        self._step_start = time.perf_counter()  # requests that are queued by now can join the next step
 
-    def _fetch(self) -> None:
-        self._is_called = False  # first: what is said from here on asks for another call
-        events = [self._said.popleft() for _ in range(len(self._said))]
+    def _deliver_events(self) -> None:
+        # Reset before the events are read: an event that comes later schedules another delivery.
+        self._delivery_is_scheduled = False
+        events = [self._events.popleft() for _ in range(len(self._events))]
         if events:
             self._listener.on_events(events)
 
-    def _tell(self, what: Callable[..., None], *arguments: object) -> None:
+    def _call_in_loop(self, function: Callable[..., None], *arguments: object) -> None:
         try:
-            self._loop.call_soon_threadsafe(what, *arguments)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: the server has ended, and nobody listens
             return

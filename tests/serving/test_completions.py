@@ -89,7 +89,7 @@ def test_requests_of_one_batch_do_not_meet(server, offline):
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(kinds))]
     for thread in threads:
         thread.start()
-    server.wait_for(lambda: len(server.service._tracked) == len(kinds))
+    server.wait_for(lambda: len(server.async_engine._requests) == len(kinds))
     server.brake.off()
     for thread in threads:
         thread.join()
@@ -197,7 +197,7 @@ def test_equal_prompts_get_texts_of_their_own_unless_there_is_a_seed(server):
     for options, different in (({}, 3), ({"seed": 5}, 1)):
         assert len({choice["text"] for choice in server.complete(**body, **options).json["choices"]}) == different
     several = server.complete(prompt=PROMPT, n=2, best_of=5, max_tokens=8).json
-    assert len({choice["text"] for choice in several["choices"]}) == 2 and not server.service._tracked
+    assert len({choice["text"] for choice in several["choices"]}) == 2 and not server.async_engine._requests
 
 
 def test_long_prompts_are_refused_or_cut(server):
@@ -310,7 +310,7 @@ def test_what_waits_for_a_place_is_told_from_what_computes(alone):
         asking = [threading.Thread(target=server.complete, kwargs={"prompt": PROMPT}) for _ in range(2)]
         for thread in asking:
             thread.start()
-        server.wait_for(lambda: len(server.service._tracked) == 2)
+        server.wait_for(lambda: len(server.async_engine._requests) == 2)
         server.brake.off()
         for thread in asking:
             thread.join()

@@ -18,7 +18,8 @@ from running_server import SECONDS, TOKENIZER, running
 from opt_megatron.cli import main
 from opt_megatron.errors import UserError
 from opt_megatron.generation.decoding.sequences import SamplingBranch
-from opt_megatron.serving.service import EngineStuck, Limits
+from opt_megatron.serving.async_engine import EngineTimeoutError
+from opt_megatron.serving.limits import Limits
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve.py"
 LONG = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
@@ -66,7 +67,7 @@ def test_a_signal_lets_running_requests_finish_and_takes_no_more(alone):
         server.wait_for(lambda: health(server)[0] == 200)
         server.brake.on()
         result = in_thread(lambda: server.complete(**LONG))
-        server.wait_for(lambda: bool(server.service._tracked))
+        server.wait_for(lambda: bool(server.async_engine._requests))
         server.server.handle_exit(signal.SIGTERM, None)
         server.wait_for(lambda: health(server) == (503, "shutting down"))
         assert server.complete(prompt="Once").status == 503
@@ -82,7 +83,7 @@ def test_what_takes_too_long_at_the_end_is_cancelled(alone):
         server.wait_for(lambda: health(server)[0] == 200)
         server.brake.on()
         results = [in_thread(lambda s=s: server.complete(**LONG, stream=s)) for s in (False, True)]
-        server.wait_for(lambda: len(server.service._tracked) == 2)
+        server.wait_for(lambda: len(server.async_engine._requests) == 2)
         server.server.handle_exit(signal.SIGTERM, None)
         whole, streamed = (result() for result in results)
         assert whole.status == 503 and streamed.events[-1]["error"]["message"] == "the server is shutting down"
@@ -97,7 +98,7 @@ def test_an_engine_that_fails_ends_everything_with_its_error(alone):
         server.brake.on()
         server.brake.error = RuntimeError("Connection closed by peer")
         results = [in_thread(lambda s=s: server.complete(**LONG, stream=s)) for s in (False, True)]
-        server.wait_for(lambda: len(server.service._tracked) == 2)
+        server.wait_for(lambda: len(server.async_engine._requests) == 2)
         server.brake.off()
         whole, streamed = (result() for result in results)
         assert whole.status == 503 and whole.json["error"]["message"] == "the engine has stopped"
@@ -114,7 +115,7 @@ def test_a_step_that_never_ends_is_a_lost_rank(alone):
         server.brake.on()
         assert server.complete(**LONG).status == 503
         server.thread.join(SECONDS)
-        assert isinstance(server.server.raised, EngineStuck)
+        assert isinstance(server.server.raised, EngineTimeoutError)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(alone):

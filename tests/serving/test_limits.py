@@ -10,7 +10,7 @@ from running_server import SECONDS, running
 from test_protocol import HOSTILE
 
 from opt_megatron.serving.connection import BoundedConnection
-from opt_megatron.serving.service import Limits
+from opt_megatron.serving.limits import Limits
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
 
@@ -45,16 +45,16 @@ def test_a_client_that_goes_away_ends_its_request(server, stream):
     server.brake.on()
     connection = connect(server)
     connection.sendall(post("/v1/completions", json.dumps({**LONG, "n": 1, "stream": stream}).encode()))
-    server.wait_for(lambda: len(server.service._tracked) == 1)
+    server.wait_for(lambda: len(server.async_engine._requests) == 1)
     connection.close()
     steps = server.brake.steps
-    server.wait_for(lambda: bool(server.service._thread.queue._cancelled))
+    server.wait_for(lambda: bool(server.async_engine._thread.queue._cancelled))
     server.brake.off()
-    server.wait_for(lambda: not server.service._tracked)
+    server.wait_for(lambda: not server.async_engine._requests)
     assert aborted(server) == before + 1
     assert server.brake.steps - steps <= 3  # of 500
     assert server.metric("vllm:num_requests_running") == 0
-    assert server.service.model.engine._scheduler.memory.used_tokens == 0
+    assert server.async_engine.model.engine._scheduler.memory.used_tokens == 0
 
 
 def test_a_client_that_goes_away_between_tokens(server):
@@ -65,7 +65,7 @@ def test_a_client_that_goes_away_between_tokens(server):
     while b"data: " not in received:
         received += connection.recv(1024)
     connection.close()
-    server.wait_for(lambda: not server.service._tracked)
+    server.wait_for(lambda: not server.async_engine._requests)
     assert aborted(server) == before + 1
     assert server.complete(prompt="Once").status == 200
 
@@ -172,7 +172,7 @@ def test_a_request_has_a_time(alone):
         (event,) = server.complete(**LONG, stream=True).events
         assert event["error"]["code"] == "timeout"
         server.brake.off()
-        server.wait_for(lambda: not server.service._tracked)
+        server.wait_for(lambda: not server.async_engine._requests)
         assert aborted(server) == 2
 
 
@@ -229,8 +229,8 @@ def test_a_client_that_reads_nothing_is_let_go(alone, monkeypatch):
         connection.connect(("127.0.0.1", server.port))
         many = {**LONG, "temperature": 1, "n": 8, "logprobs": 20, "stream": True}
         connection.sendall(post("/v1/completions", json.dumps(many).encode()))
-        server.wait_for(lambda: bool(server.service._tracked))
-        server.wait_for(lambda: not server.service._tracked)
+        server.wait_for(lambda: bool(server.async_engine._requests))
+        server.wait_for(lambda: not server.async_engine._requests)
         server.wait_for(lambda: not server.server.server_state.connections)
         assert aborted(server) == 1
         connection.close()

@@ -2,8 +2,8 @@
 
 import pytest
 
+from opt_megatron.serving.engine_requests import engine_error
 from opt_megatron.serving.errors import ApiError
-from opt_megatron.serving.prompts import in_terms_of_api
 from opt_megatron.serving.protocol import CompletionBody, DetokenizeBody, MetaseqBody, TokenizeBody, read
 
 
@@ -128,9 +128,9 @@ def test_what_is_said_of_two_fields_names_one():
 
 
 def test_the_engines_words_become_the_apis():
-    error = in_terms_of_api("max_new_tokens is 0, but must be at least 1")
+    error = engine_error("max_new_tokens is 0, but must be at least 1")
     assert (error.message, error.param) == ("max_tokens is 0, but must be at least 1", "max_tokens")
     for what in ("the prompt", "prompt 3"):
-        assert in_terms_of_api(f"{what}: logit_bias has 4096, but ids go").param == "logit_bias"
-    error = in_terms_of_api("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
+        assert engine_error(f"{what}: logit_bias has 4096, but ids go").param == "logit_bias"
+    error = engine_error("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")

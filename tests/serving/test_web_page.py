@@ -131,7 +131,7 @@ def test_the_stop_button_and_escape_end_it_on_the_server_too(page, server):
         server.brake.on()
         page.set(max_tokens=400, temperature=0)
         page["prompt"].send_keys(Keys.CONTROL, Keys.ENTER)
-        page.wait_for(lambda: page["stop"].is_enabled() and server.service._tracked)
+        page.wait_for(lambda: page["stop"].is_enabled() and server.async_engine._requests)
         stop()
         page.wait_for(lambda: page.is_idle() and page["stats"].text.endswith("stopped"))
         server.brake.off()

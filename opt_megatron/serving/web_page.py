@@ -1,4 +1,4 @@
-"""GET /: the page. Its three files come from this server, and it may load nothing else."""
+"""GET /: a page to try the model in. Its files come from this server, and it may load nothing else."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_FILES = {
+_FILES = {  # path -> file in assets/, media type
     "/": ("index.html", "text/html"),
     "/page/app.js": ("app.js", "text/javascript"),
     "/page/style.css": ("style.css", "text/css"),
 }
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page's files."""
-    for path, (name, kind) in _FILES.items():
+def add_web_page(app: FastAPI) -> None:
+    """Add the routes of the page's files."""
+    for path, (name, media_type) in _FILES.items():
         content = (files(__package__) / "assets" / name).read_bytes()
 
-        async def show(content: bytes = content, kind: str = kind) -> Response:
-            return Response(content, headers=_HEADERS, media_type=kind)
+        async def send_file(content: bytes = content, media_type: str = media_type) -> Response:
+            return Response(content, headers=_HEADERS, media_type=media_type)
 
-        app.add_api_route(path, show, methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, send_file, methods=["GET", "HEAD"], include_in_schema=False)

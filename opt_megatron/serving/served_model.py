@@ -1,4 +1,4 @@
-"""What is served: an engine with its tokenizer, under the names that clients know it by."""
+"""`ServedModel`: an engine with its tokenizer, and the names that clients call the model by."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .errors import ApiError
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is ready.
+    """A loaded model that is ready to generate.
 
     Attributes:
-        names: the first is what answers carry.
+        names: accepted in the field `model` of requests; responses carry the first.
     """
 
     engine: Engine
@@ -25,16 +25,20 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """What answers carry."""
+        """The name that responses carry."""
         return self.names[0]
 
     @property
-    def positions(self) -> int:
-        """Tokens of prompt and output together, at the most."""
+    def max_model_len(self) -> int:
+        """The largest number of tokens of prompt and continuation together."""
         return self.config.max_position_embeddings
 
     def check_name(self, name: str | None) -> None:
-        """Raise ApiError (404) unless the model has this name; None is any."""
+        """Check the name that a request asks for; None stands for any.
+
+        Raises:
+            ApiError: 404, the server has no model of this name.
+        """
         if name is not None and name not in self.names:
             known = ", ".join(self.names)
             raise ApiError(
@@ -42,7 +46,11 @@ class ServedModel:
             )
 
     def token_text(self, token: int) -> str:
-        """A token by itself, as OpenAI's log-probabilities write it: one that is no whole text as its bytes."""
+        r"""One token in the notation of OpenAI's log-probabilities.
+
+        Returns:
+            The token's text; `bytes:\xNN...` where its bytes are not valid UTF-8, and `token_id:N` where it has none.
+        """
         raw = self.tokenizer.token_bytes(token)
         if not raw:
             return f"token_id:{token}"

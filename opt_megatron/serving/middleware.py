@@ -1,0 +1,128 @@
+"""ASGI middleware: the API key of a request, then the size and the time of its body."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+from .limits import Limits
+
+# Open without a key: for load balancers, and for the page, which asks its user for the key.
+PUBLIC_PATHS = ("/health", "/", "/page/app.js", "/page/style.css")
+_JSON_TYPES = (b"application/json", b"text/json")
+# A body that is too large is read and thrown away up to this multiple of the limit, because many clients read the
+# response only once they have sent the whole body.
+_MAX_DISCARDED = 8
+
+
+class AuthenticationMiddleware:
+    """Answers 401 to requests without the key.
+
+    Args:
+        api_key: expected as `Authorization: Bearer KEY`; None takes every request.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._api_key = None if api_key is None else api_key.encode("utf-8")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it (ASGI)."""
+        if scope["type"] == "http" and not self._is_allowed(scope):
+            error = ApiError(
+                401,
+                "the request needs this server's key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.to_response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        if self._api_key is None or scope["path"] in PUBLIC_PATHS:
+            return True
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._api_key)
+
+
+class BodyLimitMiddleware:
+    """Reads the body of a request before any route sees it; answers 413, 408 or 415 itself."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its body in one message, or answer it (ASGI)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read_body(scope, receive)
+        except ApiError as error:
+            await error.to_response()(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, _with_body(body, receive), send)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client has closed the connection.
+
+        Raises:
+            ApiError: the body is too large (413), too slow (408), or not declared as JSON (415).
+        """
+        seconds = self._limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                body = await _receive_body(receive, self._limits.body_bytes)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"the body did not arrive within {seconds:g} s",
+                code="timeout",
+                headers={"Connection": "close"},
+            ) from None
+        content_type = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+        # A browser lets a page of any other site post forms and plain text here without asking, but not JSON.
+        if body and scope["method"] == "POST" and content_type not in _JSON_TYPES:
+            raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+        return body
+
+
+async def _receive_body(receive: Receive, max_bytes: int) -> bytes | None:
+    body, size = bytearray(), 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size <= max_bytes:
+            body += piece
+        is_last = not message.get("more_body", False)
+        if size > max_bytes and (is_last or size > _MAX_DISCARDED * max_bytes):
+            raise ApiError(
+                413,
+                f"the body has more than {max_bytes} bytes, which is the most that this server takes",
+                code="body_too_large",
+                headers={"Connection": "close"},
+            )
+        if is_last:
+            return bytes(body)
+
+
+def _with_body(body: bytes, receive: Receive) -> Receive:
+    """An ASGI `receive` that returns the body first, and then what `receive` returns."""
+    is_sent = False
+
+    async def next_message() -> Message:
+        nonlocal is_sent
+        if is_sent:
+            return await receive()
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return next_message

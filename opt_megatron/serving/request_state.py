@@ -1,0 +1,64 @@
+"""`RequestState`: the progress of one engine request, and the times that its metrics need."""
+
+from __future__ import annotations
+
+import time
+
+from ..generation.sampling.sampling_params import SamplingParams
+from .engine_thread import TimedEvent
+from .metrics import Metrics
+from .request_output import OutputCollector
+
+# The engine's finish reasons that vLLM's metric `request_success` calls by other names.
+_METRIC_REASONS = {"cancelled": "abort", "refused": "error", "failed": "error"}
+
+
+class RequestState:
+    """The state of one prompt in the engine.
+
+    Attributes:
+        output: gets the events of the request.
+        is_started: the request has, or had, a place in the batch.
+        num_continuations: continuations that the engine generates for it (`best_of`).
+    """
+
+    def __init__(self, output: OutputCollector, prompt_tokens: int, params: SamplingParams, metrics: Metrics) -> None:
+        self.output = output
+        self.is_started = False
+        self.num_continuations = params.num_drawn
+        self._num_unfinished = params.n  # of the continuations that are returned
+        self._metrics = metrics
+        self._arrival = time.perf_counter()
+        self._last_token: dict[int, float] = {}  # choice -> when its latest token was generated
+        metrics.prompt_tokens.inc(prompt_tokens)
+
+    def start(self, moment: float) -> None:
+        """Record that the request got a place in the batch at `moment`."""
+        self.is_started = True
+        self._metrics.queue_time.observe(max(0.0, moment - self._arrival))
+
+    def record(self, timed: TimedEvent) -> bool:
+        """Record an event; return whether it is the last one of the request."""
+        moment, event, step_start = timed
+        if not self.is_started and event.token is not None:
+            self.start(step_start)
+        if event.token is not None and not event.is_prompt:
+            self._record_token(moment, event.choice)
+        if event.finish_reason is None:
+            return False
+        if event.finish_reason in ("refused", "failed"):  # one event ends all continuations
+            self._num_unfinished = 0
+        else:
+            self._num_unfinished -= 1
+        if self._num_unfinished == 0:
+            self._metrics.count_finished(_METRIC_REASONS.get(event.finish_reason, event.finish_reason))
+            self._metrics.e2e_request_latency.observe(moment - self._arrival)
+        return self._num_unfinished == 0
+
+    def _record_token(self, moment: float, choice: int) -> None:
+        self._metrics.generation_tokens.inc()
+        if choice in self._last_token:
+            self._metrics.inter_token_latency.observe(moment - self._last_token[choice])
+        elif not self._last_token:
+            self._metrics.time_to_first_token.observe(moment - self._arrival)
+        self._last_token[choice] = moment
