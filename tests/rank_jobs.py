@@ -79,12 +79,12 @@ def sampled_tokens(directory: Path, tp: int, pp: int) -> list[tuple[int, ...]]:
 def bytes_read_by_rank(directory: Path, tp: int, pp: int) -> int:
     """Bytes that this rank's load read from the checkpoint."""
     from opt_megatron.checkpoint.formats.registry import open_checkpoint
-    from opt_megatron.checkpoint.load import read_into
+    from opt_megatron.checkpoint.load import load_weights
     from opt_megatron.model.opt_model import build_model
 
     parallel = start(tp, pp)
     checkpoint = open_checkpoint(directory)
-    read_into(build_model(checkpoint.config, parallel, torch.float32), checkpoint, parallel)
+    load_weights(build_model(checkpoint.config, parallel, torch.float32), checkpoint, parallel)
     return checkpoint.bytes_read
 
 

@@ -15,7 +15,7 @@ from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
 from .parameter_mapping import canonical_shapes
 from .storage.blocks import Block, whole
-from .storage.lazy_tensor import Source
+from .storage.lazy_tensor import LazyTensor
 
 
 @dataclass
@@ -24,17 +24,17 @@ class Checkpoint:
 
     Attributes:
         tensors: canonical name to source.
-        format: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
+        format_description: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
         ranks: of a Megatron directory, each rank's name and what it holds.
-        derived: sentences about what of the config was derived because the files do not carry it.
+        config_notes: sentences about what of the config was derived because the files do not carry it.
         bytes_read: bytes handed out so far, counted after slicing.
     """
 
     path: Path
-    format: str
+    format_description: str
     config: OPTConfig
-    tensors: dict[str, Source]
-    derived: list[str] = field(default_factory=list)
+    tensors: dict[str, LazyTensor]
+    config_notes: list[str] = field(default_factory=list)
     ranks: list[tuple[str, str]] = field(default_factory=list)
     bytes_read: int = 0
 
@@ -46,7 +46,7 @@ class Checkpoint:
         """
         try:
             source = self.tensors[name]
-            tensor = source.fetch(whole(source.shape) if block is None else block)
+            tensor = source.read(whole(source.shape) if block is None else block)
         except CheckpointError:
             raise
         except (RuntimeError, OSError, ValueError) as error:

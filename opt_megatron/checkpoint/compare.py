@@ -11,7 +11,7 @@ import torch
 from .checkpoint import Checkpoint
 from .manifest import read_manifest
 from .storage.blocks import whole
-from .storage.lazy_tensor import dtype_name, same_bytes
+from .storage.lazy_tensor import bitwise_equal, dtype_name
 from .write import row_blocks, tensor_hash
 
 
@@ -77,7 +77,7 @@ def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Dif
     dtypes = [dtype_name(checkpoint.tensors[name].dtype) for checkpoint in (left, right)]
     same_dtype = dtypes[0] == dtypes[1]
     for a, b in _pairs_of_blocks(left, right, name):
-        if same_bytes(a, b):
+        if bitwise_equal(a, b):
             continue
         different = _bits(a) != _bits(b) if same_dtype else _values_differ(a.double(), b.double())
         count += int(different.sum())

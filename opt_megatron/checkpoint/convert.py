@@ -30,7 +30,7 @@ from .formats.writers import (
 )
 from .manifest import write_manifest
 from .storage.lazy_tensor import dtype_name
-from .write import create_files, fill_files
+from .write import create_files, write_tensors
 
 FORMATS = ("megatron", "hf", "metaseq", "flagai")
 
@@ -43,7 +43,7 @@ _PART_OF_A_CHECKPOINT = re.compile(
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """What to write.
 
     Attributes:
@@ -82,20 +82,20 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ConversionSummary:
     """What a conversion did: sizes in bytes; `notes` are sentences for the user."""
 
     source_format: str
     num_bytes: int
     num_files: int
-    derived: list[str]
+    config_notes: list[str]
     notes: list[str]
 
 
 def convert(
     source: Path,
     target: Path,
-    options: Options,
+    options: ConversionOptions,
     *,
     config: OPTConfig | None = None,
     tokenizer: Path | None = None,
@@ -105,7 +105,7 @@ def convert(
     fsync: bool = True,
     on_start: Callable[[int], None] = lambda total: None,
     progress: Callable[[int], None] = lambda num_bytes: None,
-) -> Summary:
+) -> ConversionSummary:
     """Convert.
 
     Args:
@@ -134,7 +134,7 @@ def convert(
         places, complete = create_files(partial.path, files)
         if not complete:  # a file of the interrupted run is gone or has another size: nothing of it is trusted
             partial.done.clear()
-        fill_files(
+        write_tensors(
             checkpoint,
             places,
             workers=workers,
@@ -145,12 +145,16 @@ def convert(
         written = _write_rest(checkpoint, tokenizer, partial.path, options, files)
         write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
-    return Summary(
-        checkpoint.format, total, len(files), checkpoint.derived, _notes(partial, options, checkpoint.config)
+    return ConversionSummary(
+        checkpoint.format_description,
+        total,
+        len(files),
+        checkpoint.config_notes,
+        _notes(partial, options, checkpoint.config),
     )
 
 
-def output_files(config: OPTConfig, options: Options, dtype_of: DtypeOf) -> list[OutputFile]:
+def output_files(config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
     """The files that a conversion writes.
 
     Raises:
@@ -200,7 +204,7 @@ def check_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _write_rest(
-    checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: Options, files: list[OutputFile]
+    checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: ConversionOptions, files: list[OutputFile]
 ) -> OPTConfig:
     """Everything beside the weights: config (which is returned), tokenizer, and the format's own small files."""
     config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
@@ -220,7 +224,7 @@ def _write_rest(
     return config
 
 
-def _notes(partial: PartialDirectory, options: Options, config: OPTConfig) -> list[str]:
+def _notes(partial: PartialDirectory, options: ConversionOptions, config: OPTConfig) -> list[str]:
     notes = []
     if partial.restarted:
         notes.append("--resume: what was there came from another source or other options, so it began anew")
@@ -231,7 +235,7 @@ def _notes(partial: PartialDirectory, options: Options, config: OPTConfig) -> li
     return notes
 
 
-def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict:
+def _fingerprint(checkpoint: Checkpoint, options: ConversionOptions) -> dict:
     """What must be the same for an interrupted run to go on."""
     path = checkpoint.path
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

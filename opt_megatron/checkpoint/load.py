@@ -16,7 +16,7 @@ from ..parallel.context import ParallelContext, on_all_ranks
 from .checkpoint import Checkpoint
 from .formats.registry import open_checkpoint
 from .locate import locate
-from .parameter_mapping import Parameter, layers_of_stage, part_view, rank_block, stage_parameters
+from .parameter_mapping import Parameter, component_view, layers_of_stage, rank_block, stage_parameters
 
 
 def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:
@@ -51,7 +51,7 @@ def load_model(
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source), config)
         torch_dtype = resolve_dtype(dtype, checkpoint.config, parallel.device)
         model = build_model(checkpoint.config, parallel, torch_dtype, quantization=quantization)
-        read_into(model, checkpoint, parallel)
+        load_weights(model, checkpoint, parallel)
         if quantization is not None:
             model.prepare_inference()  # there is nothing else that it could be used for
         return model.requires_grad_(False)
@@ -59,7 +59,7 @@ def load_model(
     return on_all_ranks(parallel, load)
 
 
-def read_into(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
     """Fill every parameter of this rank's part of the model.
 
     Raises:
@@ -82,12 +82,14 @@ def read_into(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContex
             is_deferred = target.device.type == "meta"
             if is_deferred:
                 target = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
-            fill(target, checkpoint, row, parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size)
+            read_parameter(
+                target, checkpoint, row, parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
+            )
             if is_deferred:
                 model.get_submodule(row.megatron.removesuffix(".weight")).take_weight(target)
 
 
-def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:
+def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:
     """Read into `target` the part of a parameter that belongs to tensor parallel rank `rank` of `ranks`.
 
     Only that part's bytes are read. The values are cast to the target's dtype and moved to its device.
@@ -95,7 +97,7 @@ def fill(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int
     parts = len(parameter.canonical)
     for part, name in enumerate(parameter.canonical):
         block = rank_block(checkpoint.tensors[name].shape, parameter.split, rank, ranks)
-        view = part_view(target, part, parts, checkpoint.config.head_dim)
+        view = component_view(target, part, parts, checkpoint.config.head_dim)
         view.copy_(checkpoint.read(name, block).reshape(view.shape))
         checkpoint.release(name, block)
 

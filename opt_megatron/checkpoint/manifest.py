@@ -38,7 +38,7 @@ def write_manifest(
     }
     content = {
         "opt_megatron": __version__,
-        "source": {"name": source.path.name, "format": source.format, "derived": source.derived},
+        "source": {"name": source.path.name, "format": source.format_description, "derived": source.config_notes},
         "options": options,
         "config": comparable_config(config),
         "tensors": tensors,

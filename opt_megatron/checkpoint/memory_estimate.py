@@ -36,7 +36,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankMemory:
     """What one rank holds. Sizes in bytes; `rows` are its rows of the vocabulary, None without embedding or head."""
 
     tensor_rank: int
@@ -55,7 +55,7 @@ class RankPlan:
         return self.weights + self.kv_cache + self.activations
 
 
-def plan_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankPlan]:
+def estimate_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankMemory]:
     """A plan for every rank, in the order of ranks.
 
     Args:
@@ -65,10 +65,12 @@ def plan_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: 
         UserError: the context is longer than the model's positions, or a number is below 1.
     """
     _check(config, workload)
-    return [_plan_rank(config, tp, pp, rank, stage, workload, stored) for stage in range(pp) for rank in range(tp)]
+    return [_estimate_rank(config, tp, pp, rank, stage, workload, stored) for stage in range(pp) for rank in range(tp)]
 
 
-def _plan_rank(config: OPTConfig, tp: int, pp: int, rank: int, stage: int, workload: Workload, stored: str) -> RankPlan:
+def _estimate_rank(
+    config: OPTConfig, tp: int, pp: int, rank: int, stage: int, workload: Workload, stored: str
+) -> RankMemory:
     layers = layers_of_stage(config.num_layers, pp, stage)
     first, last = stage == 0, stage == pp - 1
     shapes = canonical_shapes(config)
@@ -78,7 +80,7 @@ def _plan_rank(config: OPTConfig, tp: int, pp: int, rank: int, stage: int, workl
             elements += math.prod(s.stop - s.start for s in rank_block(shapes[name], row.split, rank, tp))
     rows = config.vocab_size // tp
     heads = config.num_attention_heads // tp
-    return RankPlan(
+    return RankMemory(
         tensor_rank=rank,
         stage=stage,
         layers=layers,
@@ -124,9 +126,9 @@ def smallest_layouts(
     return [(t, p, fullest) for ranks, p, t, fullest in sorted(fitting) if ranks == fewest]
 
 
-def _ranks_that_differ(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankPlan]:
+def _ranks_that_differ(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankMemory]:
     # Tensor ranks of a stage hold equally much, and so do the stages between the first and the last.
-    return [_plan_rank(config, tp, pp, 0, stage, workload, stored) for stage in sorted({0, pp // 2, pp - 1})]
+    return [_estimate_rank(config, tp, pp, 0, stage, workload, stored) for stage in sorted({0, pp // 2, pp - 1})]
 
 
 def _check(config: OPTConfig, workload: Workload) -> None:

@@ -156,7 +156,7 @@ def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> B
     return tuple(block)
 
 
-def part_view(parameter: Tensor, part: int, parts: int, head_dim: int) -> Tensor:
+def component_view(parameter: Tensor, part: int, parts: int, head_dim: int) -> Tensor:
     """The view of a Megatron tensor that holds its canonical part number `part`.
 
     For `linear_qkv` that is q, k or v of every head: [heads, 3, d, ...][:, part]. Otherwise the tensor.

@@ -24,7 +24,7 @@ from ..errors import UserError
 from .checkpoint import Checkpoint
 from .formats.writers import OutputFile, StoredTensor
 from .storage.blocks import Block, whole
-from .storage.torch_writer import TensorHole, create
+from .storage.torch_writer import TensorPlaceholder, create_torch_file
 
 # Measured on Linux 6.18, ext4: small enough that a block is still in the processor's cache when it is written.
 BLOCK_BYTES = 4 * 2**20
@@ -34,7 +34,7 @@ _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where a block of a canonical tensor goes: its rows lie one after the other from a byte of a file."""
 
     path: Path
@@ -43,16 +43,16 @@ class Place:
     dtype: torch.dtype
 
 
-Places = dict[str, list[Place]]  # canonical name -> everywhere that its values are stored
+Destinations = dict[str, list[Destination]]  # canonical name -> everywhere that its values are stored
 
 
-def create_files(directory: Path, files: list[OutputFile]) -> tuple[Places, bool]:
+def create_files(directory: Path, files: list[OutputFile]) -> tuple[Destinations, bool]:
     """Create every file with holes for its tensors, write the constants, and say where all else goes.
 
     Returns:
         The places, and whether every file was there before with the size that it has now.
     """
-    places: Places = defaultdict(list)
+    places: Destinations = defaultdict(list)
     complete = True
     for file in files:
         path = directory / file.path
@@ -64,14 +64,14 @@ def create_files(directory: Path, files: list[OutputFile]) -> tuple[Places, bool
                 _write_at(path, offset, stored.constant)
             for part in stored.parts:
                 start = offset + part.start * stored.dtype.itemsize
-                places[part.name].append(Place(path, start, part.block, stored.dtype))
+                places[part.name].append(Destination(path, start, part.block, stored.dtype))
         complete &= path.stat().st_size == size_before
     return places, complete
 
 
 def _create_torch(path: Path, file: OutputFile) -> list[int]:
-    holes = {stored.name: TensorHole(stored.shape, stored.dtype) for stored in file.tensors}
-    offsets = create(path, file.wrap(holes))
+    holes = {stored.name: TensorPlaceholder(stored.shape, stored.dtype) for stored in file.tensors}
+    offsets = create_torch_file(path, file.wrap(holes))
     return [offsets[id(holes[stored.name])] for stored in file.tensors]
 
 
@@ -98,9 +98,9 @@ def _write_at(path: Path, offset: int, tensor: Tensor) -> None:
         file.write(_bytes_of(tensor))
 
 
-def fill_files(
+def write_tensors(
     checkpoint: Checkpoint,
-    places: Places,
+    places: Destinations,
     *,
     workers: int,
     done: dict[str, str],
@@ -138,7 +138,7 @@ def fill_files(
 def _copy(
     checkpoint: Checkpoint,
     name: str,
-    places: list[Place],
+    places: list[Destination],
     descriptors: dict[Path, int],
     progress: Callable[[int], None],
 ) -> tuple[str, int]:
@@ -152,7 +152,7 @@ def _copy(
     return digest.hexdigest(), total
 
 
-def _write_rows(values: Tensor, first: int, place: Place, descriptor: int) -> int:
+def _write_rows(values: Tensor, first: int, place: Destination, descriptor: int) -> int:
     """The rows of `values`, which begins at row `first`, that belong to a place; returns bytes written."""
     rows, columns = place.block[0], place.block[1:]
     start, stop = max(rows.start, first), min(rows.stop, first + len(values))

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .arguments import add_config, add_layout, add_load, config_argument, say_derived, size_in_bytes
 
 if TYPE_CHECKING:
-    from ..checkpoint.convert import Options
+    from ..checkpoint.convert import ConversionOptions
 
 HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             on_start=on_start,
             progress=bar.update,
         )
-    say_derived(summary.derived)
+    say_derived(summary.config_notes)
     for note in summary.notes:
         print(f"opt-megatron: {note}", file=sys.stderr)
     seconds = time.monotonic() - started
@@ -105,10 +105,10 @@ def _save_path(text: str) -> Path:
         raise UserError(f"--save {text}: {error}") from None
 
 
-def _options(args: argparse.Namespace) -> Options:
-    from ..checkpoint.convert import Options
+def _options(args: argparse.Namespace) -> ConversionOptions:
+    from ..checkpoint.convert import ConversionOptions
 
-    return Options(
+    return ConversionOptions(
         to=args.to,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -119,7 +119,7 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _layout(options: Options) -> str:
+def _layout(options: ConversionOptions) -> str:
     if options.to == "megatron":
         return f"Megatron TP{options.tensor_model_parallel_size} x PP{options.pipeline_model_parallel_size}"
     if options.to == "hf":

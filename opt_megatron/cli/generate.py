@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if args.load is None and parallel.is_leader:
         print(TOY_NOTICE, file=sys.stderr)
     if parallel.is_leader:
-        say_derived(checkpoint.derived)
+        say_derived(checkpoint.config_notes)
     model = load_model(checkpoint, config, parallel, args.dtype, quantization=args.quantization)
     engine = make_engine(args, model, parallel, read.num_tokens)
     show(engine.generate(read.requests), read.prompts, read.requests, args.json, args.stream)

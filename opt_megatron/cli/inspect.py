@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
     total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     norm = "pre-norm" if config.do_layer_norm_before else "post-norm"
     embedding = f", embedding {config.word_embed_proj_dim}" if config.has_embedding_projection else ""
-    say_derived(checkpoint.derived)
+    say_derived(checkpoint.config_notes)
     for name, value in (
         ("checkpoint", checkpoint.path),
-        ("format", checkpoint.format),
+        ("format", checkpoint.format_description),
         ("layers", f"{config.num_layers}, {norm}"),
         (
             "hidden",
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_ranks(config: OPTConfig, dtype: str) -> None:
-    from ..checkpoint.memory_estimate import Workload, plan_ranks
+    from ..checkpoint.memory_estimate import Workload, estimate_ranks
     from ..parallel.layout import tensor_parallel_sizes
 
     sizes = []
     for tp in [n for n in tensor_parallel_sizes(config) if n <= 16]:
-        ranks = plan_ranks(config, tp, 1, Workload(1, 1, dtype), dtype)
+        ranks = estimate_ranks(config, tp, 1, Workload(1, 1, dtype), dtype)
         sizes.append(f"{tp}: {ranks[0].weights / 1e6:,.1f} MB a rank")
     print(f"{'at TP':12}{', '.join(sizes)}")

@@ -67,5 +67,5 @@ def open_model(args: argparse.Namespace, parallel: ParallelContext, *, needs_tok
     if parallel.is_leader:
         if args.load is None:
             print(TOY_NOTICE, file=sys.stderr)
-        say_derived(pretrained.checkpoint.derived)
+        say_derived(pretrained.checkpoint.config_notes)
     return pretrained

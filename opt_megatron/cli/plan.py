@@ -10,7 +10,7 @@ from ..errors import UserError
 from .arguments import size_in_bytes
 
 if TYPE_CHECKING:
-    from ..checkpoint.memory_estimate import RankPlan
+    from ..checkpoint.memory_estimate import RankMemory
     from ..config import OPTConfig
 
 HELP = "print the memory that a model needs per rank on a layout, and which layouts fit"
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: the model does not divide by the sizes, or a number is out of its range.
     """
-    from ..checkpoint.memory_estimate import Workload, plan_ranks, smallest_layouts
+    from ..checkpoint.memory_estimate import Workload, estimate_ranks, smallest_layouts
     from ..config import check_dtype
     from ..parallel.layout import check_model_divides
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         return
     tp, pp = (1 if size is None else size for size in (tp, pp))
     check_model_divides(config, tp, pp)
-    _print_ranks(header, plan_ranks(config, tp, pp, workload, stored), memory)
+    _print_ranks(header, estimate_ranks(config, tp, pp, workload, stored), memory)
 
 
 def _config(name: str) -> OPTConfig:
@@ -86,7 +86,7 @@ def _print_layouts(title: str, layouts: list[tuple[int, int, int]], memory: int)
         print(f"  TP{tp} x PP{pp}  {tp * pp} ranks, {_gb(fullest)} on the fullest")
 
 
-def _print_ranks(title: str, ranks: list[RankPlan], memory: int) -> None:
+def _print_ranks(title: str, ranks: list[RankMemory], memory: int) -> None:
     print(title)
     header = (
         "rank",

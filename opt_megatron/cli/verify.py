@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{shorten([difference.name])} {difference.what}")
     for sentence in configs:
         print(sentence)
-    with_what = f"{second.path} ({second.format})" if second else "its manifest"
+    with_what = f"{second.path} ({second.format_description})" if second else "its manifest"
     verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
     values = f"{len(configs)} value" + ("s" if len(configs) > 1 else "")
     beside = f", {'and' if found else 'but differ in'} {values} of the config" if configs else ""
     names = first.tensors.keys() | {difference.name for difference in found}
-    print(f"{first.path} ({first.format}) and {with_what} {verdict} {len(names)} tensors{beside}")
+    print(f"{first.path} ({first.format_description}) and {with_what} {verdict} {len(names)} tensors{beside}")
     failed = bool(found or configs)
     if args.logits:
         failed |= not _compare_logits(first, second)

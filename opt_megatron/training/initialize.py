@@ -17,8 +17,8 @@ from ..checkpoint.parameter_mapping import (
     EMBEDDING,
     POSITIONS,
     canonical_shapes,
+    component_view,
     layers_of_stage,
-    part_view,
     rank_block,
     stage_parameters,
 )
@@ -58,7 +58,7 @@ def initialize(
         target = parameters[row.megatron]
         for part, name in enumerate(row.canonical):
             block = rank_block(shapes[name], row.split, tp_rank, tp)
-            view = part_view(target, part, len(row.canonical), config.head_dim)
+            view = component_view(target, part, len(row.canonical), config.head_dim)
             view.copy_(initial_values(name, config, seed, std, block[0])[:, *block[1:]].reshape(view.shape))
 
 

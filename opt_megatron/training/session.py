@@ -25,7 +25,7 @@ from torch import nn
 
 from ..checkpoint.formats.registry import open_checkpoint
 from ..checkpoint.formats.torch_dist import LORA_FILE
-from ..checkpoint.load import locate_on_all_ranks, read_into
+from ..checkpoint.load import load_weights, locate_on_all_ranks
 from ..checkpoint.parameter_mapping import layers_of_stage, stage_parameters
 from ..config import OPTConfig
 from ..data.dataloader import SampleDataset, num_micro_batches
@@ -227,7 +227,7 @@ def _fill(model: nn.Module, settings: TrainingSettings, parallel: ParallelContex
         initialize(model, config, parallel, settings.seed, settings.init_std)
     else:
         directory = locate_on_all_ranks(settings.load, parallel, settings.revision)
-        on_all_ranks(parallel, lambda: read_into(model, open_checkpoint(directory), parallel))
+        on_all_ranks(parallel, lambda: load_weights(model, open_checkpoint(directory), parallel))
     if settings.lora is not None:
         initialize_factors(model, config, parallel, settings.seed)
 

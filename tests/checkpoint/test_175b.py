@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
-from opt_megatron.checkpoint.storage.torch_reader import MappedTensors
-from opt_megatron.checkpoint.storage.torch_writer import TensorHole, create
+from opt_megatron.checkpoint.storage.torch_reader import TorchFile
+from opt_megatron.checkpoint.storage.torch_writer import TensorPlaceholder, create_torch_file
 from opt_megatron.config import RELEASED_SIZES
 
 PARTS, SHARDS, LAYERS, H, F, V = 8, 124, 96, 12288, 49152, 50272
@@ -51,13 +51,13 @@ def release(tmp_path_factory):
     root = {f"decoder.{name}": shape for name, shape in ROOT.items()}
     for part in range(PARTS):
         for shard in range(SHARDS):
-            model = {"flat_param_0": TensorHole((ROOT_SHARD,), torch.float16)}
+            model = {"flat_param_0": TensorPlaceholder((ROOT_SHARD,), torch.float16)}
             metadata = [group("", root, shard, ROOT_SHARD)]
             for layer in range(LAYERS):
-                model[f"decoder.layers.{layer}.flat_param_0"] = TensorHole((LAYER_SHARD,), torch.float16)
+                model[f"decoder.layers.{layer}.flat_param_0"] = TensorPlaceholder((LAYER_SHARD,), torch.float16)
                 metadata.append(group(f"decoder.layers.{layer}", LAYER, shard, LAYER_SHARD))
             content = {"cfg": {"model": arguments}, "model": model, "shard_metadata": {"param_metadata": metadata}}
-            create(directory / f"checkpoint_last-model_part-{part}-shard{shard}.pt", content)
+            create_torch_file(directory / f"checkpoint_last-model_part-{part}-shard{shard}.pt", content)
     return directory
 
 
@@ -94,7 +94,7 @@ def test_every_tensor_is_found_and_random_elements_come_from_where_arithmetic_sa
             index = (row, part * (F // PARTS) + column)
         shard, offset = divmod(place, LAYER_SHARD)
         file = release / f"checkpoint_last-model_part-{part}-shard{shard}.pt"
-        vector = MappedTensors(file).content["model"][f"decoder.layers.{layer}.flat_param_0"].values()
+        vector = TorchFile(file).content["model"][f"decoder.layers.{layer}.flat_param_0"].values()
         position = 2 * (vector.storage_offset() + offset)  # the whole file is one storage of the mapping
         value = torch.tensor([float(number + 1)]).half()
         with file.open("r+b") as handle:

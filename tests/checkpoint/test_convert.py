@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from opt_megatron.checkpoint.convert import Options, convert
+from opt_megatron.checkpoint.convert import ConversionOptions, convert
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
 from opt_megatron.checkpoint.formats.writers import pipeline_stages
 from opt_megatron.checkpoint.load import load_model
@@ -25,8 +25,8 @@ from opt_megatron.config import OPTConfig
 from opt_megatron.errors import CheckpointError, UserError
 
 
-def megatron(tp: int, pp: int = 1, **options) -> Options:
-    return Options(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **options)
+def megatron(tp: int, pp: int = 1, **options) -> ConversionOptions:
+    return ConversionOptions(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **options)
 
 
 def contents(path) -> dict[str, torch.Tensor]:
@@ -52,12 +52,12 @@ def test_every_megatron_layout_keeps_every_bit(models, tmp_path, name, tp, pp):
 TARGETS = [
     megatron(2, 2),
     megatron(4),
-    Options(to="hf"),
-    Options(to="hf", max_shard_bytes=1500),
-    Options(to="metaseq"),
-    Options(to="metaseq", tensor_model_parallel_size=4),
-    Options(to="flagai"),
-    Options(to="flagai", tensor_model_parallel_size=2),
+    ConversionOptions(to="hf"),
+    ConversionOptions(to="hf", max_shard_bytes=1500),
+    ConversionOptions(to="metaseq"),
+    ConversionOptions(to="metaseq", tensor_model_parallel_size=4),
+    ConversionOptions(to="flagai"),
+    ConversionOptions(to="flagai", tensor_model_parallel_size=2),
 ]
 
 
@@ -112,7 +112,7 @@ def test_round_trips_of_random_models_lose_nothing(tmp_path_factory, data):
         to = draw(st.sampled_from(["megatron", "hf", "flagai", "metaseq"]))
         tp = draw(st.integers(1, 6)) if to != "hf" else 1
         pp = draw(st.integers(1, 5)) if to == "megatron" else 1
-        options = Options(to, tp, pp, max_shard_bytes=draw(st.integers(1, 3000)))
+        options = ConversionOptions(to, tp, pp, max_shard_bytes=draw(st.integers(1, 3000)))
         fits = not any(n % tp for n in (heads, ours.ffn_hidden_size, ours.vocab_size)) and layers % pp == 0
         if to == "metaseq" and post_norm and tp > 1:
             fits = False
@@ -120,7 +120,7 @@ def test_round_trips_of_random_models_lose_nothing(tmp_path_factory, data):
             with pytest.raises(UserError):
                 convert(place / str(step), place / "refused", options)
             assert not (place / "refused").exists()
-            options = Options("hf")
+            options = ConversionOptions("hf")
         convert(place / str(step), place / str(step + 1), options, fsync=False, workers=draw(st.integers(1, 3)))
     assert_same(tensors, contents(place / "2"))
     shutil.rmtree(place)
@@ -167,7 +167,7 @@ def test_megatron_qkv_is_rebuilt_from_the_source_by_hand(tmp_path):
     assert torch.equal(file["model"]["decoder.layers.2.self_attention.linear_qkv.weight"], expected)
 
 
-@pytest.mark.parametrize("options", [Options(to="hf"), Options(to="hf", max_shard_bytes=2_000_000)])
+@pytest.mark.parametrize("options", [ConversionOptions(to="hf"), ConversionOptions(to="hf", max_shard_bytes=2_000_000)])
 def test_transformers_loads_the_export_without_a_warning(tmp_path, models, options, caplog, recwarn):
     from transformers import OPTForCausalLM
 
@@ -184,7 +184,9 @@ def test_transformers_loads_the_export_without_a_warning(tmp_path, models, optio
 
 
 def test_metaseq_parts_hold_what_metaseqs_scripts_read(tmp_path):
-    convert(EMBEDDED_DIRECTORY, tmp_path / "m", Options(to="metaseq", tensor_model_parallel_size=2), fsync=False)
+    convert(
+        EMBEDDED_DIRECTORY, tmp_path / "m", ConversionOptions(to="metaseq", tensor_model_parallel_size=2), fsync=False
+    )
     part = torch.load(tmp_path / "m" / "reshard-model_part-1.pt", weights_only=False)
     assert {"cfg", "model", "extra_state", "optimizer_history"} <= part.keys()
     assert part["cfg"]["model"].model_parallel_size == 2
@@ -200,7 +202,7 @@ def test_converted_model_gives_the_same_logits(models, tmp_path, alone):
     tokens = torch.arange(4, 40)[None]
     with torch.no_grad():
         expected = oracle(tokens).logits
-        for options in (megatron(4, 2), Options("metaseq", 4), Options("flagai", 2)):
+        for options in (megatron(4, 2), ConversionOptions("metaseq", 4), ConversionOptions("flagai", 2)):
             target = tmp_path / options.to
             convert(source, target, options, fsync=False)
             assert torch.equal(load_model(target, None, alone)(tokens), expected)
@@ -257,7 +259,7 @@ def test_layers_that_cannot_be_divided(arguments):
 
 def test_manifest_says_what_was_read_and_its_hashes_know_no_layout(tmp_path):
     convert(EMBEDDED_DIRECTORY, tmp_path / "a", megatron(2, 2), fsync=False)
-    convert(tmp_path / "a", tmp_path / "b", Options("flagai", 4), fsync=False)
+    convert(tmp_path / "a", tmp_path / "b", ConversionOptions("flagai", 4), fsync=False)
     assert read_manifest(tmp_path / "a") == read_manifest(tmp_path / "b")
     content = json.loads((tmp_path / "a" / MANIFEST).read_text())
     assert content["source"]["format"] == "Hugging Face safetensors"
@@ -363,7 +365,7 @@ def test_metaseqs_files_carry_the_config_that_was_written_beside_them(tmp_path):
     tensors = random_tensors(config)
     del tensors["model.decoder.final_layer_norm.weight"], tensors["model.decoder.final_layer_norm.bias"]
     write_hf(tmp_path / "source", config, tensors)
-    convert(tmp_path / "source", tmp_path / "m", Options("metaseq", 2), fsync=False)
+    convert(tmp_path / "source", tmp_path / "m", ConversionOptions("metaseq", 2), fsync=False)
     assert open_checkpoint(tmp_path / "m").config == OPTConfig.from_hf(config)
     (tmp_path / "m" / "config.json").unlink()
     assert open_checkpoint(tmp_path / "m").config.do_layer_norm_before  # from cfg.model
@@ -375,9 +377,9 @@ def test_a_cast_that_would_overflow_names_the_tensor(tmp_path):
     tensors["model.decoder.layers.0.fc1.bias"][2] = 1e6
     write_hf(tmp_path / "source", config, tensors)
     with pytest.raises(UserError, match=r"layers\.0\.fc1\.bias holds 1e\+06, and float16 ends at 65504"):
-        convert(tmp_path / "source", tmp_path / "c", Options("hf", dtype="float16"))
+        convert(tmp_path / "source", tmp_path / "c", ConversionOptions("hf", dtype="float16"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    convert(tmp_path / "source", tmp_path / "c", Options("hf", dtype="bfloat16"), fsync=False)
+    convert(tmp_path / "source", tmp_path / "c", ConversionOptions("hf", dtype="bfloat16"), fsync=False)
 
 
 def test_values_that_are_no_numbers_survive(tmp_path):
@@ -385,7 +387,7 @@ def test_values_that_are_no_numbers_survive(tmp_path):
     tensors = random_tensors(config)
     tensors["model.decoder.layers.0.fc2.bias"][1] = float("nan")
     write_hf(tmp_path / "source", config, tensors)
-    convert(tmp_path / "source", tmp_path / "m", Options("metaseq", 2), fsync=False)
+    convert(tmp_path / "source", tmp_path / "m", ConversionOptions("metaseq", 2), fsync=False)
     read = contents(tmp_path / "m")["model.decoder.layers.0.fc2.bias"]
     assert torch.equal(read.view(torch.int16), tensors["model.decoder.layers.0.fc2.bias"].view(torch.int16))
 
@@ -396,7 +398,7 @@ def test_values_that_are_no_numbers_survive(tmp_path):
 )
 def test_options_that_do_not_belong_together(options):
     with pytest.raises(UserError):
-        Options(**options)
+        ConversionOptions(**options)
 
 
 def start_conversion(target) -> subprocess.Popen:
@@ -466,13 +468,13 @@ def test_resume_goes_on_from_what_is_complete(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(progress=interrupt)
     assert not (tmp_path / "c").exists() and (tmp_path / ".c.partial").exists()
-    copied, fill_files = [], module.fill_files
+    copied, write_tensors = [], module.write_tensors
 
     def watched(*arguments, **options):
         copied.append(len(options["done"]))
-        fill_files(*arguments, **options)
+        write_tensors(*arguments, **options)
 
-    monkeypatch.setattr(module, "fill_files", watched)
+    monkeypatch.setattr(module, "write_tensors", watched)
     run(resume=True)
     assert 0 < copied[0] < len(tensors)
     assert_same(tensors, contents(tmp_path / "c"))

@@ -4,7 +4,7 @@ import pytest
 import rank_jobs
 import torch
 
-from opt_megatron.checkpoint.convert import Options, convert
+from opt_megatron.checkpoint.convert import ConversionOptions, convert
 from opt_megatron.checkpoint.load import load_model, resolve_dtype
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import UserError
@@ -15,7 +15,9 @@ from opt_megatron.errors import UserError
 def test_each_rank_reads_only_its_own_slices(models, ranks, tmp_path, tp, pp, converted):
     directory = models["pre-norm"][0]
     if converted:  # to another layout than the one that reads
-        convert(directory, tmp_path / "c", Options(tensor_model_parallel_size=6, pipeline_model_parallel_size=3))
+        convert(
+            directory, tmp_path / "c", ConversionOptions(tensor_model_parallel_size=6, pipeline_model_parallel_size=3)
+        )
         directory = tmp_path / "c"
     config = OPTConfig.from_directory(directory)
     everything = config.num_parameters * 4

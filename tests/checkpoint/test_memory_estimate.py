@@ -4,7 +4,7 @@ import pytest
 import rank_jobs
 import torch
 
-from opt_megatron.checkpoint.memory_estimate import Workload, plan_ranks, smallest_layouts
+from opt_megatron.checkpoint.memory_estimate import Workload, estimate_ranks, smallest_layouts
 from opt_megatron.config import OPTConfig, released_config
 
 
@@ -13,14 +13,14 @@ from opt_megatron.config import OPTConfig, released_config
 def test_weights_cache_and_reads_are_what_ranks_really_hold(models, ranks, name, tp, pp):
     directory = models[name][0]
     config = OPTConfig.from_directory(directory)
-    plans = plan_ranks(config, tp, pp, Workload(3, 128, "float32"), "float32")
+    plans = estimate_ranks(config, tp, pp, Workload(3, 128, "float32"), "float32")
     measured = ranks(tp * pp).run(rank_jobs.bytes_held_and_read, directory, tp, pp, 3, 128)
     assert [(p.weights, p.kv_cache, p.read_from_disk) for p in plans] == measured
 
 
 def test_what_ranks_hold_adds_up_to_the_model():
     config = released_config("opt-6.7b")
-    plans = plan_ranks(config, 4, 2, Workload(1, 2048, "float16"), "float16")
+    plans = estimate_ranks(config, 4, 2, Workload(1, 2048, "float16"), "float16")
     assert [plan.layers for plan in plans[::4]] == [range(0, 16), range(16, 32)]
     assert [plan.heads for plan in plans[:4]] == [range(n, n + 8) for n in (0, 8, 16, 24)]
     rows = [row for plan in plans[:4] for row in plan.vocabulary_rows]
@@ -40,7 +40,7 @@ def test_activations_cover_what_a_prefill_allocates(models, alone):
 
     directory = models["pre-norm"][0]
     config = OPTConfig.from_directory(directory)
-    plan = plan_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
+    plan = estimate_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
     runner = ModelRunner(load_model(directory, None, alone), alone, config.num_tokens)
     runner.allocate(4 * 256)
     step = Step(tuple(Row(Extent(256 * n, 256), 0, (5,) * 200, 1) for n in range(4)), Output.LOGITS)

@@ -3,10 +3,16 @@
 import torch
 
 from opt_megatron.checkpoint.checkpoint import Checkpoint
-from opt_megatron.checkpoint.load import fill
-from opt_megatron.checkpoint.parameter_mapping import Split, canonical_shapes, part_view, rank_block, stage_parameters
+from opt_megatron.checkpoint.load import read_parameter
+from opt_megatron.checkpoint.parameter_mapping import (
+    Split,
+    canonical_shapes,
+    component_view,
+    rank_block,
+    stage_parameters,
+)
 from opt_megatron.checkpoint.storage.blocks import whole
-from opt_megatron.checkpoint.storage.lazy_tensor import Concatenated, tensor_source
+from opt_megatron.checkpoint.storage.lazy_tensor import Concatenated, wrap_tensor
 from opt_megatron.config import RELEASED_SIZES, OPTConfig
 
 
@@ -15,7 +21,7 @@ def test_heads_are_interleaved_q_k_v():
     q, k, v = (torch.tensor([1, 2, 3, 4]) + start for start in (0, 10, 20))
     fused = torch.zeros(12, dtype=torch.int64)
     for part, tensor in enumerate((q, k, v)):
-        view = part_view(fused, part, 3, 2)
+        view = component_view(fused, part, 3, 2)
         view.copy_(tensor.view(view.shape))
     assert fused.tolist() == [1, 2, 11, 12, 21, 22, 3, 4, 13, 14, 23, 24]
 
@@ -27,12 +33,12 @@ def test_each_split_cuts_its_dimension():
 
 
 def test_blocks_reach_across_pieces():
-    pieces = [tensor_source(torch.tensor([[1, 2]])), tensor_source(torch.tensor([[3, 4], [5, 6]]))]
+    pieces = [wrap_tensor(torch.tensor([[1, 2]])), wrap_tensor(torch.tensor([[3, 4], [5, 6]]))]
     rows = Concatenated(pieces, 0)
     assert rows.shape == (3, 2)
-    assert rows.fetch(whole(rows.shape)).tolist() == [[1, 2], [3, 4], [5, 6]]
-    assert rows.fetch((slice(0, 2), slice(1, 2))).tolist() == [[2], [4]]
-    assert rows.fetch((slice(2, 3), slice(0, 2))).tolist() == [[5, 6]]
+    assert rows.read(whole(rows.shape)).tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert rows.read((slice(0, 2), slice(1, 2))).tolist() == [[2], [4]]
+    assert rows.read((slice(2, 3), slice(0, 2))).tolist() == [[5, 6]]
 
 
 def test_rank_one_of_two_holds_the_second_head():
@@ -41,11 +47,11 @@ def test_rank_one_of_two_holds_the_second_head():
     layer = "model.decoder.layers.0.self_attn."
     for start, name in ((0, "q_proj"), (10, "k_proj"), (20, "v_proj")):
         tensors[f"{layer}{name}.bias"] = torch.arange(1.0, 5.0) + start
-    sources = {name: tensor_source(tensor) for name, tensor in tensors.items()}
+    sources = {name: wrap_tensor(tensor) for name, tensor in tensors.items()}
     checkpoint = Checkpoint("", "in memory", config, sources)
     qkv = next(p for p in stage_parameters(config, range(1), first=True, last=True) if "qkv.bias" in p.megatron)
     target = torch.zeros(6)
-    fill(target, checkpoint, qkv, 1, 2)
+    read_parameter(target, checkpoint, qkv, 1, 2)
     assert target.tolist() == [3, 4, 13, 14, 23, 24]
     assert checkpoint.bytes_read == 6 * 4
 

@@ -14,7 +14,7 @@ import torch
 from factory import oracle_greedy
 from safetensors.torch import load_file, save_file
 
-from opt_megatron.checkpoint.convert import Options, convert
+from opt_megatron.checkpoint.convert import ConversionOptions, convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 from opt_megatron.tokenizer import OPTTokenizer
@@ -167,7 +167,7 @@ def torchrun(world_size: int, *arguments: str, **options) -> subprocess.Complete
 
 
 def test_torchrun_tool_and_standard_input_give_one_process_output(capsys, tmp_path):
-    convert(EMBEDDED_DIRECTORY, tmp_path / "tp4", Options(tensor_model_parallel_size=4))
+    convert(EMBEDDED_DIRECTORY, tmp_path / "tp4", ConversionOptions(tensor_model_parallel_size=4))
     options = ("--load", str(tmp_path / "tp4"), "--json", "--temperature", "0", "--max-new-tokens", "12")
     done = torchrun(2, *options, "--tensor-model-parallel-size", "2", input="Once upon a time\nThe king\n")
     assert done.returncode == 0, done.stderr

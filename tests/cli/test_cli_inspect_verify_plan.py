@@ -7,7 +7,7 @@ import torch
 from formats import hf_config, random_tensors, write_hf, write_metaseq_flat
 from safetensors.torch import load_file, save_file
 
-from opt_megatron.checkpoint.convert import Options, convert
+from opt_megatron.checkpoint.convert import ConversionOptions, convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 
@@ -40,7 +40,7 @@ def test_inspect_tells_what_a_checkpoint_is(capsys, pair):
 
 
 def test_inspect_tells_what_each_rank_of_a_megatron_directory_holds(capsys, tmp_path):
-    convert(EMBEDDED_DIRECTORY, tmp_path / "m", Options("megatron", 2, 2), fsync=False)
+    convert(EMBEDDED_DIRECTORY, tmp_path / "m", ConversionOptions("megatron", 2, 2), fsync=False)
     _, out, _ = run(capsys, "inspect", str(tmp_path / "m"))
     assert "mp_rank_01_001  layers 2-3, 2.6 MB" in out and "manifest    yes" in out
 
@@ -54,7 +54,7 @@ def test_verify_tells_bits_from_values_and_looks_at_the_config(capsys, tmp_path)
     code, out, _ = run(capsys, "verify", str(tmp_path / "plus"), str(tmp_path / "minus"))
     assert code == 1 and f"{name} differs in 12 of 12 values, by at most 0" in out
     assert run(capsys, "verify", str(tmp_path / "nan"), str(tmp_path / "nan"))[0] == 0
-    convert(tmp_path / "wide", tmp_path / "float", Options("hf", dtype="float32"), fsync=False)
+    convert(tmp_path / "wide", tmp_path / "float", ConversionOptions("hf", dtype="float32"), fsync=False)
     assert "differs in" not in run(capsys, "verify", str(tmp_path / "wide"), str(tmp_path / "float"))[1]
     path = tmp_path / "float" / "config.json"
     path.write_text(path.read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 2'))
@@ -64,7 +64,7 @@ def test_verify_tells_bits_from_values_and_looks_at_the_config(capsys, tmp_path)
 
 
 def test_verify_against_the_manifest_finds_one_flipped_bit(capsys, pair, tmp_path):
-    convert(pair[0], tmp_path / "m", Options(to="hf"))
+    convert(pair[0], tmp_path / "m", ConversionOptions(to="hf"))
     code, out, _ = run(capsys, "verify", str(tmp_path / "m"))
     assert code == 0 and "are equal to the bit in all 36 tensors" in out
     path = tmp_path / "m" / "model.safetensors"
@@ -123,7 +123,7 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
 
 
 def test_damaged_manifest(capsys, pair, tmp_path):
-    convert(pair[0], tmp_path / "m", Options(to="hf"))
+    convert(pair[0], tmp_path / "m", ConversionOptions(to="hf"))
     (tmp_path / "m" / "opt_megatron_manifest.json").write_text(json.dumps({"tensors": [1]}))
     code, _, err = run(capsys, "verify", str(tmp_path / "m"))
     assert code == 2 and "cannot be read as a manifest" in err

@@ -124,14 +124,14 @@ def test_an_8_bit_draft_changes_nothing(models, alone, story):
 
 def test_float_weights_are_never_held(tmp_path, alone, monkeypatch):
     directory = save(random_model(hidden_size=192, ffn_dim=768), tmp_path)
-    targets, held, fill = [], [], load.fill
+    targets, held, read_parameter = [], [], load.read_parameter
 
     def watched(target, *args):
         targets.append(weakref.ref(target))
         held.append(sum(tensor.nbytes for ref in targets if (tensor := ref()) is not None))
-        fill(target, *args)
+        read_parameter(target, *args)
 
-    monkeypatch.setattr(load, "fill", watched)
+    monkeypatch.setattr(load, "read_parameter", watched)
     exact = load_model(directory, None, alone)
     total = sum(parameter.nbytes for parameter in exact.parameters())
     assert max(held) == total

@@ -12,7 +12,7 @@ import training_jobs as jobs
 from factory import random_model, save
 from ranks import RankPool
 
-from opt_megatron.checkpoint.parameter_mapping import layers_of_stage, part_view, rank_block, stage_parameters
+from opt_megatron.checkpoint.parameter_mapping import component_view, layers_of_stage, rank_block, stage_parameters
 from opt_megatron.config import OPTConfig
 from opt_megatron.training.initialize import initial_values
 from opt_megatron.training.schedule import Schedule
@@ -88,7 +88,7 @@ def test_loss_and_gradients_equal_transformers(
         for row in rows:
             expected = torch.empty_like(found[row.megatron])
             for part, name in enumerate(row.canonical):
-                view = part_view(expected, part, len(row.canonical), config.head_dim)
+                view = component_view(expected, part, len(row.canonical), config.head_dim)
                 values = oracle[name][rank_block(oracle[name].shape, row.split, tp_rank, tp)]
                 view.copy_(values.reshape(view.shape))
             largest = max(float(oracle[name].abs().max()) for name in row.canonical)

@@ -14,9 +14,9 @@ from ...config import OPTConfig
 from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
 from ..parameter_mapping import EMBEDDING, canonical_shapes
-from ..storage.lazy_tensor import Replicated, Source, Tied
+from ..storage.lazy_tensor import LazyTensor, Replicated, Tied
 from .huggingface import canonical_names, pickled_tensors
-from .model_parallel_parts import join_parts, missing_places
+from .model_parallel_parts import join_parts, missing_from_grid
 
 _PART = re.compile(r"pytorch_model_(\d+)\.bin")
 
@@ -53,19 +53,19 @@ def _files(directory: Path) -> list[Path]:
             raise CheckpointError(f"{directory}: {found[int(match[1])].name} and {file.name} are the same part")
         if match:
             found[int(match[1])] = file
-    _, count, missing = missing_places([(0, number) for number in found])
+    _, count, missing = missing_from_grid([(0, number) for number in found])
     if missing:
         names = shorten([f"pytorch_model_{number:02d}.bin" for _, number in missing])
         raise CheckpointError(f"{directory}: {len(found)} parts are here, {count - len(found)} are missing: {names}")
     return [found[number] for number in range(len(found))]
 
 
-def _pop_head(part: dict[str, Source]) -> Source | None:
+def _pop_head(part: dict[str, LazyTensor]) -> LazyTensor | None:
     names = [name for name in part if name.removeprefix("model.") == "lm_head.weight"]
     return part.pop(names[0]) if names else None
 
 
-def _check_complete(directory: Path, tensors: dict[str, Source], config: OPTConfig, parts: int) -> None:
+def _check_complete(directory: Path, tensors: dict[str, LazyTensor], config: OPTConfig, parts: int) -> None:
     wanted = canonical_shapes(config)
     wrong = [name for name, source in tensors.items() if name in wanted and source.shape != wanted[name]]
     if not wrong:

@@ -13,10 +13,10 @@ from ...config import OPTConfig
 from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
 from ..parameter_mapping import EMBEDDING, PREFIX
-from ..storage.lazy_tensor import Source, Tied
+from ..storage.lazy_tensor import LazyTensor, Tied
 from ..storage.mmap import map_safetensors
-from ..storage.torch_reader import FileTensor, MappedTensors
-from .infer_config import Hints, config_beside, derive_config
+from ..storage.torch_reader import FileTensor, TorchFile
+from .infer_config import StoredMetadata, config_beside, infer_config
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -37,7 +37,7 @@ def open_huggingface(path: Path, config: OPTConfig | None = None) -> Checkpoint:
         CheckpointError: a shard is missing or damaged, or a name stands for two tensors.
     """
     directory, files = (path.parent, [path]) if path.is_file() else (path, weight_files(path))
-    stored: dict[str, Source] = {}
+    stored: dict[str, LazyTensor] = {}
     for file in files:
         sources = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
         twice = sorted(sources.keys() & stored.keys())
@@ -50,7 +50,7 @@ def open_huggingface(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     derived: list[str] = []
     config = config or config_beside(directory)
     if config is None:
-        config, derived = derive_config(tensors, Hints("nowhere"))
+        config, derived = infer_config(tensors, StoredMetadata("nowhere"))
     return Checkpoint(path, f"Hugging Face {kind}{shards}", config, tensors, derived)
 
 
@@ -86,9 +86,9 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def pickled_tensors(file: Path) -> dict[str, Source]:
+def pickled_tensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a .bin file by name, those under FlagAI's 'module' where it has one."""
-    mapped = MappedTensors(file)
+    mapped = TorchFile(file)
     state = mapped.content
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
         state = state["module"]
@@ -97,13 +97,13 @@ def pickled_tensors(file: Path) -> dict[str, Source]:
     return {name: mapped.source(tensor) for name, tensor in state.items() if isinstance(tensor, FileTensor)}
 
 
-def canonical_names(directory: Path, stored: dict[str, Source]) -> dict[str, Source]:
+def canonical_names(directory: Path, stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Hugging Face's names in any of their forms to canonical ones; the tied tensor becomes one.
 
     Raises:
         CheckpointError: a name stands for two tensors.
     """
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, LazyTensor] = {}
     head = None
     for name, source in stored.items():
         if name.removeprefix("model.") == "lm_head.weight":

@@ -14,11 +14,11 @@ from typing import Any
 from ...config import POSITION_OFFSET, RELEASED_SIZES, OPTConfig
 from ...errors import CheckpointError
 from ..parameter_mapping import EMBEDDING, PREFIX
-from ..storage.lazy_tensor import Source, dtype_name
+from ..storage.lazy_tensor import LazyTensor, dtype_name
 
 
 @dataclass
-class Hints:
+class StoredMetadata:
     """What files say of the model beside its tensors; None where they say nothing.
 
     Attributes:
@@ -43,7 +43,7 @@ def config_beside(path: Path) -> OPTConfig | None:
     return OPTConfig.from_file(file) if file.is_file() else None
 
 
-def derive_config(tensors: Mapping[str, Source], hints: Hints) -> tuple[OPTConfig, list[str]]:
+def infer_config(tensors: Mapping[str, LazyTensor], hints: StoredMetadata) -> tuple[OPTConfig, list[str]]:
     """A config that fits canonical tensors, and sentences about what was derived from what.
 
     Raises:
@@ -94,7 +94,7 @@ def integer(values: Mapping[str, Any], name: str) -> int | None:
     return value if type(value) is int else None
 
 
-def _heads(layers: int, hidden: int, hints: Hints) -> tuple[int, str]:
+def _heads(layers: int, hidden: int, hints: StoredMetadata) -> tuple[int, str]:
     if hints.num_attention_heads:
         return hints.num_attention_heads, hints.where
     for name, size in RELEASED_SIZES.items():
@@ -106,7 +106,7 @@ def _heads(layers: int, hidden: int, hints: Hints) -> tuple[int, str]:
     )
 
 
-def _shape(tensors: Mapping[str, Source], name: str) -> tuple[int, int]:
+def _shape(tensors: Mapping[str, LazyTensor], name: str) -> tuple[int, int]:
     source = tensors.get(PREFIX + name)
     if source is None or len(source.shape) != 2:
         raise CheckpointError(f"there is no config.json, and no matrix {name} to derive one from; give --config")

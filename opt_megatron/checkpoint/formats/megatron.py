@@ -23,12 +23,12 @@ from torch import Tensor
 from ...config import LAYERNORM_EPSILON, POSITION_OFFSET, RELEASED_VOCAB_SIZE, OPTConfig
 from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
-from ..parameter_mapping import EMBEDDING, POSITIONS, Parameter, Split, part_view, stage_parameters
+from ..parameter_mapping import EMBEDDING, POSITIONS, Parameter, Split, component_view, stage_parameters
 from ..storage.blocks import Block
-from ..storage.lazy_tensor import Concatenated, Replicated, RowRange, Source, Tied, Translated, rows_of_zeros
-from ..storage.torch_reader import MappedTensors
-from .infer_config import Hints, config_beside, derive_config, integer, namespace_values
-from .model_parallel_parts import check_not_doubled, missing_places
+from ..storage.lazy_tensor import Concatenated, LazyTensor, RemappedTensor, Replicated, RowRange, Tied, zero_rows
+from ..storage.torch_reader import TorchFile
+from .infer_config import StoredMetadata, config_beside, infer_config, integer, namespace_values
+from .model_parallel_parts import check_no_duplicates, missing_from_grid
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
@@ -64,7 +64,7 @@ def open_megatron(directory: Path, config: OPTConfig | None = None) -> Checkpoin
     config = config or config_beside(directory)
     grid = _rank_files(_iteration_directory(directory))
     tp, pp = len(grid[0]), len(grid)
-    opened = [[MappedTensors(file) for file in row] for row in grid]
+    opened = [[TorchFile(file) for file in row] for row in grid]
     stages = [[_model_of(mapped) for mapped in row] for row in opened]
     arguments = namespace_values(opened[0][0].content.get("args"))
     _check_arguments(arguments, directory, tp, pp)
@@ -104,14 +104,14 @@ def _check_arguments(arguments: dict[str, Any], directory: Path, tp: int, pp: in
             raise CheckpointError(f"{directory}: args says {name}={value!r:.40}; in OPT it is {wanted!r}")
 
 
-def _check_not_doubled(stages: list[list[dict[str, Source]]], directory: Path) -> None:
+def _check_not_doubled(stages: list[list[dict[str, LazyTensor]]], directory: Path) -> None:
     name = "decoder.layers.0.mlp.linear_fc1.weight"
     slices = [model[name] for models in stages for model in models if name in model]
-    check_not_doubled(slices, f"{directory}: ranks")
+    check_no_duplicates(slices, f"{directory}: ranks")
 
 
 def _describe_ranks(
-    grid: list[list[Path]], stages: list[list[dict[str, Source]]], counts: list[int]
+    grid: list[list[Path]], stages: list[list[dict[str, LazyTensor]]], counts: list[int]
 ) -> list[tuple[str, str]]:
     described, first = [], 0
     for files, models, count in zip(grid, stages, counts, strict=True):
@@ -144,14 +144,14 @@ def _rank_files(directory: Path) -> list[list[Path]]:
             found[place] = child / RANK_FILE
     if not found:
         raise CheckpointError(f"{directory}: holds no mp_rank_*/{RANK_FILE}")
-    stages, ranks, missing = missing_places(found)
+    stages, ranks, missing = missing_from_grid(found)
     if missing:
         names = shorten([rank_directory(tp, pp, stages) for pp, tp in missing])
         raise CheckpointError(f"{directory}: {len(found)} rank files are there, missing are {names}")
     return [[found[pp, tp] for tp in range(ranks)] for pp in range(stages)]
 
 
-def _model_of(mapped: MappedTensors) -> dict[str, Source]:
+def _model_of(mapped: TorchFile) -> dict[str, LazyTensor]:
     stored = mapped.model("Megatron").items()
     return {_local_name(name): source for name, source in stored if "_extra_state" not in name}
 
@@ -162,7 +162,7 @@ def _local_name(name: str) -> str:
     return name
 
 
-def _count_layers(model: dict[str, Source], file: Path) -> int:
+def _count_layers(model: dict[str, LazyTensor], file: Path) -> int:
     numbers = {int(match[1]) for match in map(_LAYER.match, model) if match}
     if numbers != set(range(len(numbers))):
         raise CheckpointError(f"{file}: layers {sorted(numbers)} are not numbered 0 to {len(numbers) - 1}")
@@ -170,7 +170,7 @@ def _count_layers(model: dict[str, Source], file: Path) -> int:
 
 
 def _shape_of_model(
-    stages: list[list[dict[str, Source]]], counts: list[int], arguments: dict[str, Any], config: OPTConfig | None
+    stages: list[list[dict[str, LazyTensor]]], counts: list[int], arguments: dict[str, Any], config: OPTConfig | None
 ) -> OPTConfig:
     """What decides which parameters there are: the config, or a stand-in for one that is derived later."""
     if config is not None:
@@ -192,9 +192,9 @@ def _shape_of_model(
 
 
 def _canonical(
-    grid: list[list[Path]], stages: list[list[dict[str, Source]]], counts: list[int], config: OPTConfig
-) -> dict[str, Source]:
-    tensors: dict[str, Source] = {}
+    grid: list[list[Path]], stages: list[list[dict[str, LazyTensor]]], counts: list[int], config: OPTConfig
+) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
     first_layer = 0
     for stage, models in enumerate(stages):
         layers = range(first_layer, first_layer + counts[stage])
@@ -211,7 +211,7 @@ def _canonical(
     return tensors
 
 
-def _check_names(parameters: list[Parameter], models: list[dict[str, Source]], files: list[Path]) -> None:
+def _check_names(parameters: list[Parameter], models: list[dict[str, LazyTensor]], files: list[Path]) -> None:
     wanted = {parameter.megatron for parameter in parameters}
     for model, file in zip(models, files, strict=True):
         missing, unknown = sorted(wanted - model.keys()), sorted(model.keys() - wanted)
@@ -222,7 +222,7 @@ def _check_names(parameters: list[Parameter], models: list[dict[str, Source]], f
             )
 
 
-def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: int) -> Source:
+def _assembled(parameter: Parameter, part: int, shards: list[LazyTensor], head_dim: int) -> LazyTensor:
     """One canonical tensor out of the tensor parallel ranks' shards."""
     parts = len(parameter.canonical)
     pieces = [shard if parts == 1 else interleaved_part(shard, part, parts, head_dim) for shard in shards]
@@ -231,17 +231,17 @@ def _assembled(parameter: Parameter, part: int, shards: list[Source], head_dim: 
     return Concatenated(pieces, parameter.split.value)
 
 
-def interleaved_part(shard: Source, part: int, parts: int, head_dim: int) -> Source:
+def interleaved_part(shard: LazyTensor, part: int, parts: int, head_dim: int) -> LazyTensor:
     """Part number `part` of `parts` (q, k or v) of a tensor that holds them head by head."""
     if shard.shape[0] % (parts * head_dim):
         return shard  # left to check_tensors, which names the tensor: its rows cannot be whole heads
     return _InterleavedPart(shard, part, parts, head_dim)
 
 
-class _InterleavedPart(Translated):
+class _InterleavedPart(RemappedTensor):
     """q, k or v out of `linear_qkv`, which holds them head by head."""
 
-    def __init__(self, fused: Source, part: int, parts: int, head_dim: int) -> None:
+    def __init__(self, fused: LazyTensor, part: int, parts: int, head_dim: int) -> None:
         super().__init__(fused, (fused.shape[0] // parts, *fused.shape[1:]))
         self._part, self._parts, self._head_dim = part, parts, head_dim
 
@@ -251,7 +251,7 @@ class _InterleavedPart(Translated):
         return (slice(first * per_head, stop * per_head), *block[1:])
 
     def _arrange(self, values: Tensor, block: Block) -> Tensor:
-        flat = part_view(values, self._part, self._parts, self._head_dim).flatten(0, 1)
+        flat = component_view(values, self._part, self._parts, self._head_dim).flatten(0, 1)
         skipped = block[0].start - self._heads(block)[0] * self._head_dim
         return flat[skipped : skipped + block[0].stop - block[0].start]
 
@@ -260,10 +260,10 @@ class _InterleavedPart(Translated):
         return block[0].start // self._head_dim, -(-block[0].stop // self._head_dim)
 
 
-def _derive(tensors: dict[str, Source], arguments: dict[str, Any]) -> tuple[OPTConfig, list[str]]:
-    hints = Hints("args", integer(arguments, "num_attention_heads"))
+def _derive(tensors: dict[str, LazyTensor], arguments: dict[str, Any]) -> tuple[OPTConfig, list[str]]:
+    hints = StoredMetadata("args", integer(arguments, "num_attention_heads"))
     hints.dropout, hints.attention_dropout = arguments.get("hidden_dropout"), arguments.get("attention_dropout")
-    config, derived = derive_config(tensors, hints)
+    config, derived = infer_config(tensors, hints)
     positions = integer(arguments, "max_position_embeddings")
     if positions == tensors[POSITIONS].shape[0] and positions & (positions - 1) == 0:
         # 2048 rows for 2048 positions: a table without the two rows that OPT never uses.
@@ -275,12 +275,12 @@ def _derive(tensors: dict[str, Source], arguments: dict[str, Any]) -> tuple[OPTC
     return config, derived
 
 
-def _fit_vocabulary_and_positions(tensors: dict[str, Source], config: OPTConfig) -> None:
+def _fit_vocabulary_and_positions(tensors: dict[str, LazyTensor], config: OPTConfig) -> None:
     embedding, positions = tensors[EMBEDDING], tensors[POSITIONS]
     if embedding.shape[0] > config.vocab_size:  # padded to a multiple of 128 x TP
         tensors[EMBEDDING] = RowRange(embedding, 0, config.vocab_size)
     if positions.shape[0] == config.max_position_embeddings:
-        tensors[POSITIONS] = Concatenated([rows_of_zeros(POSITION_OFFSET, positions), positions], 0)
+        tensors[POSITIONS] = Concatenated([zero_rows(POSITION_OFFSET, positions), positions], 0)
 
 
 def megatron_args(config: OPTConfig, dtype: torch.dtype, tp: int, pp: int) -> argparse.Namespace:

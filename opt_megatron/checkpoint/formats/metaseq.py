@@ -19,10 +19,10 @@ from ...config import OPTConfig
 from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
 from ..parameter_mapping import EMBEDDING, METASEQ_NAMES, PREFIX
-from ..storage.lazy_tensor import RowRange, Source, Tied, flat_tensors
-from ..storage.torch_reader import MappedTensors
-from .infer_config import Hints, config_beside, derive_config, integer, namespace_values
-from .model_parallel_parts import join_parts, missing_places
+from ..storage.lazy_tensor import LazyTensor, RowRange, Tied, split_flat_vector
+from ..storage.torch_reader import TorchFile
+from .infer_config import StoredMetadata, config_beside, infer_config, integer, namespace_values
+from .model_parallel_parts import join_parts, missing_from_grid
 
 _PART_OR_SHARD = re.compile(r"(?P<stem>.+?)(?:\.pt)?(?:-(?:model_)?part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
 _FLAT = "flat_param_0"
@@ -44,7 +44,7 @@ def open_metaseq(path: Path, config: OPTConfig | None = None) -> Checkpoint:
             of parameters is flat and nothing says what is in it.
     """
     grid = _grid(path)
-    opened = [[MappedTensors(file) for file in row] for row in grid]
+    opened = [[TorchFile(file) for file in row] for row in grid]
     parts = [_canonical(_part(files, opened_files)) for files, opened_files in zip(grid, opened, strict=True)]
     hints = _hints(opened[0][0].content)
     tensors = join_parts(parts, path)
@@ -52,7 +52,7 @@ def open_metaseq(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     derived: list[str] = []
     config = config or config_beside(path)  # as this project's conversions write it
     if config is None:
-        config, derived = derive_config(tensors, hints)
+        config, derived = infer_config(tensors, hints)
     return Checkpoint(path, _describe(grid, opened[0][0]), config, tensors, derived)
 
 
@@ -75,7 +75,7 @@ def _grid(path: Path) -> list[list[Path]]:
         raise CheckpointError(f"{path}: holds files of {len(stems)} checkpoints ({names}); leave those of one")
     if path.is_file():  # one part of several is found incomplete by its cfg
         return [list(found.values())]
-    parts, shards, missing = missing_places(found)
+    parts, shards, missing = missing_from_grid(found)
     if missing:
         names = shorten([f"part {p} shard {s}" for p, s in missing])
         raise CheckpointError(
@@ -85,7 +85,7 @@ def _grid(path: Path) -> list[list[Path]]:
     return [[found[p, s] for s in range(shards)] for p in range(parts)]
 
 
-def _part(files: list[Path], opened: list[MappedTensors]) -> dict[str, Source]:
+def _part(files: list[Path], opened: list[TorchFile]) -> dict[str, LazyTensor]:
     """One part's tensors under metaseq's names."""
     models = [_model(mapped) for mapped in opened]
     is_flat = [name.endswith(_FLAT) for name in models[0]]
@@ -96,13 +96,15 @@ def _part(files: list[Path], opened: list[MappedTensors]) -> dict[str, Source]:
     return _unflattened(files, opened, models)
 
 
-def _model(mapped: MappedTensors) -> dict[str, Source]:
+def _model(mapped: TorchFile) -> dict[str, LazyTensor]:
     return {name: source for name, source in mapped.model("metaseq").items() if name != "decoder.version"}
 
 
-def _unflattened(files: list[Path], opened: list[MappedTensors], models: list[dict[str, Source]]) -> dict[str, Source]:
+def _unflattened(
+    files: list[Path], opened: list[TorchFile], models: list[dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
     groups = [_groups(file, mapped) for file, mapped in zip(files, opened, strict=True)]
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, LazyTensor] = {}
     for path, (shapes, _) in groups[0].items():
         key = f"{path}.{_FLAT}" if path else _FLAT
         pieces = []
@@ -117,11 +119,13 @@ def _unflattened(files: list[Path], opened: list[MappedTensors], models: list[di
                 f"of {key}; shards are missing or of another checkpoint"
             )
         prefix = f"{path}." if path else ""
-        tensors |= flat_tensors(pieces, {prefix + name.removeprefix(prefix): shape for name, shape in shapes.items()})
+        tensors |= split_flat_vector(
+            pieces, {prefix + name.removeprefix(prefix): shape for name, shape in shapes.items()}
+        )
     return tensors | {name: source for name, source in models[0].items() if not name.endswith(_FLAT)}
 
 
-def _groups(file: Path, mapped: MappedTensors) -> dict[str, tuple[dict[str, tuple[int, ...]], int]]:
+def _groups(file: Path, mapped: TorchFile) -> dict[str, tuple[dict[str, tuple[int, ...]], int]]:
     """FSDP path -> (names and shapes in order, padding of this shard)."""
     try:
         entries = mapped.content["shard_metadata"]["param_metadata"]
@@ -142,9 +146,9 @@ def _groups(file: Path, mapped: MappedTensors) -> dict[str, tuple[dict[str, tupl
         ) from None
 
 
-def _canonical(part: dict[str, Source]) -> dict[str, Source]:
+def _canonical(part: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """metaseq's names to canonical ones, with the fused [K; V; Q] taken apart."""
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, source in part.items():
         short = name.removeprefix("decoder.")
         module, _, kind = short.rpartition(".")
@@ -168,9 +172,9 @@ def _arguments(content: Any) -> dict[str, Any]:
     return namespace_values(model) or namespace_values(content.get("args"))
 
 
-def _hints(content: Any) -> Hints:
+def _hints(content: Any) -> StoredMetadata:
     values = _arguments(content)
-    hints = Hints("cfg.model", integer(values, "decoder_attention_heads"))
+    hints = StoredMetadata("cfg.model", integer(values, "decoder_attention_heads"))
     hints.dropout, hints.attention_dropout = values.get("dropout"), values.get("attention_dropout")
     before = values.get("decoder_normalize_before")
     hints.do_layer_norm_before = before if type(before) is bool else None
@@ -186,7 +190,7 @@ def _hints(content: Any) -> Hints:
     return hints
 
 
-def _check_part_count(content: Any, tensors: dict[str, Source], parts: int, path: Path) -> None:
+def _check_part_count(content: Any, tensors: dict[str, LazyTensor], parts: int, path: Path) -> None:
     # A whole model may still carry the number of parts that it was trained in, so its shapes decide.
     projection = tensors.get(f"{PREFIX}layers.0.self_attn.out_proj.weight")
     if projection is not None and projection.shape[0] != projection.shape[-1]:
@@ -197,7 +201,7 @@ def _check_part_count(content: Any, tensors: dict[str, Source], parts: int, path
         )
 
 
-def _describe(grid: list[list[Path]], first: MappedTensors) -> str:
+def _describe(grid: list[list[Path]], first: TorchFile) -> str:
     flat = any(str(name).endswith(_FLAT) for name in first.content["model"])
     if len(grid[0]) > 1:
         return f"metaseq FSDP shards, {len(grid)} parts x {len(grid[0])} shards"

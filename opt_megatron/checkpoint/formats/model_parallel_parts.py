@@ -9,12 +9,12 @@ from pathlib import Path
 from ...errors import CheckpointError, shorten
 from ..parameter_mapping import PREFIX, split_of
 from ..storage.blocks import whole
-from ..storage.lazy_tensor import Concatenated, Replicated, Source
+from ..storage.lazy_tensor import Concatenated, LazyTensor, Replicated
 
 _OWN_SLICE = PREFIX + "layers.0.fc1.weight"
 
 
-def join_parts(parts: list[dict[str, Source]], path: Path) -> dict[str, Source]:
+def join_parts(parts: list[dict[str, LazyTensor]], path: Path) -> dict[str, LazyTensor]:
     """Canonical tensors out of the parts' slices of them, by the parameter table's split rules.
 
     Raises:
@@ -25,11 +25,11 @@ def join_parts(parts: list[dict[str, Source]], path: Path) -> dict[str, Source]:
         if different:
             raise CheckpointError(f"{path}: parts 0 and {number} hold different tensors: {shorten(different)}")
     if _OWN_SLICE in parts[0]:
-        check_not_doubled([part[_OWN_SLICE] for part in parts], f"{path}: parts")
+        check_no_duplicates([part[_OWN_SLICE] for part in parts], f"{path}: parts")
     return {name: _joined(name, [part[name] for part in parts], path) for name in parts[0]}
 
 
-def missing_places(found: Collection[tuple[int, int]]) -> tuple[int, int, list[tuple[int, int]]]:
+def missing_from_grid(found: Collection[tuple[int, int]]) -> tuple[int, int, list[tuple[int, int]]]:
     """Rows and columns of the smallest grid that holds all places, and the first few places that are empty.
 
     A file name alone may claim a part number in the billions, so the grid is never made.
@@ -40,7 +40,7 @@ def missing_places(found: Collection[tuple[int, int]]) -> tuple[int, int, list[t
     return rows, columns, list(itertools.islice(empty, 9))
 
 
-def check_not_doubled(slices: Sequence[Source], where: str) -> None:
+def check_no_duplicates(slices: Sequence[LazyTensor], where: str) -> None:
     """Refuse slices of which two are the same, as when one part was copied over another.
 
     Compares a few rows of a matrix that every part has its own slice of; rows of zeros tell nothing.
@@ -50,14 +50,14 @@ def check_not_doubled(slices: Sequence[Source], where: str) -> None:
     """
     seen: dict[bytes, int] = {}
     for number, source in enumerate(slices):
-        rows = source.fetch((slice(0, min(4, source.shape[0])), *whole(source.shape)[1:])).float()
+        rows = source.read((slice(0, min(4, source.shape[0])), *whole(source.shape)[1:])).float()
         content = rows.contiguous().numpy().tobytes()
         if rows.any() and content in seen:
             raise CheckpointError(f"{where} {seen[content]} and {number} hold the same slice: one is there twice")
         seen[content] = number
 
 
-def _joined(name: str, slices: list[Source], path: Path) -> Source:
+def _joined(name: str, slices: list[LazyTensor], path: Path) -> LazyTensor:
     if len(slices) == 1:
         return slices[0]
     dim = split_of(name).value

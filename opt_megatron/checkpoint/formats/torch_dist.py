@@ -29,9 +29,9 @@ from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
 from ..parameter_mapping import stage_parameters
 from ..storage.blocks import Block
-from ..storage.lazy_tensor import Concatenated, Source
+from ..storage.lazy_tensor import Concatenated, LazyTensor
 from ..storage.mmap import MappedFile
-from ..storage.torch_reader import FileTensor, MappedTensors, Part
+from ..storage.torch_reader import FileSpan, FileTensor, TorchFile
 from .infer_config import config_beside
 from .megatron import interleaved_part
 
@@ -69,7 +69,7 @@ def open_torch_dist(directory: Path, config: OPTConfig | None = None) -> Checkpo
         raise CheckpointError(f"{path}: there is no config.json; put the model's there")
     stored = _Stored(path, _read_index(path / INDEX_FILE))
     scale = _lora_scale(path) if (path / LORA_FILE).is_file() else None
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, LazyTensor] = {}
     for row in stage_parameters(config, range(config.num_layers), first=True, last=True):
         source = stored.source(row.megatron)
         if source is None:
@@ -90,7 +90,7 @@ class _Stored:
         self._path, self._index = path, index
         self._files: dict[str, MappedFile] = {}
 
-    def source(self, name: str) -> Source | None:
+    def source(self, name: str) -> LazyTensor | None:
         """A parameter under Megatron's name, `decoder.layers.3.…` being a part of `decoder.layers.…`."""
         layer = None
         if name.startswith(_LAYERS):
@@ -104,7 +104,7 @@ class _Stored:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{self._path / INDEX_FILE}: {name} makes no sense: {error!r}") from None
 
-    def _assemble(self, entry: dict[str, Any], layer: int | None) -> Source:
+    def _assemble(self, entry: dict[str, Any], layer: int | None) -> LazyTensor:
         shape, dtype = [int(size) for size in entry["shape"]], str(entry["dtype"])
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype[:20]!r}")
@@ -125,7 +125,7 @@ class _Stored:
             raise ValueError(f"its shards make up {list(source.shape)} of {shape[skip:]}")
         return source
 
-    def _part(self, chunk: dict[str, Any]) -> Part:
+    def _part(self, chunk: dict[str, Any]) -> FileSpan:
         name, start, length = chunk["file"], int(chunk["start"]), int(chunk["length"])
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError("a file outside the directory")
@@ -139,22 +139,22 @@ class _Stored:
                 f"{self._path / name}: is damaged or incomplete: it has {file.size:,} bytes, "
                 f"and bytes {start:,} to {start + length:,} are wanted"
             )
-        return Part(file, start, length)
+        return FileSpan(file, start, length)
 
 
-class _Shard(Source):
+class _Shard(LazyTensor):
     """A part of a file that holds one tensor; opened when it is first read.
 
     Args:
         skip: leading dimensions of size 1 that the stored tensor has and this one has not.
     """
 
-    def __init__(self, part: Part, shape: tuple[int, ...], dtype: torch.dtype, skip: int) -> None:
+    def __init__(self, part: FileSpan, shape: tuple[int, ...], dtype: torch.dtype, skip: int) -> None:
         super().__init__(shape, dtype)
         self._part, self._skip = part, skip
         self._opened: FileTensor | None = None
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """Rows that are wanted are read, or copied where the file does not have them at a multiple of their size."""
         stored = self._tensor()
         row = math.prod(self.shape[1:])
@@ -164,12 +164,12 @@ class _Shard(Source):
 
     def release(self, block: Block) -> None:
         """The pages under the rows (of a copy there are none)."""
-        self._part.file.release(self.fetch(block))
+        self._part.file.release(self.read(block))
 
     def _tensor(self) -> FileTensor:
         if self._opened is None:
             path = self._part.file.path
-            content = MappedTensors(path, self._part).content
+            content = TorchFile(path, self._part).content
             expected = (1,) * self._skip + self.shape
             if not isinstance(content, FileTensor) or content.shape != expected:
                 raise CheckpointError(
@@ -181,10 +181,10 @@ class _Shard(Source):
         return self._opened
 
 
-class _Adapted(Source):
+class _Adapted(LazyTensor):
     """weight + scale B A, computed for the blocks that are read."""
 
-    def __init__(self, weight: Source, a: Source, b: Source, scale: float) -> None:
+    def __init__(self, weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> None:
         super().__init__(weight.shape, weight.dtype)
         self._weight, self._a, self._b, self._scale = weight, a, b, scale
         if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
@@ -192,11 +192,11 @@ class _Adapted(Source):
                 f"LoRA's factors of {list(a.shape)} and {list(b.shape)} do not fit a weight of {list(weight.shape)}"
             )
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """In float32, then in the weight's dtype."""
-        a = self._a.fetch((slice(0, self._a.shape[0]), block[1])).float()
-        b = self._b.fetch((block[0], slice(0, self._b.shape[1]))).float()
-        weight = self._weight.fetch(block)
+        a = self._a.read((slice(0, self._a.shape[0]), block[1])).float()
+        b = self._b.read((block[0], slice(0, self._b.shape[1]))).float()
+        weight = self._weight.read(block)
         return (weight.float() + self._scale * (b @ a)).to(weight.dtype)
 
     def release(self, block: Block) -> None:
@@ -204,7 +204,7 @@ class _Adapted(Source):
         self._weight.release(block)
 
 
-def _with_factors(source: Source, name: str, stored: _Stored, scale: float) -> Source:
+def _with_factors(source: LazyTensor, name: str, stored: _Stored, scale: float) -> LazyTensor:
     module, _, kind = name.rpartition(".")
     factors = [stored.source(f"{module}.{factor}") for factor in ("lora_a", "lora_b")] if kind == "weight" else [None]
     return source if None in factors else _Adapted(source, *factors, scale)

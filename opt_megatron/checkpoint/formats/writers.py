@@ -37,7 +37,7 @@ DtypeOf = Callable[[str], torch.dtype]
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceBlock:
     """A block of a canonical tensor, whose elements lie row by row from element `start` of a stored tensor."""
 
     name: str
@@ -52,7 +52,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: tuple[Part, ...]
+    parts: tuple[SourceBlock, ...]
     constant: Tensor | None = None
 
     @property
@@ -147,11 +147,11 @@ def _megatron_tensor(
     sizes = _sizes(blocks[0])
     shape = (sizes[0] * len(blocks), *sizes[1:])
     if len(blocks) == 1:
-        parts = (Part(row.canonical[0], blocks[0]),)
+        parts = (SourceBlock(row.canonical[0], blocks[0]),)
     else:  # q, k, v of every head in turn
         run = config.head_dim * torch.Size(sizes[1:]).numel()
         parts = tuple(
-            Part(name, _head_of(block, head, config.head_dim), (head * len(blocks) + part) * run)
+            SourceBlock(name, _head_of(block, head, config.head_dim), (head * len(blocks) + part) * run)
             for head in range(sizes[0] // config.head_dim)
             for part, (name, block) in enumerate(zip(row.canonical, blocks, strict=True))
         )
@@ -166,7 +166,7 @@ def _head_of(block: Block, head: int, head_dim: int) -> Block:
 def huggingface_files(config: OPTConfig, dtype_of: DtypeOf, max_shard_bytes: int) -> list[OutputFile]:
     """Safetensors as transformers writes them: one file, or shards of at most `max_shard_bytes` each."""
     tensors = [
-        StoredTensor(name, shape, dtype_of(name), (Part(name, whole(shape)),))
+        StoredTensor(name, shape, dtype_of(name), (SourceBlock(name, whole(shape)),))
         for name, shape in canonical_shapes(config).items()
     ]
     shards: list[list[StoredTensor]] = [[]]
@@ -212,14 +212,15 @@ def _metaseq_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int
             stored.append(_metaseq_qkv(module.removesuffix("q_proj"), kind, block, dtype_of(name)))
         elif not fused or not module.endswith(("k_proj", "v_proj")):
             label = f"decoder.{theirs.get(module, module)}.{kind}"
-            stored.append(StoredTensor(label, _sizes(block), dtype_of(name), (Part(name, block),)))
+            stored.append(StoredTensor(label, _sizes(block), dtype_of(name), (SourceBlock(name, block),)))
     return stored
 
 
 def _metaseq_qkv(attention: str, kind: str, block: Block, dtype: torch.dtype) -> StoredTensor:
     size = torch.Size(_sizes(block)).numel()
     parts = tuple(
-        Part(f"{PREFIX}{attention}{letter}_proj.{kind}", block, number * size) for number, letter in enumerate("kvq")
+        SourceBlock(f"{PREFIX}{attention}{letter}_proj.{kind}", block, number * size)
+        for number, letter in enumerate("kvq")
     )
     rows, others = _sizes(block)[0], _sizes(block)[1:]
     return StoredTensor(f"decoder.{attention}qkv_proj.{kind}", (3 * rows, *others), dtype, parts)
@@ -254,9 +255,11 @@ def flagai_files(config: OPTConfig, dtype_of: DtypeOf, parts: int) -> list[Outpu
         tensors = []
         for name, shape in canonical_shapes(config).items():
             block = rank_block(shape, split_of(name) if parts > 1 else Split.REPLICATED, part, parts)
-            tensors.append(StoredTensor(name, _sizes(block), dtype_of(name), (Part(name, block),)))
+            tensors.append(StoredTensor(name, _sizes(block), dtype_of(name), (SourceBlock(name, block),)))
         shape = canonical_shapes(config)[EMBEDDING]
-        tensors.append(StoredTensor("lm_head.weight", shape, dtype_of(EMBEDDING), (Part(EMBEDDING, whole(shape)),)))
+        tensors.append(
+            StoredTensor("lm_head.weight", shape, dtype_of(EMBEDDING), (SourceBlock(EMBEDDING, whole(shape)),))
+        )
         path = Path(f"pytorch_model_{part:02d}.bin" if parts > 1 else "pytorch_model.bin")
         wrap = (lambda tensors: {"module": tensors}) if parts > 1 else (lambda tensors: tensors)
         files.append(OutputFile(path, "torch", tuple(tensors), wrap))

@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 from .blocks import Block
 
 
-class Source(ABC):
+class LazyTensor(ABC):
     """One tensor that can be read in blocks.
 
     Attributes:
@@ -39,7 +39,7 @@ class Source(ABC):
         return self.num_elements * self.dtype.itemsize
 
     @abstractmethod
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """The elements of a block, often as a view of a mapped file; they must not be written to."""
 
     @abstractmethod
@@ -47,7 +47,7 @@ class Source(ABC):
         """Let go of the memory that fetching this block has touched; called when it is no longer used."""
 
 
-class TensorSource(Source):
+class WrappedTensor(LazyTensor):
     """A tensor that is in memory, or mapped from a file and read when it is touched.
 
     Args:
@@ -65,7 +65,7 @@ class TensorSource(Source):
         self._values = values
         self._release = release
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """A view."""
         return self._values()[block]
 
@@ -74,19 +74,19 @@ class TensorSource(Source):
         self._release(self._values()[block])
 
 
-class Concatenated(Source):
+class Concatenated(LazyTensor):
     """Pieces that follow each other along `dim`.
 
     Raises:
         CheckpointError: the pieces do not fit each other.
     """
 
-    def __init__(self, pieces: Sequence[Source], dim: int) -> None:
+    def __init__(self, pieces: Sequence[LazyTensor], dim: int) -> None:
         first, shape = pieces[0], list(pieces[0].shape)
         shape[dim] = sum(piece.shape[dim] for piece in pieces)
         super().__init__(shape, first.dtype)
         self._dim = dim
-        self._placed: list[tuple[int, Source]] = []
+        self._placed: list[tuple[int, LazyTensor]] = []
         start = 0
         for number, piece in enumerate(pieces):
             if _without(piece.shape, dim) != _without(first.shape, dim) or piece.dtype != first.dtype:
@@ -95,9 +95,9 @@ class Concatenated(Source):
             self._placed.append((start, piece))
             start += piece.shape[dim]
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """A view where one piece holds the whole block, else a new tensor."""
-        parts = [piece.fetch(local) for piece, local in self._overlaps(block)]
+        parts = [piece.read(local) for piece, local in self._overlaps(block)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._dim)
 
     def release(self, block: Block) -> None:
@@ -105,7 +105,7 @@ class Concatenated(Source):
         for piece, local in self._overlaps(block):
             piece.release(local)
 
-    def _overlaps(self, block: Block) -> Iterator[tuple[Source, Block]]:
+    def _overlaps(self, block: Block) -> Iterator[tuple[LazyTensor, Block]]:
         dim, wanted = self._dim, block[self._dim]
         for start, piece in self._placed:
             first, stop = max(wanted.start, start), min(wanted.stop, start + piece.shape[dim])
@@ -113,10 +113,10 @@ class Concatenated(Source):
                 yield piece, (*block[:dim], slice(first - start, stop - start), *block[dim + 1 :])
 
 
-class Translated(Source):
+class RemappedTensor(LazyTensor):
     """Some rows of another source, found by translating blocks of one into blocks of the other."""
 
-    def __init__(self, source: Source, shape: Sequence[int]) -> None:
+    def __init__(self, source: LazyTensor, shape: Sequence[int]) -> None:
         super().__init__(shape, source.dtype)
         self._source = source
 
@@ -128,19 +128,19 @@ class Translated(Source):
         """This source's block out of what the translated one holds."""
         return values
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """A view where the other source gives one and its elements lie as they should."""
-        return self._arrange(self._source.fetch(self._translate(block)), block)
+        return self._arrange(self._source.read(self._translate(block)), block)
 
     def release(self, block: Block) -> None:
         """The translated block."""
         self._source.release(self._translate(block))
 
 
-class RowRange(Translated):
+class RowRange(RemappedTensor):
     """The rows `start` to `stop` of a source."""
 
-    def __init__(self, source: Source, start: int, stop: int) -> None:
+    def __init__(self, source: LazyTensor, start: int, stop: int) -> None:
         super().__init__(source, (stop - start, *source.shape[1:]))
         self._start = start
 
@@ -148,10 +148,10 @@ class RowRange(Translated):
         return (slice(block[0].start + self._start, block[0].stop + self._start), *block[1:])
 
 
-class InVector(Translated):
+class FlatSlice(RemappedTensor):
     """A tensor that lies row by row in a vector, from element `start`."""
 
-    def __init__(self, vector: Source, start: int, shape: Sequence[int]) -> None:
+    def __init__(self, vector: LazyTensor, start: int, shape: Sequence[int]) -> None:
         super().__init__(vector, shape)
         self._start = start
         self._row_size = torch.Size(self.shape[1:]).numel()
@@ -164,23 +164,23 @@ class InVector(Translated):
         return values.view(block[0].stop - block[0].start, *self.shape[1:])[(slice(None), *block[1:])]
 
 
-class Replicated(Source):
+class Replicated(LazyTensor):
     """A tensor that should be the same in every part; fetching compares them."""
 
-    def __init__(self, copies: Sequence[Source], name: str) -> None:
+    def __init__(self, copies: Sequence[LazyTensor], name: str) -> None:
         super().__init__(copies[0].shape, copies[0].dtype)
         self._copies = copies
         self._name = name
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """The first part's.
 
         Raises:
             CheckpointError: another part's differs.
         """
-        values = self._copies[0].fetch(block)
+        values = self._copies[0].read(block)
         for number, copy in enumerate(self._copies[1:], 1):
-            if copy.shape != self.shape or not same_bytes(values, copy.fetch(block)):
+            if copy.shape != self.shape or not bitwise_equal(values, copy.read(block)):
                 parts = f"parts 0 and {number}"
                 raise CheckpointError(f"{self._name} is not the same in {parts}: they are not of one model")
         return values
@@ -191,28 +191,28 @@ class Replicated(Source):
             copy.release(block)
 
 
-class Tied(Source):
+class Tied(LazyTensor):
     """A tensor that is stored a second time, as OPT's embedding is in the output head; fetching compares the two.
 
     Raises:
         CheckpointError: their shapes differ.
     """
 
-    def __init__(self, first: Source, second: Source, what: str) -> None:
+    def __init__(self, first: LazyTensor, second: LazyTensor, what: str) -> None:
         super().__init__(first.shape, first.dtype)
         self._first, self._second, self._what = first, second, what
         if first.shape != second.shape:
             shapes = f"{list(first.shape)} and {list(second.shape)}"
             raise CheckpointError(f"{what} have the shapes {shapes}; OPT ties the two")
 
-    def fetch(self, block: Block) -> Tensor:
+    def read(self, block: Block) -> Tensor:
         """The first's.
 
         Raises:
             CheckpointError: the second's differs.
         """
-        values = self._first.fetch(block)
-        if not same_bytes(values, self._second.fetch(block)):
+        values = self._first.read(block)
+        if not bitwise_equal(values, self._second.read(block)):
             raise CheckpointError(f"{self._what} differ; OPT ties the two")
         return values
 
@@ -227,14 +227,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def same_bytes(left: Tensor, right: Tensor) -> bool:
+def bitwise_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape are equal to the bit (so a NaN equals itself, and -0 is not 0)."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
-def flat_tensors(pieces: Sequence[Source], shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
+def split_flat_vector(pieces: Sequence[LazyTensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
     """Tensors that lie one after the other in a vector, which is itself cut into pieces.
 
     Args:
@@ -242,22 +242,22 @@ def flat_tensors(pieces: Sequence[Source], shapes: dict[str, tuple[int, ...]]) -
         shapes: names and shapes in the order in which they lie there; together as long as the vector.
     """
     vector = Concatenated(pieces, 0)
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, LazyTensor] = {}
     position = 0
     for name, shape in shapes.items():
-        tensors[name] = InVector(vector, position, shape)
+        tensors[name] = FlatSlice(vector, position, shape)
         position += torch.Size(shape).numel()
     return tensors
 
 
-def tensor_source(tensor: Tensor) -> Source:
+def wrap_tensor(tensor: Tensor) -> LazyTensor:
     """A source over a tensor that is in memory."""
-    return TensorSource(tensor.shape, tensor.dtype, lambda: tensor)
+    return WrappedTensor(tensor.shape, tensor.dtype, lambda: tensor)
 
 
-def rows_of_zeros(count: int, like: Source) -> Source:
+def zero_rows(count: int, like: LazyTensor) -> LazyTensor:
     """`count` rows of zeros, as wide as another source."""
-    return tensor_source(torch.zeros(count, *like.shape[1:], dtype=like.dtype))
+    return wrap_tensor(torch.zeros(count, *like.shape[1:], dtype=like.dtype))
 
 
 def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:

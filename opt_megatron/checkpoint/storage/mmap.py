@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .lazy_tensor import Source, TensorSource
+from .lazy_tensor import LazyTensor, WrappedTensor
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -69,12 +69,12 @@ class MappedFile:
         if 0 <= start < self.size and length > 0:
             self._array._mmap.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def source(self, tensor: Tensor) -> Source:
+    def source(self, tensor: Tensor) -> LazyTensor:
         """A source over a tensor of this file."""
-        return TensorSource(tensor.shape, tensor.dtype, lambda: tensor, self.release)
+        return WrappedTensor(tensor.shape, tensor.dtype, lambda: tensor, self.release)
 
 
-def map_safetensors(path: Path) -> dict[str, Source]:
+def map_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file by name, not yet read.
 
     The library checks the header (names, dtypes, that offsets cover the file without overlap); the data
@@ -98,7 +98,7 @@ def map_safetensors(path: Path) -> dict[str, Source]:
     return {name: _safetensors_source(mapped, name, header[name], 8 + length) for name in names}
 
 
-def _safetensors_source(mapped: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> Source:
+def _safetensors_source(mapped: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
     dtype, shape = _SAFETENSORS_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     if dtype is None:
         kinds = ", ".join(_SAFETENSORS_DTYPES)

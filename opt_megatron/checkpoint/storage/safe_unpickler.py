@@ -24,11 +24,11 @@ class Inert:
     """Stands for a class, a function or an object that is not known here. What is done to it does nothing."""
 
 
-class UnreadablePickle(ValueError):
+class InvalidPickleError(ValueError):
     """The bytes are no pickle, or use what this interpreter does not know."""
 
 
-def run(data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> Any:
+def unpickle(data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> Any:
     """The object that a pickle describes.
 
     Args:
@@ -36,13 +36,13 @@ def run(data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callabl
         persistent_load: makes an object of a persistent id.
 
     Raises:
-        UnreadablePickle: as above.
+        InvalidPickleError: as above.
         IndexError, struct.error, TypeError, ValueError ...: the bytes end early, or make no sense.
     """
-    return _Machine(data, known, persistent_load).run()
+    return _Unpickler(data, known, persistent_load).run()
 
 
-class _Machine:
+class _Unpickler:
     def __init__(self, data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> None:
         self._data = data
         self._at = 0
@@ -92,7 +92,7 @@ class _Machine:
             else:
                 handler = _HANDLERS.get(code)
                 if handler is None:
-                    raise UnreadablePickle(f"opcode {code:#x} is not one that torch.save writes")
+                    raise InvalidPickleError(f"opcode {code:#x} is not one that torch.save writes")
                 self._at = at
                 handler(self)
                 stack, at = self._stack, self._at
@@ -102,12 +102,12 @@ class _Machine:
     def _take(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count
         if self._at > len(self._data):
-            raise UnreadablePickle("it ends early")
+            raise InvalidPickleError("it ends early")
         return self._data[start : self._at]
 
     def _text(self, start: int, end: int) -> str:
         if end > len(self._data):
-            raise UnreadablePickle("it ends early")
+            raise InvalidPickleError("it ends early")
         return self._data[start:end].decode("utf-8", "surrogatepass")
 
     def _length(self, size: int) -> int:
@@ -127,7 +127,7 @@ class _Machine:
 
     def _proto(self) -> None:
         if self._take(1)[0] > 5:
-            raise UnreadablePickle("its protocol is newer than 5")
+            raise InvalidPickleError("its protocol is newer than 5")
 
     def _frame(self) -> None:
         self._take(8)
@@ -161,7 +161,7 @@ class _Machine:
     def _tuple_of(self, count: int) -> None:
         items = self._stack[len(self._stack) - count :]
         if len(items) != count:
-            raise UnreadablePickle("its stack is empty")
+            raise InvalidPickleError("its stack is empty")
         self._stack[len(self._stack) - count :] = [tuple(items)]
 
     def _marked(self, make: Callable[[list[Any]], Any]) -> None:
@@ -173,7 +173,7 @@ class _Machine:
         if type(target) is list:
             target.extend(items)
         elif not isinstance(target, Inert):
-            raise UnreadablePickle(f"items for a {type(target).__name__}")
+            raise InvalidPickleError(f"items for a {type(target).__name__}")
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -181,7 +181,7 @@ class _Machine:
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[_plain_key(key)] = value
         elif not isinstance(target, Inert):
-            raise UnreadablePickle(f"keys for a {type(target).__name__}")
+            raise InvalidPickleError(f"keys for a {type(target).__name__}")
 
     def _set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
@@ -192,7 +192,7 @@ class _Machine:
         if type(target) is set:
             target.update(map(_plain_key, items))
         elif not isinstance(target, Inert):
-            raise UnreadablePickle(f"members for a {type(target).__name__}")
+            raise InvalidPickleError(f"members for a {type(target).__name__}")
 
     # Classes, functions and what is made of them
 
@@ -210,10 +210,10 @@ class _Machine:
         elif type(arguments) is tuple and callable(function) and function in self._callable:
             self._budget -= sum(len(value) for value in arguments if type(value) in (list, tuple, str, dict))
             if self._budget < 0:
-                raise UnreadablePickle("it asks for more copies than a checkpoint needs")
+                raise InvalidPickleError("it asks for more copies than a checkpoint needs")
             self._stack.append(function(*arguments))
         else:
-            raise UnreadablePickle(f"a call of a {type(function).__name__}")
+            raise InvalidPickleError(f"a call of a {type(function).__name__}")
 
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -246,7 +246,7 @@ def ordered_dict(items: Any = ()) -> collections.OrderedDict:
 def latin1_bytes(text: Any, encoding: Any) -> bytes:
     """_codecs.encode, which is how protocol 2 spells a bytes object."""
     if type(text) is not str or type(encoding) is not str or encoding != "latin1":
-        raise UnreadablePickle("bytes that are not spelt as latin1")
+        raise InvalidPickleError("bytes that are not spelt as latin1")
     return text.encode("latin1")
 
 
@@ -257,27 +257,27 @@ def _dictionary(items: list[Any]) -> dict[Any, Any]:
 _UINT16, _UINT32 = struct.Struct("<H"), struct.Struct("<I")
 _BINGET, _LONG_BINGET, _BINPUT, _LONG_BINPUT = op.BINGET[0], op.LONG_BINGET[0], op.BINPUT[0], op.LONG_BINPUT[0]
 _BININT1, _BININT2, _BINUNICODE, _MARK, _STOP = op.BININT1[0], op.BININT2[0], op.BINUNICODE[0], op.MARK[0], op.STOP[0]
-_HANDLERS: dict[int, Callable[[_Machine], None]] = {
+_HANDLERS: dict[int, Callable[[_Unpickler], None]] = {
     code[0]: handler
     for code, handler in (
-        (op.PROTO, _Machine._proto),
-        (op.FRAME, _Machine._frame),
-        (op.POP, _Machine._pop),
-        (op.POP_MARK, _Machine._pop_mark),
+        (op.PROTO, _Unpickler._proto),
+        (op.FRAME, _Unpickler._frame),
+        (op.POP, _Unpickler._pop),
+        (op.POP_MARK, _Unpickler._pop_mark),
         (op.NONE, lambda m: m._stack.append(None)),
         (op.NEWTRUE, lambda m: m._stack.append(True)),
         (op.NEWFALSE, lambda m: m._stack.append(False)),
-        (op.BININT, _Machine._int),
+        (op.BININT, _Unpickler._int),
         (op.LONG1, lambda m: m._long(1)),
         (op.LONG4, lambda m: m._long(4)),
-        (op.BINFLOAT, _Machine._float),
+        (op.BINFLOAT, _Unpickler._float),
         (op.SHORT_BINUNICODE, lambda m: m._unicode(1)),
         (op.BINUNICODE8, lambda m: m._unicode(8)),
         (op.SHORT_BINBYTES, lambda m: m._byte_string(1)),
         (op.BINBYTES, lambda m: m._byte_string(4)),
         (op.BINBYTES8, lambda m: m._byte_string(8)),
         (op.BYTEARRAY8, lambda m: m._byte_string(8)),
-        (op.MEMOIZE, _Machine._memoize),
+        (op.MEMOIZE, _Unpickler._memoize),
         (op.EMPTY_LIST, lambda m: m._stack.append([])),
         (op.EMPTY_TUPLE, lambda m: m._stack.append(())),
         (op.EMPTY_DICT, lambda m: m._stack.append({})),
@@ -291,15 +291,15 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
         (op.FROZENSET, lambda m: m._marked(lambda items: frozenset(map(_plain_key, items)))),
         (op.APPEND, lambda m: m._append([m._stack.pop()])),
         (op.APPENDS, lambda m: m._append(m._since_mark())),
-        (op.SETITEM, _Machine._set_item),
+        (op.SETITEM, _Unpickler._set_item),
         (op.SETITEMS, lambda m: m._set_items(m._since_mark())),
-        (op.ADDITEMS, _Machine._add_items),
+        (op.ADDITEMS, _Unpickler._add_items),
         (op.GLOBAL, lambda m: m._global(m._line(), m._line())),
-        (op.STACK_GLOBAL, _Machine._stack_global),
-        (op.REDUCE, _Machine._reduce),
-        (op.NEWOBJ, _Machine._reduce),
-        (op.NEWOBJ_EX, _Machine._new_object_ex),
-        (op.BUILD, _Machine._build),
-        (op.BINPERSID, _Machine._persistent),
+        (op.STACK_GLOBAL, _Unpickler._stack_global),
+        (op.REDUCE, _Unpickler._reduce),
+        (op.NEWOBJ, _Unpickler._reduce),
+        (op.NEWOBJ_EX, _Unpickler._new_object_ex),
+        (op.BUILD, _Unpickler._build),
+        (op.BINPERSID, _Unpickler._persistent),
     )
 }

@@ -1,7 +1,7 @@
 """Reading files that torch.save wrote, without running or importing anything that they name.
 
 The file is a zip archive of stored (not compressed) records: `data.pkl`, and one record for each storage.
-`pickle_machine.py` interprets the pickle; its tensors become views of the mapped file, made when they are
+`safe_unpickler.py` interprets the pickle; its tensors become views of the mapped file, made when they are
 read. (The format: torch/serialization.py and caffe2/serialize/inline_container.h.)
 """
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from . import safe_unpickler as pickle_machine
-from .lazy_tensor import Source, TensorSource
+from .lazy_tensor import LazyTensor, WrappedTensor
 from .mmap import MappedFile
+from .safe_unpickler import latin1_bytes, ordered_dict, unpickle
 
 _MAX_PICKLE_BYTES = 256 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
 _STORAGES = {
@@ -39,7 +39,7 @@ _STORAGES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class FileSpan:
     """A part of a file that torch.save wrote by itself, as torch.distributed.checkpoint's files are made of."""
 
     file: MappedFile
@@ -47,10 +47,10 @@ class Part:
     length: int
 
 
-class _PartFile(io.RawIOBase):
+class _SpanFile(io.RawIOBase):
     """A part of a file as a file."""
 
-    def __init__(self, path: Path, part: Part) -> None:
+    def __init__(self, path: Path, part: FileSpan) -> None:
         self._file, self._part, self._at = path.open("rb"), part, 0
 
     def readable(self) -> bool:
@@ -79,7 +79,7 @@ class _PartFile(io.RawIOBase):
         super().close()
 
 
-class MappedTensors:
+class TorchFile:
     """What one file holds: its object, with a `FileTensor` for every tensor.
 
     Args:
@@ -92,27 +92,27 @@ class MappedTensors:
         CheckpointError: the file is damaged, or of the format before torch 1.6.
     """
 
-    def __init__(self, path: Path, part: Part | None = None) -> None:
+    def __init__(self, path: Path, part: FileSpan | None = None) -> None:
         self._file = MappedFile(path) if part is None else part.file
         try:
-            with contextlib.nullcontext(path) if part is None else _PartFile(path, part) as source:
+            with contextlib.nullcontext(path) if part is None else _SpanFile(path, part) as source:
                 if not zipfile.is_zipfile(source):
                     raise CheckpointError(
                         f"{path}: is truncated, or not a file that torch.save wrote in the format of torch 1.6 or later"
                     )
                 with zipfile.ZipFile(source) as archive:
                     records = _Records(archive, self._file, 0 if part is None else part.start)
-                    self.content = pickle_machine.run(records.pickle(), _KNOWN, records.persistent_load)
+                    self.content = unpickle(records.pickle(), _KNOWN, records.persistent_load)
         except CheckpointError:
             raise
         except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from None
 
-    def source(self, tensor: FileTensor) -> Source:
+    def source(self, tensor: FileTensor) -> LazyTensor:
         """A source over one of the content's tensors."""
-        return TensorSource(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
+        return WrappedTensor(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
 
-    def model(self, whose: str) -> dict[str, Source]:
+    def model(self, whose: str) -> dict[str, LazyTensor]:
         """The tensors under "model", where metaseq and Megatron-LM alike keep them.
 
         Raises:
@@ -126,7 +126,7 @@ class MappedTensors:
 
 
 @dataclass(eq=False)
-class Storage:
+class StorageRecord:
     """A record of the archive that holds a tensor's elements.
 
     Where its data begins stands in the record's own header, which is only read when the data is: a raw
@@ -153,7 +153,7 @@ class Storage:
 class FileTensor:
     """A tensor in a file: torch's view of a storage, not yet mapped."""
 
-    storage: Storage
+    storage: StorageRecord
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -172,7 +172,7 @@ class _Records:
         self._archive = archive
         self._file = file
         self._start = start  # of the archive in the file
-        self._storages: dict[tuple[str, torch.dtype], Storage] = {}
+        self._storages: dict[tuple[str, torch.dtype], StorageRecord] = {}
         self._entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -185,7 +185,7 @@ class _Records:
         """The skeleton."""
         return self._bytes("data.pkl", _MAX_PICKLE_BYTES)
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: Any) -> StorageRecord:
         """A storage that the pickle refers to: ("storage", type, record, location, elements)."""
         kind, dtype, key, _, num_elements = pid
         known = type(kind) is type(key) is str and kind == "storage" and isinstance(dtype, torch.dtype)
@@ -195,7 +195,7 @@ class _Records:
             self._storages[key, dtype] = self._storage(key, dtype, num_elements)
         return self._storages[key, dtype]
 
-    def _storage(self, key: str, dtype: torch.dtype, num_elements: int) -> Storage:
+    def _storage(self, key: str, dtype: torch.dtype, num_elements: int) -> StorageRecord:
         """A storage's record, which lies within the file and is large enough."""
         entry = self._entry(f"data/{key}")
         size = num_elements * dtype.itemsize
@@ -204,7 +204,7 @@ class _Records:
             raise CheckpointError(
                 f"{self._file.path}: is damaged or incomplete: storage {key} of {size:,} bytes is not all there"
             )
-        return Storage(self._file, header, num_elements, dtype)
+        return StorageRecord(self._file, header, num_elements, dtype)
 
     def _entry(self, name: str) -> zipfile.ZipInfo:
         entry = self._entries.get(self._prefix + name)
@@ -224,7 +224,7 @@ class _Records:
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> FileTensor:
     """torch._utils._rebuild_tensor_v2, with its bounds checked."""
-    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
+    if type(storage) is not StorageRecord or type(size) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor without a storage, a size or a stride")
     if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
         raise ValueError("a tensor whose offset, size and stride are not numbers that belong together")
@@ -248,8 +248,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): _size,
-    ("collections", "OrderedDict"): pickle_machine.ordered_dict,
+    ("collections", "OrderedDict"): ordered_dict,
     ("argparse", "Namespace"): argparse.Namespace,
-    ("_codecs", "encode"): pickle_machine.latin1_bytes,
+    ("_codecs", "encode"): latin1_bytes,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }

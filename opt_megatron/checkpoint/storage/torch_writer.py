@@ -1,6 +1,6 @@
 """Writing torch.save's file format before its tensors exist: the skeleton first, the data where it belongs.
 
-`create` lays out the archive that torch.save would write (torch/serialization.py), with a hole for every
+`create_torch_file` lays out the archive that torch.save would write (torch/serialization.py), with a hole for every
 tensor, and says at which byte each hole begins. Whoever has the data writes it there, in any order.
 """
 
@@ -27,7 +27,7 @@ _LIMIT_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class TensorHole:
+class TensorPlaceholder:
     """Stands in the content for a tensor that is written later."""
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class TensorHole:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def create(path: Path, content: Any) -> dict[int, int]:
+def create_torch_file(path: Path, content: Any) -> dict[int, int]:
     """Write a file that torch.load reads as `content`, its holes as tensors of undefined values.
 
     Data that an earlier call's holes were filled with stays: the same content gives the same layout.
@@ -63,7 +63,7 @@ def create(path: Path, content: Any) -> dict[int, int]:
 
 
 class _Storage:
-    def __init__(self, key: int, hole: TensorHole) -> None:
+    def __init__(self, key: int, hole: TensorPlaceholder) -> None:
         self.persistent_id = ("storage", _STORAGES[hole.dtype], str(key), "cpu", torch.Size(hole.shape).numel())
 
 
@@ -72,11 +72,11 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
-        self.holes: list[TensorHole] = []
+        self.holes: list[TensorPlaceholder] = []
 
     def reducer_override(self, obj: Any) -> Any:
         """A hole as torch pickles a contiguous tensor."""
-        if not isinstance(obj, TensorHole):
+        if not isinstance(obj, TensorPlaceholder):
             return NotImplemented
         strides, step = [], 1
         for size in reversed(obj.shape):

@@ -67,7 +67,7 @@ def test_every_format_holds_the_same_tensors(tmp_path, name):
         config = OPTConfig.from_hf(PRE)
     checkpoint = assert_holds(directory, TENSORS, config)
     assert checkpoint.config == OPTConfig.from_hf(PRE)
-    assert bool(checkpoint.derived) == (not (directory / "config.json").exists() and config is None)
+    assert bool(checkpoint.config_notes) == (not (directory / "config.json").exists() and config is None)
 
 
 def test_350m_is_known_by_its_missing_final_norm(tmp_path):
@@ -117,7 +117,7 @@ def test_attention_cut_at_documents_is_told(tmp_path):
     content = metaseq_content(PRE, metaseq_part(PRE, TENSORS, 0, 1), 1)
     content["cfg"]["model"].self_attn_doc_sep = 2
     save(content, tmp_path / "restored.pt")
-    assert any("self_attn_doc_sep is 2" in note for note in open_checkpoint(tmp_path).derived)
+    assert any("self_attn_doc_sep is 2" in note for note in open_checkpoint(tmp_path).config_notes)
 
 
 def unlink(*names):
@@ -335,7 +335,7 @@ def test_megatron_lm_config_is_derived_from_args_and_shapes(tmp_path):
     write_megatron_lm(tmp_path, config, tensors, 2, 1)
     checkpoint = assert_holds(tmp_path, tensors)
     assert checkpoint.config == OPTConfig.from_hf(config)
-    assert "4 attention heads from args" in " ".join(checkpoint.derived)
+    assert "4 attention heads from args" in " ".join(checkpoint.config_notes)
 
 
 def test_hugging_face_without_config_takes_heads_from_the_table_or_asks(tmp_path):

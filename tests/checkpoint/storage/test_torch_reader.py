@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from opt_megatron.checkpoint.storage.safe_unpickler import Inert
-from opt_megatron.checkpoint.storage.torch_reader import MappedTensors
+from opt_megatron.checkpoint.storage.torch_reader import TorchFile
 from opt_megatron.errors import CheckpointError
 
 
 def saved(path, content):
     torch.save(content, path)
-    return MappedTensors(path).content
+    return TorchFile(path).content
 
 
 def archive(path, pickled: bytes, *, records=(), compression=zipfile.ZIP_STORED):
@@ -106,7 +106,7 @@ def test_code_is_never_run(tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)
     path = archive(tmp_path / "f", opcodes(attack))
     with contextlib.suppress(CheckpointError):  # refusing is as good
-        assert isinstance(MappedTensors(path).content, Inert)
+        assert isinstance(TorchFile(path).content, Inert)
     assert os.listdir(tmp_path) == ["f"]
 
 
@@ -114,7 +114,7 @@ def test_known_classes_cannot_be_rewritten(tmp_path):
     # BUILD with (None, {name: value}) sets attributes of whatever is on the stack: here, of a class.
     attack = b"cargparse\nNamespace\nN}X\x08\x00\x00\x00__init__cos\nsystem\ns\x86b"
     before = argparse.Namespace.__init__
-    MappedTensors(archive(tmp_path / "f", opcodes(attack)))
+    TorchFile(archive(tmp_path / "f", opcodes(attack)))
     assert argparse.Namespace.__init__ is before
 
 
@@ -151,7 +151,7 @@ def nested_bomb(depth: int) -> bytes:
 def test_bombs_neither_hang_nor_take_memory(tmp_path, attack):
     path = archive(tmp_path / "f", opcodes(attack))
     try:
-        content = MappedTensors(path).content
+        content = TorchFile(path).content
         assert content is None or isinstance(content, tuple | dict | list | set | frozenset)
     except CheckpointError as error:
         assert len(str(error)) < 1000
@@ -176,7 +176,7 @@ def test_a_tensor_cannot_reach_beyond_its_storage_or_file(tmp_path):
         tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + numbers(size) + numbers(stride)
         pickled = opcodes(tensor + b"\x89NtR")
         records = [("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))]
-        return MappedTensors(archive(tmp_path / "f", pickled, records=records)).content
+        return TorchFile(archive(tmp_path / "f", pickled, records=records)).content
 
     assert attempt(1, [3], [1], 4).values().tolist() == [2, 3, 4]
     for bad in (
@@ -197,7 +197,7 @@ def test_a_tensor_cannot_reach_beyond_its_storage_or_file(tmp_path):
 
 def test_compressed_and_oversized_records_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is compressed"):
-        MappedTensors(archive(tmp_path / "f", opcodes(b"N"), compression=zipfile.ZIP_DEFLATED))
+        TorchFile(archive(tmp_path / "f", opcodes(b"N"), compression=zipfile.ZIP_DEFLATED))
 
 
 def test_paths_out_of_the_archive_write_nothing(tmp_path):
@@ -205,7 +205,7 @@ def test_paths_out_of_the_archive_write_nothing(tmp_path):
     inside.mkdir()
     records = [("../evil", b"x"), ("/tmp/opt_megatron_evil", b"x"), ("archive/data/../../../evil", b"x")]
     path = archive(inside / "f", opcodes(b"N"), records=records)
-    assert MappedTensors(path).content is None
+    assert TorchFile(path).content is None
     assert os.listdir(tmp_path) == ["inside"] and os.listdir(inside) == ["f"]
     assert not os.path.exists("/tmp/opt_megatron_evil")
 
@@ -214,7 +214,7 @@ def test_paths_out_of_the_archive_write_nothing(tmp_path):
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is empty|truncated, or not a file that torch\.save wrote"):
-        MappedTensors(tmp_path / "f")
+        TorchFile(tmp_path / "f")
 
 
 def test_every_truncation_of_a_file_is_refused(tmp_path):
@@ -223,7 +223,7 @@ def test_every_truncation_of_a_file_is_refused(tmp_path):
     for kept in range(0, len(whole) - 1, 97):
         (tmp_path / "part").write_bytes(whole[:kept])
         with pytest.raises(CheckpointError):
-            MappedTensors(tmp_path / "part")
+            TorchFile(tmp_path / "part")
 
 
 def test_flipped_bytes_give_values_or_a_refusal_and_nothing_else(tmp_path):
@@ -236,6 +236,6 @@ def test_flipped_bytes_give_values_or_a_refusal_and_nothing_else(tmp_path):
             damaged[position] ^= 1 << position % 8
         (tmp_path / "damaged").write_bytes(damaged)
         try:
-            MappedTensors(tmp_path / "damaged")
+            TorchFile(tmp_path / "damaged")
         except CheckpointError as error:
             assert "\n" not in str(error)
