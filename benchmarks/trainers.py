@@ -43,9 +43,6 @@ class OptMegatronTrainer:
         import torch
 
         from opt_megatron.parallel.context import init_parallel
-        from opt_megatron.parallel.core_compat import prepare_training
-
-        prepare_training()
         from opt_megatron.training.schedule import Schedule
         from opt_megatron.training.session import TrainingSettings, build
         from opt_megatron.training.trainer import TrainerOptions

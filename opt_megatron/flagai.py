@@ -23,7 +23,14 @@ from .errors import UserError
 from .generation.core.engine import Engine
 from .generation.request import Request
 from .generation.sampling.sampler import SamplingParams
-from .parallel.context import ParallelContext, current_context, init_parallel, seed_everything, shut_down_at_exit
+from .parallel.context import (
+    ParallelContext,
+    current_context,
+    device_in_use,
+    init_parallel,
+    seed_everything,
+    shut_down_at_exit,
+)
 from .parallel.core_compat import prepare_megatron
 from .tokenizer import OPTTokenizer
 
@@ -38,7 +45,7 @@ class mpu:
         """Make tensor parallel groups of this size in a torch.distributed that is already running."""
         if not dist.is_initialized():
             raise UserError("call torch.distributed.init_process_group before mpu.initialize_model_parallel")
-        prepare_megatron()
+        prepare_megatron(device_in_use())
         from megatron.core import parallel_state
 
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=model_parallel_size)
@@ -167,7 +174,6 @@ def _parallel_state() -> Any:
 
 def _context() -> ParallelContext:
     """The groups that the script made, or a group of one."""
-    prepare_megatron()
     if _parallel_state().model_parallel_is_initialized():
         return current_context()
     return init_parallel()

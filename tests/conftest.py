@@ -13,9 +13,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from opt_megatron.parallel.core_compat import prepare_megatron
+from opt_megatron.parallel.core_compat import import_core
 
-prepare_megatron()
+import_core()
 
 import torch
 from factory import random_model, save

@@ -9,18 +9,14 @@ from typing import Any
 import torch
 
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.data.dataloader import Batches
 from opt_megatron.parallel.context import ParallelContext, init_parallel
-from opt_megatron.parallel.core_compat import prepare_training
-
-prepare_training()
-
-from opt_megatron.data.dataloader import Batches  # noqa: E402
-from opt_megatron.training.checkpointing import Checkpoints, TrainingState  # noqa: E402
-from opt_megatron.training.objective import forward_backward  # noqa: E402
-from opt_megatron.training.saved import newest_whole  # noqa: E402
-from opt_megatron.training.schedule import Schedule  # noqa: E402
-from opt_megatron.training.session import TrainingSettings, build, seed_dropout, train  # noqa: E402
-from opt_megatron.training.trainer import Trainer, TrainerOptions  # noqa: E402
+from opt_megatron.training.checkpointing import Checkpoints, TrainingState
+from opt_megatron.training.objective import forward_backward
+from opt_megatron.training.saved import newest_whole
+from opt_megatron.training.schedule import Schedule
+from opt_megatron.training.session import TrainingSettings, build, seed_dropout, train
+from opt_megatron.training.trainer import Trainer, TrainerOptions
 
 SEQ, GLOBAL = 32, 8
 

@@ -112,10 +112,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
 
     from ..parallel.context import init_parallel
-    from ..parallel.core_compat import prepare_training
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
-    prepare_training()
     from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.load import locate_on_all_ranks
     from ..checkpoint.locate import locate

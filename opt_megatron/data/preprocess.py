@@ -409,13 +409,13 @@ class _IndexedOutput:
     """A .bin/.idx pair that is written by megatron-core's builder under other names and renamed at the end."""
 
     def __init__(self, prefix: str, vocabulary: int, *, force: bool) -> None:
-        from ..parallel.core_compat import prepare_megatron
+        from ..parallel.core_compat import import_core
 
         self._targets = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         for target in self._targets:
             if target.exists() and not force:
                 raise UserError(f"{target}: exists already; --force replaces it")
-        prepare_megatron()
+        import_core()
         from megatron.core.datasets.indexed_dataset import DType
 
         self.dtype: str = DType.optimal_dtype(vocabulary).__name__

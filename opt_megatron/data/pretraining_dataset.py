@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from ..errors import UserError
 from ..parallel.context import ParallelContext, check_seed, on_all_ranks
-from ..parallel.core_compat import prepare_megatron
+from ..parallel.core_compat import import_core
 from .indexed_dataset import IndexedFile, beyond, check_tokens, exists, open_indexed
 
 _PARTS = ("training", "validation")  # the first two of core's splits, in its order
@@ -116,7 +116,7 @@ def build_datasets(
     check_seed(seed)
     if seq_length < 1:
         raise UserError(f"--seq-length is {seq_length}, but must be at least 1")
-    prepare_megatron()
+    import_core()
 
     def prepare() -> tuple[list[_Part], _Cache] | None:
         if not parallel.is_leader:

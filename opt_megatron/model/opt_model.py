@@ -43,7 +43,7 @@ class OPTModel(GPTModel):
         lora: LoRAOptions | None = None,
     ) -> None:
         # Needed by the hook below, which GPTModel's constructor calls.
-        self.opt_config, self.quantization = opt_config, quantization
+        self.opt_config, self.quantization, self._device = opt_config, quantization, parallel.device
         super().__init__(
             config=core_config,
             transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, quantization, lora),
@@ -96,7 +96,7 @@ class OPTModel(GPTModel):
                 skip_weight_param_allocation=self.pre_process,
                 tp_group=self.pg_collection.tp,
             )
-        with cuda_calls_stay_on_cpu():
+        with cuda_calls_stay_on_cpu(self._device):
             super().setup_embeddings_and_output_layer()
 
     def _output_layer_class(self) -> type[OPTOutputLayer]:

@@ -112,9 +112,9 @@ def init_parallel(
     check_seed(seed)
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
     check_layout(None, tensor_model_parallel_size, pipeline_model_parallel_size, world_size)
-    prepare_megatron()
-    place = _choose_device(device)
-    _start_distributed(place, timedelta(minutes=timeout_minutes))
+    chosen = _choose_device(device)
+    prepare_megatron(chosen)
+    _start_distributed(chosen, timedelta(minutes=timeout_minutes))
 
     from megatron.core import parallel_state
 
@@ -126,7 +126,7 @@ def init_parallel(
         )
     shut_down_at_exit()
     seed_everything(seed)
-    return current_context(place)
+    return current_context(chosen)
 
 
 def _has_layout(tp: int, pp: int) -> bool:
@@ -153,6 +153,8 @@ def _leave_model_parallel_groups() -> None:
 
 def current_context(device: torch.device | None = None) -> ParallelContext:
     """The context of groups that Megatron has already initialised (by init_parallel or by the caller)."""
+    device = device or device_in_use()
+    prepare_megatron(device)
     from megatron.core import parallel_state
 
     return ParallelContext(
@@ -165,7 +167,7 @@ def current_context(device: torch.device | None = None) -> ParallelContext:
         pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        device=device or _device_in_use(),
+        device=device,
         control_group=_control_group(),
     )
 
@@ -236,8 +238,8 @@ def _choose_device(name: str | None) -> torch.device:
     return torch.device("cuda", local_rank())
 
 
-def _device_in_use() -> torch.device:
-    # Whoever started torch.distributed has also chosen the device.
+def device_in_use() -> torch.device:
+    """The device of a torch.distributed that is already running: its backend says which one its caller chose."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

@@ -1,6 +1,8 @@
-"""The only patches of Megatron-core's CUDA assumptions, and the quiet, late import of it.
+"""The only patches of Megatron-core, and the quiet, late import of it.
 
-Every patch names what it replaces and why. On a machine with CUDA none of them is applied.
+Core assumes CUDA in many places. `prepare_megatron(device)`, which `init_parallel` calls with the device that it
+chose, makes core compute on a CPU, whether or not the machine has a GPU; for a CUDA device nothing is patched.
+The patches are made in core's own modules: torch is left as it is. Every patch names what it replaces and why.
 """
 
 from __future__ import annotations
@@ -8,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import logging
 import queue
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -17,45 +19,124 @@ from typing import Any
 
 import torch
 
-_prepared = False
-_prepared_for_training = False
+from .core_warnings import silence_core
+
+_patches: list[tuple[Any, str, Any]] = []  # owner, attribute, original value: what `prepare_megatron` replaced
+_FACTORIES = ("empty", "full", "ones", "tensor", "zeros")
+_TRAINING_MODULES = (
+    "megatron.core.distributed",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
 
 
-def prepare_megatron() -> None:
-    """Import Megatron-core once, without its import warnings, and patch it when there is no CUDA.
-
-    It warns that apex and TransformerEngine are absent and that its own fallbacks are used. That is the
-    intended state on a CPU, and nothing a user can act on.
-    """
-    global _prepared
-    if _prepared:
-        return
-    # Advice to developers of Megatron-core (0.19: that GPTModel will be replaced, how to spell specs), and a
-    # remark of torch's on CUDA_HOME where there is a toolkit and no GPU.
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def import_core(*modules: str) -> None:
+    """Import Megatron-core (all that inference uses, and `modules`) without its import warnings."""
+    silence_core()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import megatron.core.models.gpt  # noqa: F401  (brings in all that this project uses)
-    # Core's own default for cuda_graph_scope triggers its own deprecation warning, once per config.
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
-    # Core still calls a collective under the name that torch is about to drop.
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated")
-    # Advice for overlapping communication on a GPU, given once per process in training.
-    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-    if not torch.cuda.is_available():
-        _place_on_cpu()
-        _track_cpu_random_state()
-    _prepared = True
+        for name in ("megatron.core.models.gpt", *modules):
+            importlib.import_module(name)
 
 
-def _place_on_cpu() -> None:
-    """`torch.cuda.current_device` -> the CPU.
+def prepare_megatron(device: torch.device) -> None:
+    """Import Megatron-core and make it compute on `device`. May be called again, also with another device."""
+    import_core()
+    if device.type != "cpu":
+        while _patches:
+            setattr(*_patches.pop())
+        return
+    _let_modules_see_a_cpu()
+    _track_cpu_random_state()
 
-    Core passes its result as `device=` in tensor_parallel/mappings.py (gathers and reduce-scatters),
-    utils.GlobalMemoryBuffer and pipeline receives. Without CUDA the call raises; no caller wants a number.
+
+def prepare_training(device: torch.device) -> None:
+    """`prepare_megatron`, with what training needs as well: schedules and checkpoints."""
+    import_core(*_TRAINING_MODULES)
+    # torch.distributed's tensors that checkpoints are written from, and storages that they are read from.
+    for message in (
+        "TypedStorage is deprecated",
+        "Please use DTensor instead",
+        "torch.distributed is disabled",
+        "`load_state_dict` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    # Core passes the writers' results through a manager process, which it spawns at every save; here the writers
+    # are threads (training/checkpointing.py), and a queue within the process does.
+    filesystem_async = sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"]
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # in 0.16, in 0.19
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, queue.Queue)
+    prepare_megatron(device)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _patches.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
+class _CudaWithoutGPU(types.ModuleType):
+    """torch.cuda as Megatron-core sees it: no GPU, and the CPU as the current device.
+
+    Core passes `current_device()` as `device=` in tensor_parallel/mappings.py (gathers and reduce-scatters),
+    utils.GlobalMemoryBuffer and pipeline receives; no caller wants a number. It calls `synchronize()` before tensors
+    are written to a checkpoint, and 0.19 asks for `current_stream()` before it waits for no events on it.
     """
-    torch.cuda.current_device = lambda: torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def synchronize(device: Any = None) -> None:
+        return None
+
+    @staticmethod
+    def current_stream(device: Any = None) -> None:
+        return None
+
+
+class _TorchOnCPU(types.ModuleType):
+    """torch as Megatron-core sees it: `cuda` is the above, and a tensor asked for on "cuda" is made on the CPU.
+
+    (pipeline_parallel/schedules.py counts tokens in `torch.zeros(..., device="cuda")`.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaWithoutGPU("torch.cuda")
+        for name in _FACTORIES:
+            setattr(self, name, _made_on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _made_on_cpu(factory: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+_TORCH_ON_CPU = _TorchOnCPU()
+
+
+def _let_modules_see_a_cpu() -> None:
+    """The name `torch` in the modules of Megatron-core that have been imported -> `_TorchOnCPU`."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core.") and getattr(module, "torch", None) is torch:
+            _replace(module, "torch", _TORCH_ON_CPU)
 
 
 def _track_cpu_random_state() -> None:
@@ -63,8 +144,22 @@ def _track_cpu_random_state() -> None:
     default generator, so the tracker must save and restore that one."""
     from megatron.core.tensor_parallel import random as core_random
 
+    if any(owner is core_random and name == "_CUDA_RNG_STATE_TRACKER" for owner, name, _ in _patches):
+        return
+    _replace(core_random, "_CUDA_RNG_STATE_TRACKER", _cpu_tracker())
+    _replace(core_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
+    # Recomputed activations must see the random numbers of the first time.
+    _replace(core_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(core_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+
+
+def _cpu_tracker() -> Any:
+    from megatron.core.tensor_parallel import random as core_random
+
     class CPURNGStatesTracker(core_random.CudaRNGStatesTracker):
         """Named random states of the CPU generator, with core's interface (add, fork, get_states)."""
+
+        _current_state_name: str
 
         def add(self, name: str, seed: int) -> None:
             """Remember the state that `seed` gives under `name`, leaving the current state alone."""
@@ -91,45 +186,13 @@ def _track_cpu_random_state() -> None:
                 torch.set_rng_state(self.states_.get(outer_name, outer_state))
                 self._current_state_name = outer_name
 
-    core_random._CUDA_RNG_STATE_TRACKER = CPURNGStatesTracker()
-    core_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-
-
-def prepare_training() -> None:
-    """What training needs beside `prepare_megatron`: schedules, data sets and checkpoints on a CPU; once."""
-    global _prepared_for_training
-    if _prepared_for_training:
-        return
-    prepare_megatron()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core import dist_checkpointing  # noqa: F401
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-    # torch.distributed's tensors that checkpoints are written from, and storages that they are read from.
-    for message in (
-        "TypedStorage is deprecated",
-        "Please use DTensor instead",
-        "torch.distributed is disabled",
-        "`load_state_dict` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}")
-    # Core passes the writers' results through a manager process, which it spawns at every save; here the writers
-    # are threads (training/checkpointing.py), and a queue within the process does.
-    for name in ("_get_write_results_queue", "get_write_results_queue"):  # in 0.16, in 0.19
-        if hasattr(filesystem_async, name):
-            setattr(filesystem_async, name, queue.Queue)
-    if not torch.cuda.is_available():
-        _let_schedules_run_on_cpu()
-        _let_recomputation_run_on_cpu()
-        torch.cuda.synchronize = lambda device=None: None  # before tensors are written to a checkpoint
-        torch.cuda.current_stream = lambda device=None: None  # core 0.19 asks, before it waits for no events on it
-    _prepared_for_training = True
+    return CPURNGStatesTracker()
 
 
 def own_async_writer() -> dict[str, str]:
     """Arguments of `dist_checkpointing.save` by which core's own writer makes an asynchronous checkpoint.
 
-    From 0.19 on another one, of NVIDIA's resiliency extension, is the default; 0.16 knows no choice.
+    From 0.19 on another one, of NVIDIA's resiliency extension, is the default; 0.16 has no such argument.
     """
     from megatron.core import dist_checkpointing
 
@@ -137,42 +200,19 @@ def own_async_writer() -> dict[str, str]:
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
-def _let_schedules_run_on_cpu() -> None:
-    """`torch.zeros(..., device="cuda")` in pipeline_parallel/schedules.py, a counter of tokens -> the CPU."""
-
-    class TorchOnCPU(types.ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        @staticmethod
-        def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-            return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
-
-    importlib.import_module("megatron.core.pipeline_parallel.schedules").torch = TorchOnCPU("torch")
-
-
-def _let_recomputation_run_on_cpu() -> None:
-    """Recomputed activations must see the random numbers of the first time: the CPU generator's, saved and set in
-    place of a GPU's by tensor_parallel/random.py."""
-    from megatron.core.tensor_parallel import random as core_random
-
-    core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
 @contextlib.contextmanager
-def cuda_calls_stay_on_cpu() -> Iterator[None]:
-    """Inside the block, and only without CUDA, `Tensor.cuda()` returns the tensor itself.
+def cuda_calls_stay_on_cpu(device: torch.device) -> Iterator[None]:
+    """Inside the block, if `device` is a CPU, `Tensor.cuda()` returns the tensor itself.
 
     `LanguageModule.setup_embeddings_and_output_layer` calls `.cuda()` on the last stage's tied weight
     before it all-reduces it.
     """
-    if torch.cuda.is_available():
+    if device.type != "cpu":
         yield
         return
     original = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)  # noqa: B010  (mypy: a method)
     try:
         yield
     finally:
-        torch.Tensor.cuda = original
+        setattr(torch.Tensor, "cuda", original)  # noqa: B010

@@ -88,7 +88,7 @@ class Checkpoints:
         companions: dict[str, bytes] | None = None,
         background: bool = True,
     ) -> None:
-        prepare_training()
+        prepare_training(parallel.device)
         self.directory = directory
         self._parallel, self._keep, self._background = parallel, keep, background
         self._companions = companions or {}

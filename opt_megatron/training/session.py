@@ -97,7 +97,7 @@ def train(settings: TrainingSettings, parallel: ParallelContext, say: Callable[[
     Raises:
         UserError: on every rank.
     """
-    prepare_training()
+    prepare_training(parallel.device)
     _check(settings, parallel)
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(SignalFlag(signal.SIGTERM))
@@ -174,7 +174,7 @@ def _read_tokenizer(settings: TrainingSettings) -> OPTTokenizer:
 
 def build(settings: TrainingSettings, parallel: ParallelContext) -> tuple[nn.Module, TrainingOptimizer]:
     """The model in core's DistributedDataParallel with its first weights, and its optimizer."""
-    prepare_training()
+    prepare_training(parallel.device)
     seed_dropout(settings.seed, parallel)
     overrides: dict[str, Any] = {"calculate_per_token_loss": True}
     overrides["sequence_parallel"] = settings.sequence_parallel and parallel.tensor_model_parallel_size > 1
