@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_megatron.config import OPTConfig
+from opt_megatron.files import write_text_atomically
 
 from . import cells
 from .cells import Group
@@ -220,10 +221,7 @@ class Session:
     def _write(self) -> None:
         self._result["seconds"] = time.time() - self._started
         add_limits(self._result)
-        path = self._settings.output / RESULT
-        unfinished = path.with_suffix(".partial")
-        unfinished.write_text(json.dumps(self._result, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_text_atomically(self._settings.output / RESULT, json.dumps(self._result, indent=1) + "\n")
 
 
 def say(text: str) -> None:

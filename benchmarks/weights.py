@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 from opt_megatron.config import OPTConfig
+from opt_megatron.files import PartialDirectory
 
 _WEIGHTS_SEED = 1234
 
@@ -35,14 +35,18 @@ def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ..
     """Make the random model and its conversions, as far as they are not there yet."""
     target = huggingface_directory(model)
     if not target.is_dir():
-        _finish(_save_random(config, _unfinished(target)), target)
+        with PartialDirectory(target) as partial:
+            _save_random(config, partial.path)
+            partial.publish()
     for dtype in ctranslate2_dtypes:
         converted = ctranslate2_directory(model, dtype)
         if not converted.is_dir():
-            _finish(_convert(target, _unfinished(converted), dtype, config), converted)
+            with PartialDirectory(converted) as partial:
+                _convert(target, partial.path, dtype, config)
+                partial.publish()
 
 
-def _save_random(config: OPTConfig, target: Path) -> Path:
+def _save_random(config: OPTConfig, target: Path) -> None:
     """transformers' own initialisation, with noise where it puts constants."""
     import torch
     from transformers import OPTConfig as HFConfig
@@ -60,10 +64,9 @@ def _save_random(config: OPTConfig, target: Path) -> Path:
         # weights no other system does, since the best of fifty thousand logits is far above 0.
         model.get_input_embeddings().weight[config.num_tokens :] = 0
     model.save_pretrained(target)
-    return target
 
 
-def _convert(source: Path, target: Path, dtype: str, config: OPTConfig) -> Path:
+def _convert(source: Path, target: Path, dtype: str, config: OPTConfig) -> None:
     from ctranslate2.converters import TransformersConverter
     from transformers.utils import logging
 
@@ -76,7 +79,6 @@ def _convert(source: Path, target: Path, dtype: str, config: OPTConfig) -> Path:
             return _NumberTokenizer(config)
 
     Converter(str(source)).convert(str(target), quantization=dtype, force=True)
-    return target
 
 
 class _NumberTokenizer:
@@ -91,15 +93,3 @@ class _NumberTokenizer:
     def get_vocab(self) -> dict[str, int]:
         """Name -> id."""
         return {str(number): number for number in range(self._size)}
-
-
-def _unfinished(target: Path) -> Path:
-    """A place beside `target`: an interrupted run must not leave half a model that the next one takes."""
-    place = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place
-
-
-def _finish(place: Path, target: Path) -> None:
-    place.rename(target)

@@ -5,7 +5,6 @@ Every layer's residual stream goes through the final norm and the head, as if th
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from ..api import OPT, Tokens
 from ..errors import UserError
+from ..files import atomic_file
 
 _CELL = (0.85, 0.32)  # inches
 
@@ -100,11 +100,5 @@ def label(opt: OPT, token: int) -> str:
 
 
 def _save(figure: object, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

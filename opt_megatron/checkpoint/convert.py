@@ -13,7 +13,7 @@ import torch
 
 from ..config import OPTConfig, check_dtype
 from ..errors import CheckpointError, UserError, shorten
-from ..files import PartialDirectory, restore_interrupted
+from ..files import PartialDirectory, restore_replaced
 from ..parallel.layout import check_model_divides, check_sizes
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .checkpoint import Checkpoint
@@ -121,7 +121,7 @@ def convert(
         CheckpointError: the source or the tokenizer cannot be read.
     """
     target = resolved_target(target)
-    restore_interrupted(target)
+    restore_replaced(target)
     check_target(source, target, force)
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # says what is wrong with it before the work begins

@@ -57,16 +57,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; nothing is left at the target then.
     """
-    from tqdm import tqdm
-
     from ..checkpoint.convert import convert
     from ..checkpoint.locate import locate
+    from ..files import progress_bar
 
     options = _options(args)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
     started = time.monotonic()
-    with tqdm(desc="writing", unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar("writing", unit="B", unit_scale=True, leave=True) as bar:
 
         def on_start(total: int) -> None:
             bar.total = total

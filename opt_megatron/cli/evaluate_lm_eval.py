@@ -118,7 +118,7 @@ def _write(directory: Path, report: dict[str, Any], force: bool) -> None:
     from ..evaluation.report import to_markdown
     from ..files import PartialDirectory
 
-    with PartialDirectory(directory, {}, resume=False, fsync=False) as partial:
+    with PartialDirectory(directory) as partial:
         text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
         (partial.path / "results.json").write_text(text, encoding="utf-8")
         (partial.path / "results.md").write_text(to_markdown(report), encoding="utf-8")

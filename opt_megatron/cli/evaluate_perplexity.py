@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..files import progress_bar
 from .loading import add_model, open_model, start_parallel
 
 if TYPE_CHECKING:
@@ -63,7 +63,12 @@ def run(args: argparse.Namespace) -> None:
         on_all_ranks(parallel, lambda: _tokenize(texts, pretrained, args) if parallel.is_leader else None)
     )
     model = pretrained.load_model(args.dtype, quantization=args.quantization)
-    with _Progress(parallel.is_leader) as progress:
+    with progress_bar("scoring", unit=" windows", hidden=not parallel.is_leader) as bar:
+
+        def on_windows(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
         result = perplexity(
             model,
             parallel,
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             concatenate=not args.per_document,
             batch_size=args.batch_size,
             num_tokens=pretrained.num_tokens,
-            on_windows=progress.update,
+            on_windows=on_windows,
         )
     if parallel.is_leader:
         print(_as_json(args, result) if args.json else _as_text(args, result))
@@ -117,28 +122,3 @@ def _as_text(args: argparse.Namespace, result: Perplexity) -> str:
             f"perplexity      {result.perplexity:.3f}",
         )
     )
-
-
-class _Progress:
-    """A bar of windows on the leader's terminal."""
-
-    def __init__(self, is_leader: bool) -> None:
-        self._wanted = is_leader and sys.stderr.isatty()
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def update(self, done: int, total: int) -> None:
-        """So many more of them all."""
-        if not self._wanted:
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc="scoring", unit=" windows", file=sys.stderr, leave=False)
-        self._bar.update(done)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

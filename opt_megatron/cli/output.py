@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
-
+from ..files import progress_bar
 from ..generation.request import Request, TokenEvent
 from .prompts import Prompt
 
@@ -28,8 +27,8 @@ def show(
     }
     ordered = list(results.values())
     printer = JSONPrinter(ordered, stream) if as_json else TextPrinter(ordered, stream)
-    quiet = not prompts or not sys.stderr.isatty() or (stream and not as_json)
-    with tqdm(desc="generating", unit=" tokens", file=sys.stderr, disable=quiet, leave=False) as progress:
+    hidden = not prompts or (stream and not as_json)
+    with progress_bar("generating", unit=" tokens", hidden=hidden) as progress:
         for event in events:
             result = results[event.request, event.choice]
             result.add(event)

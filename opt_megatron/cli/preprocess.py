@@ -35,17 +35,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; no output is left then.
     """
-    from tqdm import tqdm
-
     from ..checkpoint.locate import locate
     from ..data.preprocess import check_inputs, preprocess
+    from ..files import progress_bar
 
     if not args.output_prefix:
         raise UserError("--output-prefix is empty; is a shell variable unset?")
     check_inputs(args.input)
     total = sum(os.stat(path).st_size for path in args.input)
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, file=sys.stderr, disable=quiet) as bar:
+    with progress_bar("reading", unit="B", unit_scale=True, total=total, leave=True) as bar:
         summary = preprocess(
             args.input,
             locate(args.tokenizer, args.revision),

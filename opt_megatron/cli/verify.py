@@ -30,12 +30,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a checkpoint cannot be read, or there is nothing to compare with.
     """
-    from tqdm import tqdm
-
     from ..checkpoint.compare import differences_between, differences_from_manifest
     from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.locate import locate
     from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
+    from ..files import progress_bar
 
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
@@ -44,10 +43,7 @@ def run(args: argparse.Namespace) -> None:
     first = open_checkpoint(locate(args.checkpoint), config_argument(args))
     second = open_checkpoint(locate(args.other), config_argument(args)) if args.other else None
     total = sum(source.num_bytes for source in first.tensors.values())
-    quiet = not sys.stderr.isatty()
-    with tqdm(
-        total=total, desc="reading", unit="B", unit_scale=True, file=sys.stderr, disable=quiet, leave=False
-    ) as bar:
+    with progress_bar("reading", unit="B", unit_scale=True, total=total) as bar:
         options = {"workers": args.workers, "progress": bar.update}
         found = differences_between(first, second, **options) if second else differences_from_manifest(first, **options)
     theirs = comparable_config(second.config) if second else read_manifest(first.path).config

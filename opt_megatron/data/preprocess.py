@@ -9,7 +9,6 @@ depend on the number of workers, and memory not on the size of the files (but fo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import json
 import multiprocessing
@@ -32,6 +31,7 @@ import numpy as np
 import regex
 
 from ..errors import UserError
+from ..files import cannot_write, created_directory, file_lock, fsync_path, partial_path
 from ..tokenizer import OPTTokenizer
 
 _CHUNK_BYTES = 2**20
@@ -419,21 +419,18 @@ class _IndexedOutput:
         from megatron.core.datasets.indexed_dataset import DType
 
         self.dtype: str = DType.optimal_dtype(vocabulary).__name__
-        self._partial = [target.with_name(f".{target.name}.partial") for target in self._targets]
+        self._partial = [partial_path(target) for target in self._targets]
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _IndexedOutput:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        directory = self._partial[0].parent
-        self._new_directories = [path for path in (directory, *directory.parents) if not path.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = self._partial[0].open("ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{self._targets[0]}: another process is writing it just now") from None
-        self._builder = IndexedDatasetBuilder(str(self._partial[0]), np.dtype(self.dtype).type)
+        busy = f"{self._targets[0]}: another process is writing it just now"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(created_directory(self._partial[0].parent))
+            stack.enter_context(file_lock(self._partial[0], busy))
+            self._builder = IndexedDatasetBuilder(str(self._partial[0]), np.dtype(self.dtype).type)
+            self._stack = stack.pop_all()
         return self
 
     def add(self, part: Encoded) -> None:
@@ -446,22 +443,16 @@ class _IndexedOutput:
         """Write the index and give both files their names, the index last."""
         self._builder.finalize(str(self._partial[1]))
         for partial in self._partial:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_path(partial)
         self._targets[1].unlink(missing_ok=True)
         for partial, target in zip(self._partial, self._targets, strict=True):
             partial.rename(target)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        try:
-            with contextlib.suppress(OSError):  # of a full disk, which has been told; nothing is kept of the file
+        with self._stack:
+            with contextlib.suppress(OSError):  # the disk is full, which `error` says; the file is removed
                 self._builder.data_file.close()
-        finally:
             for partial in self._partial:
                 partial.unlink(missing_ok=True)
-            self._lock.close()
-            for directory in self._new_directories:
-                with contextlib.suppress(OSError):  # it is not empty: all went well
-                    directory.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"{self._targets[0]}: cannot be written: {error.strerror or error}") from error
+            raise cannot_write(self._targets[0], error) from error

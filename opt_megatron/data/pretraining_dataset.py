@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -25,13 +24,13 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..files import staging_directory
 from ..parallel.context import ParallelContext, check_seed, on_all_ranks
 from ..parallel.core_compat import import_core
 from .indexed_dataset import IndexedFile, beyond, check_tokens, exists, open_indexed
 
 _PARTS = ("training", "validation")  # the first two of core's splits, in its order
 _WHOLE = ("1,0,0", "0,1,0")  # the split that gives every document to that part
-_STALE_SECONDS = 24 * 3600  # an unfinished directory of this age belongs to a run that was killed
 
 
 @dataclass(frozen=True)
@@ -281,12 +280,7 @@ def _full(prefix: str) -> str:
 def _make_cache(root: Path, name: str, *, required: bool) -> _Cache:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(".building-*"):
-            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(stale, ignore_errors=True)
-        path = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-        path.chmod(0o755)  # mkdtemp lets nobody else read, and corpora are shared
-        return _Cache(path, root / name)
+        return _Cache(staging_directory(root), root / name)
     except OSError as error:
         if required:
             raise UserError(f"--data-cache-path {root}: cannot be written: {error.strerror}") from None

@@ -7,9 +7,6 @@ characters, which GPT-2's pattern cuts into three pieces.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ..errors import UserError
+from ..files import PartialDirectory
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .preprocess import BadLines, check_inputs, read_texts
 
@@ -114,25 +112,21 @@ def _train(texts: Iterator[str], vocab_size: int, show_progress: bool) -> Tokeni
 
 
 def _write(bpe: Tokenizer, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    try:
-        bpe.model.save(str(partial))
+    with PartialDirectory(output) as partial:
+        bpe.model.save(str(partial.path))
         for name, content in (("tokenizer_config.json", _CONFIG), ("special_tokens_map.json", _ROLES)):
-            (partial / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
-        OPTTokenizer.from_directory(partial)  # raises unless everything here will read it
-        _publish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.chmod(0o755)  # mkdtemp lets nobody else read
-        partial.rename(output)
-        return
-    for name in TOKENIZER_FILES:  # a tokenizer.json of the former one would be read in place of the new files
-        if (partial / name).exists():
-            os.replace(partial / name, output / name)
+            (partial.path / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        OPTTokenizer.from_directory(partial.path)  # raises if the tokenizer cannot be read back
+        if output.exists():
+            _move_files(partial.path, output)
         else:
+            partial.publish()
+
+
+def _move_files(source: Path, output: Path) -> None:
+    """Replace the tokenizer in a directory that holds other files, too."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            (source / name).replace(output / name)
+        else:  # a former tokenizer.json would be read instead of the new files
             (output / name).unlink(missing_ok=True)

@@ -18,9 +18,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import progress_bar
 from ..generation.request import Request
 from ..generation.sampling.sampling_params import SamplingParams
 from ..model.scoring import Item
@@ -117,7 +117,7 @@ class OPTMegatronLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         items = [self._item(context, continuation) for _, context, continuation in requests]
-        with _bar(len(items), "scoring", disable_tqdm) as bar:
+        with progress_bar("scoring", unit=" items", total=len(items), hidden=disable_tqdm) as bar:
             scores = self._evaluator.score(items, bar.update)
         answers = [(score.total, score.is_greedy) for score in scores]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
@@ -189,8 +189,3 @@ def _whole(batch_size: int | str) -> int:
     if not str(batch_size).isdecimal():
         raise UserError(f"batch_size is {batch_size!r}, but must be a whole number (there is no 'auto')")
     return int(batch_size)
-
-
-def _bar(total: int, what: str, disable: bool) -> tqdm:
-    disable = disable or not sys.stderr.isatty()
-    return tqdm(total=total, desc=what, unit=" items", file=sys.stderr, disable=disable, leave=False)

@@ -29,7 +29,7 @@ from torch import nn
 
 from ..checkpoint.formats.torch_dist import INDEX_FILE
 from ..errors import CheckpointError, UserError
-from ..files import flush
+from ..files import cannot_write, partial_path, replace_directory, write_text_atomically
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import own_async_writer, prepare_training
 from .optimizer import TrainingOptimizer
@@ -103,7 +103,7 @@ class Checkpoints:
         from megatron.core import dist_checkpointing
 
         self.finish()
-        partial = self.directory / f".{_name_of(state.iteration)}.partial"
+        partial = partial_path(self.directory / _name_of(state.iteration))
         on_all_ranks(self._parallel, lambda: self._make_partial(partial) if self._parallel.is_leader else None)
         request = dist_checkpointing.save(
             _sharded_state(model, optimizer, self._parallel, is_loading=False)
@@ -125,11 +125,11 @@ class Checkpoints:
             for name, content in self._companions.items():
                 (partial / name).write_bytes(content)
         except OSError as error:
-            raise UserError(f"{self.directory}: cannot be written: {error.strerror or error}") from None
+            raise cannot_write(self.directory, error) from None
 
     def remove_unfinished(self) -> None:
         """Remove what a run that was killed had begun to write."""
-        for path in self.directory.glob(".iter_*.partial") if self._parallel.is_leader else ():
+        for path in self.directory.glob(".iter_*") if self._parallel.is_leader else ():
             shutil.rmtree(path, ignore_errors=True)
 
     @property
@@ -160,19 +160,16 @@ class Checkpoints:
     def _publish(self, writing: _Writing, entries: dict[str, Any]) -> None:
         target = self.directory / _name_of(writing.iteration)
         try:
-            _write_flushed(writing.partial / INDEX_FILE, json.dumps(_index_of(writing.partial)))
+            write_text_atomically(writing.partial / INDEX_FILE, json.dumps(_index_of(writing.partial)), fsync=True)
             for path in sorted(writing.partial.iterdir()):
                 if path.name not in entries:
                     entries[path.name] = file_entry(path)
-            _write_flushed(writing.partial / MANIFEST_FILE, json.dumps(entries, indent=1))
-            shutil.rmtree(target, ignore_errors=True)  # of a run that went on from an earlier step
-            writing.partial.rename(target)
-            flush(self.directory)
-            pointer = self.directory / f".{LATEST_FILE}"
-            _write_flushed(pointer, str(writing.iteration))
-            pointer.rename(self.directory / LATEST_FILE)
+            write_text_atomically(writing.partial / MANIFEST_FILE, json.dumps(entries, indent=1), fsync=True)
+            # An older directory of this name belongs to a run that was resumed from an earlier step.
+            replace_directory(writing.partial, target, fsync=True)
+            write_text_atomically(self.directory / LATEST_FILE, str(writing.iteration), fsync=True)
         except OSError as error:
-            raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
+            raise cannot_write(target, error) from None
         self._forget_old(writing.iteration)
 
     def _forget_old(self, newest: int) -> None:
@@ -386,8 +383,3 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 
 def _name_of(iteration: int) -> str:
     return f"iter_{iteration:07d}"
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    flush(path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import atomic_file
 from .progress import METRICS_FILE
 
 MEASURES = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale")
@@ -49,7 +50,7 @@ def draw(curves: list[Curve], measure: str, output: Path) -> None:
     """Draw training as lines and validation as points with lines, a colour a run.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -66,4 +67,5 @@ def draw(curves: list[Curve], measure: str, output: Path) -> None:
             axes.plot(*zip(*curve.valid, strict=True), color=colour, marker="o", markersize=4, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output, dpi=120)
+    with atomic_file(output) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
+from ..files import write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -95,9 +96,7 @@ def _continue_metrics(path: Path, iteration: int) -> TextIO:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed while writing it
                 continue
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    unfinished.replace(path)
+    write_text_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 

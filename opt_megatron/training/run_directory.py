@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import UserError
+from ..files import cannot_write, created_directory, file_lock
 from .progress import METRICS_FILE
 
 _LOCK = ".lock"
@@ -27,22 +26,21 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: int | None = None
-        self._made: list[Path] = []
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> RunDirectory:
-        try:
-            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._check_contents()
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            raise UserError(f"--save {self.path}: cannot be written: {error.strerror or error}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._close()
-            raise UserError(f"--save {self.path}: another run is writing it just now") from None
+        is_new = not self.path.exists()
+        busy = f"--save {self.path}: another run is writing it just now"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(created_directory(self.path))
+                self._check_contents()
+                stack.enter_context(file_lock(self.path / _LOCK, busy))
+            except OSError as error:
+                raise UserError(f"--save {cannot_write(self.path, error)}") from None
+            if is_new:
+                stack.push(self._remove_if_nothing_was_written)
+            self._stack = stack.pop_all()
         return self
 
     def _check_contents(self) -> None:
@@ -55,20 +53,14 @@ class RunDirectory:
         if metrics.exists() and not _is_ours(metrics):
             raise UserError(f"--save {self.path}: holds a {METRICS_FILE} of something else: use another directory")
 
-    def _close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _remove_if_nothing_was_written(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and [child.name for child in self.path.iterdir()] == [_LOCK]:
+            (self.path / _LOCK).unlink()  # the directory is then empty and removed, too
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._made and [child.name for child in self.path.iterdir()] == [_LOCK]:
-            (self.path / _LOCK).unlink()  # nothing came of this run: leave nothing of it
-            for directory in self._made:
-                with contextlib.suppress(OSError):
-                    directory.rmdir()
-        self._close()
+        self._stack.__exit__(kind, error, trace)
 
 
 def _is_ours(metrics: Path) -> bool:

@@ -318,18 +318,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):
     """The second is refused up to the very end of the first, when the journal is gone and the disk is waited for."""
-    from opt_megatron import files as atomic
+    from opt_megatron.files import partial_directory
 
-    refused, flush = [], atomic.flush
+    refused, fsync_path = [], partial_directory.fsync_path
 
-    def flush_while_another_starts(path):
-        monkeypatch.setattr(atomic, "flush", flush)
+    def fsync_while_another_starts(path):
+        monkeypatch.setattr(partial_directory, "fsync_path", fsync_path)
         with pytest.raises(UserError, match="another process is writing it"):
             convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1))
         refused.append(path)
-        flush(path)
+        fsync_path(path)
 
-    monkeypatch.setattr(atomic, "flush", flush_while_another_starts)
+    monkeypatch.setattr(partial_directory, "fsync_path", fsync_while_another_starts)
     convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(2))
     assert len(refused) == 1
     assert_same(contents(tmp_path / "c"), contents(EMBEDDED_DIRECTORY))
