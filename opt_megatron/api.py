@@ -1,53 +1,68 @@
-"""`OPT`: one object for a pretrained model on any layout, for notebooks and scripts.
+"""`OPT`: the one front door to a model on any layout, for notebooks, scripts and this package's own commands.
 
-Every method is called on every rank with the same arguments and gives every rank the same result.
+    opt = OPT.from_pretrained("opt-125m")
+    opt.generate("The capital of France is", max_new_tokens=8)
 
-There is one model. What looks into it runs its ordinary forward pass, to the bit transformers' in float32 on
-one tensor parallel rank. `generate` makes an engine, which repacks the weights (`generation/core/engine.py`); the
-ordinary pass goes on with those, and differs in its last bits from then on.
+Every method is called on every rank with the same arguments and gives every rank the same result, unless its
+description says otherwise.
+
+There is one model. Looking into it runs its ordinary forward pass, which in float32 on one tensor parallel rank
+gives transformers' values to the bit. `generate` and `stream` make an engine, which repacks the weights
+(`generation/core/engine.py`); from then on the ordinary pass uses the packed ones and differs in its last bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .checkpoint.load import load_model, locate_on_all_ranks
 from .config import OPTConfig
 from .errors import UserError
 from .generation.core.engine import Engine
+from .generation.engine_options import EngineOptions
 from .generation.request import Completion, Request
 from .generation.sampling.sampling_params import SamplingParams
-from .model.full_forward import stage_forward
-from .model.hook_points import EMBEDDING, OUTPUT, Hook, attach, parse
+from .inputs import Tokens, layer_numbers, pair_to_item, prompt_ids, scored_pair, token_ids
+from .model.hook_points import Hook
+from .model.inspection import Inspector
 from .model.opt_model import OPTModel
 from .model.scoring import Item, Score, score
-from .parallel.context import ParallelContext, init_parallel
-from .pretrained import Pretrained, open_pretrained
+from .parallel.context import ParallelContext
+from .pretrained import Pretrained, open_pretrained, start_parallel
 from .tokenizer import OPTTokenizer
-
-Tokens = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 class OPT:
-    """A pretrained model; made by `from_pretrained`.
+    """A model with its tokenizer, on any layout; made by `from_pretrained`, `open` or `from_model`.
 
     Attributes:
-        model: this rank's part.
+        pretrained: what was opened: name, config, tokenizer, checkpoint.
+        batch_size: sequences in a pass of `score`, and, without engine options, that `generate` runs at a time.
     """
 
-    def __init__(self, pretrained: Pretrained, model: OPTModel, batch_size: int) -> None:
-        self.model = model
-        self._pretrained = pretrained
-        self._batch_size = batch_size
-        self._active_hooks = 0
-        self._hook_errors: list[Exception] = []  # of the pass that runs
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        model: OPTModel | None = None,
+        *,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        batch_size: int = 8,
+        engine: EngineOptions | None = None,
+    ) -> None:
+        _check_batch_size(batch_size)
+        self.pretrained = pretrained
+        self.batch_size = batch_size
+        self._model = model
+        self._dtype, self._quantization = dtype, quantization
+        self._engine_options = EngineOptions(max_batch_size=batch_size) if engine is None else engine
 
     @classmethod
     def from_pretrained(
@@ -59,9 +74,11 @@ class OPT:
         dtype: str = "auto",
         device: str | None = None,
         revision: str | None = None,
+        config: OPTConfig | None = None,
         tokenizer: str | None = None,
         quantization: str | None = None,
         batch_size: int = 8,
+        engine: EngineOptions | None = None,
         seed: int = 1234,
     ) -> OPT:
         """Load a checkpoint in any format, at any layout; on several ranks under torchrun, on each of them.
@@ -69,34 +86,110 @@ class OPT:
         Args:
             name_or_dir: as of --load: a directory, a released size, a Hub repository, or "story".
             dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
-            tokenizer: where its files are; by default beside the weights. Without one, ids go in.
+            device: "cpu" or "cuda"; by default CUDA where there is one.
+            config: used instead of the checkpoint's own.
+            tokenizer: where its files are; by default beside the weights. Without one, prompts are ids.
+            quantization: "int8" for 8-bit weights, quantised while loading.
             batch_size: sequences that `score` and `generate` run at a time.
+            engine: options of the engine of `generate`, a draft model among them.
 
         Raises:
             UserError: of any kind; the same one on every rank.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}, but must be at least 1")
-        parallel = init_parallel(tensor_model_parallel_size, pipeline_model_parallel_size, seed=seed, device=device)
-        if parallel.data_parallel_size != 1:
-            raise UserError(
-                f"{parallel.world_size} processes were started for tensor {tensor_model_parallel_size} x pipeline "
-                f"{pipeline_model_parallel_size}: there must be as many as their product"
-            )
+        _check_batch_size(batch_size)
+        tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+        return cls.open(
+            name_or_dir,
+            start_parallel(tp, pp, dtype=dtype, device=device, seed=seed),
+            dtype=dtype,
+            revision=revision,
+            config=config,
+            tokenizer=tokenizer,
+            quantization=quantization,
+            batch_size=batch_size,
+            engine=engine,
+        ).load()
+
+    @classmethod
+    def open(
+        cls,
+        name_or_dir: str,
+        parallel: ParallelContext,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        config: OPTConfig | None = None,
+        tokenizer: str | None = None,
+        needs_tokenizer: bool = False,
+        quantization: str | None = None,
+        batch_size: int = 8,
+        engine: EngineOptions | None = None,
+    ) -> OPT:
+        """`from_pretrained` on ranks that have been started, without reading the weights, which `load` does.
+
+        What is to be checked against config and tokenizer can so be checked before hours of reading.
+
+        Args:
+            needs_tokenizer: a missing tokenizer is an error.
+
+        Raises:
+            UserError: of any kind; the same one on every rank.
+        """
         pretrained = open_pretrained(
-            name_or_dir, parallel, revision=revision, tokenizer=tokenizer, needs_tokenizer=False
+            name_or_dir,
+            parallel,
+            revision=revision,
+            config=config,
+            tokenizer=tokenizer,
+            needs_tokenizer=needs_tokenizer,
         )
-        return cls(pretrained, pretrained.load_model(dtype, quantization=quantization), batch_size)
+        return cls(pretrained, dtype=dtype, quantization=quantization, batch_size=batch_size, engine=engine)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: OPTModel,
+        parallel: ParallelContext,
+        tokenizer: OPTTokenizer | None = None,
+        *,
+        batch_size: int = 8,
+        engine: EngineOptions | None = None,
+    ) -> OPT:
+        """For a model that has been built and filled already."""
+        pretrained = Pretrained("the model", parallel, model.opt_config, tokenizer)
+        return cls(pretrained, model, batch_size=batch_size, engine=engine)
+
+    def load(self) -> OPT:
+        """Read the weights, unless that was done; returns the object itself.
+
+        Raises:
+            CheckpointError: the checkpoint turned out to be damaged; on every rank.
+        """
+        if self._model is None:
+            self._model = self.pretrained.load_model(self._dtype, quantization=self._quantization)
+        return self
+
+    @property
+    def model(self) -> OPTModel:
+        """This rank's part of the model, loaded if it was not."""
+        model = self.load()._model
+        assert model is not None
+        return model
+
+    @property
+    def name(self) -> str:
+        """What it was opened by."""
+        return self.pretrained.name
 
     @property
     def config(self) -> OPTConfig:
         """The architecture."""
-        return self._pretrained.config
+        return self.pretrained.config
 
     @property
     def parallel(self) -> ParallelContext:
-        """Where this rank stands."""
-        return self._pretrained.parallel
+        """The layout, and this rank's part in it."""
+        return self.pretrained.parallel
 
     @property
     def tokenizer(self) -> OPTTokenizer:
@@ -105,9 +198,9 @@ class OPT:
         Raises:
             UserError: it has none.
         """
-        if self._pretrained.tokenizer is None:
-            raise UserError(f"{self._pretrained.name} has no tokenizer: give ids, or from_pretrained(tokenizer=DIR)")
-        return self._pretrained.tokenizer
+        if self.pretrained.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer: give ids, or from_pretrained(tokenizer=DIR)")
+        return self.pretrained.tokenizer
 
     def tokens(self, text: str) -> Tensor:
         """Ids of a text after one BOS, [1, s]."""
@@ -120,17 +213,46 @@ class OPT:
             options: of `SamplingParams`: max_new_tokens, temperature, top_p, stop, n, num_beams, logprobs ...
 
         Raises:
-            UserError: a prompt or an option is wrong, or hooks are active: the engine's own pass knows none.
+            UserError: a prompt or an option is wrong, or hooks are active: the engine's own pass does not run them.
         """
-        if self._active_hooks:
-            raise UserError("generate does not run hooks: leave the block, or use logits, score or hidden_states")
-        try:
-            params = SamplingParams(**options)
-        except TypeError as error:
-            raise UserError(f"generate: {str(error).removeprefix('SamplingParams.__init__() ')}") from None
-        decoder = None if self._pretrained.tokenizer is None else self.tokenizer.stream
+        params = self._params("generate", options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self._engine.complete([Request(self._ids(prompt), params, decoder) for prompt in prompts])
+        return self.engine.complete([self.request(prompt, params) for prompt in prompts])
+
+    def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """A prompt (text, or ids that begin with BOS) for the engine.
+
+        Raises:
+            UserError: it is neither, or a text without a tokenizer.
+        """
+        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt_ids(prompt)
+        if self.pretrained.tokenizer is None:
+            return Request(ids, params)
+        return Request(ids, replace(params, sentence_end_tokens=self._sentence_ends), self.tokenizer.stream)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of `generate`, made when first used. It repacks the model's weights.
+
+        Raises:
+            UserError: an option is out of its range, or the draft model cannot be loaded or does not fit.
+        """
+        options, draft_model = self._engine_options, None
+        model = self.model
+        if options.draft_model is not None:
+            directory = locate_on_all_ranks(options.draft_model, self.parallel)
+            draft_model = load_model(directory, None, self.parallel, self._dtype, quantization=self._quantization)
+        return Engine(
+            model,
+            self.parallel,
+            max_batch_size=options.max_batch_size,
+            kv_cache_memory=options.kv_cache_memory,
+            prefill_chunk_size=options.prefill_chunk_size,
+            num_tokens=self.pretrained.num_tokens,
+            draft_model=draft_model,
+            prompt_lookup=options.prompt_lookup,
+            num_speculative_tokens=options.num_speculative_tokens,
+        )
 
     def score(self, texts: str | Sequence[str | tuple[str, str]]) -> list[Score]:
         """Log-likelihoods: of whole texts after BOS, or of continuations in pairs (context, continuation).
@@ -141,24 +263,41 @@ class OPT:
         Raises:
             UserError: a text is empty or longer than the model, or something is neither a text nor a pair.
         """
-        items = [self._item(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        pairs = [scored_pair(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        return self.score_items([pair_to_item(*pair, self.tokenizer) for pair in pairs])
+
+    def score_items(
+        self, items: Sequence[Item], *, batch_size: int | None = None, on_batch: Callable[[int], object] | None = None
+    ) -> list[Score]:
+        """`score` for continuations that are ids.
+
+        Args:
+            batch_size: sequences in a pass; by default the object's.
+            on_batch: called with the number of items of each finished batch.
+
+        Raises:
+            UserError: an item does not fit the model.
+        """
         scores = score(
-            self.model, self.parallel, items, batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
+            self.model,
+            self.parallel,
+            items,
+            batch_size=self.batch_size if batch_size is None else batch_size,
+            num_tokens=self.pretrained.num_tokens,
+            on_batch=on_batch,
         )
-        self._raise_hook_errors()
+        self._inspector.raise_hook_errors()
         return scores
 
-    @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
         """[b, s, vocab_size] for ids [b, s] (or one sequence [s]); padding rows of the vocabulary included."""
-        ids = self._checked(tokens)
-        return self._head(self._forward(ids), ids.shape)
+        return self._inspector.logits(self._ids(tokens))
 
     def hidden_states(self, tokens: Tokens, layers: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Hidden states by transformers' convention (`output_hidden_states`), each [b, s, hidden_size].
 
-        0 is the embedding, k what is behind k layers, and the last, num_layers, what the head reads: behind the
-        final norm too, and in 350m behind the projection to the embedding's width (only that one is narrower).
+        0 is the embedding, k the output of the first k layers, and the last, num_layers, what the head reads: after
+        the final norm too, and in 350m after the projection to the embedding's width (only that one is narrower).
 
         Args:
             layers: which; negative ones count from the end. None: all, of which there are num_layers + 1.
@@ -166,13 +305,7 @@ class OPT:
         Raises:
             UserError: there is no such layer, or the tokens do not fit the model.
         """
-        last = self.config.num_layers
-        wanted = self._numbers(range(last + 1) if layers is None else layers, last + 1)
-        names = [EMBEDDING, *(f"layers.{number}" for number in range(last - 1)), OUTPUT]
-        found = self.capture(tokens, {names[number] for number in wanted})
-        if self.config.has_embedding_projection and OUTPUT in found:
-            found[OUTPUT] = self._projected(found[OUTPUT])
-        return tuple(found[names[number]] for number in wanted)
+        return self._inspector.hidden_states(self._ids(tokens), layer_numbers(layers, self.config.num_layers + 1))
 
     def attentions(self, tokens: Tokens, layers: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Attention maps by transformers' convention (`output_attentions`), each [b, heads, s, s].
@@ -183,65 +316,34 @@ class OPT:
         Raises:
             UserError: there is no such layer, or the tokens do not fit the model.
         """
-        count = self.config.num_layers
-        wanted = self._numbers(range(count) if layers is None else layers, count)
-        found = self.capture(tokens, {f"layers.{number}.attention.weights" for number in wanted})
-        return tuple(found[f"layers.{number}.attention.weights"] for number in wanted)
+        return self._inspector.attentions(self._ids(tokens), layer_numbers(layers, self.config.num_layers))
 
-    @torch.no_grad()
     def capture(self, tokens: Tokens, names: Iterable[str]) -> dict[str, Tensor]:
-        """The whole tensors at the named places (`places.py`) of one pass; each on every rank.
+        """The whole tensors at the named hook points (`model/hook_points.py`) of one pass.
 
         Raises:
-            UserError: there is no such place, or the tokens do not fit the model.
+            UserError: there is no such hook point, or the tokens do not fit the model.
         """
-        ids = self._checked(tokens)
-        names = sorted({names} if isinstance(names, str) else set(names))  # in one order on all ranks
-        found: dict[str, Tensor] = {}
-        with self.hooks({name: _keep(found, name) for name in names}):
-            self._forward(ids)
-        for name in names:
-            place = parse(name, self.config)
-            stage = place.stage(self.config, self.parallel.pipeline_model_parallel_size)
-            found[name] = self._share(found.get(name), place.shape(self.config, *ids.shape), stage)
-        return found
+        return self._inspector.capture(self._ids(tokens), names)
 
-    @contextmanager
-    def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
-        """Within the block, call hooks at the named places (`places.py`) of every pass.
+    def hooks(self, hooks: Mapping[str, Hook]) -> AbstractContextManager[None]:
+        """Within the block, call hooks at the named hook points (`model/hook_points.py`) of every pass.
 
-        A hook gets a copy of the whole tensor, whatever the layout; what it returns takes the tensor's place, None
-        leaves it, whatever was written into the copy. It is called on all ranks of the pipeline stage that has the
-        place, and must do the same on each.
+        A hook gets a copy of the whole tensor, whatever the layout. What it returns replaces the tensor; None
+        leaves the tensor as it is, whatever was written into the copy. It is called on all ranks of the pipeline
+        stage that has the hook point, and must do the same on each.
 
         Raises:
-            UserError: there is no such place, or no function for it; after a pass: a hook returned something of
+            UserError: there is no such hook point, or no function for it; after a pass: a hook returned something of
                 another shape, or raised an error on another rank. What it raised itself is raised where it did.
         """
-        for name, hook in hooks.items():
-            if not callable(hook):
-                raise UserError(f"the hook at {name} must be a function, not {type(hook).__name__}")
-        places = {name: parse(name, self.config) for name in hooks}
-        handles = [
-            attach(self.model, self.parallel, place, hooks[name], self._hook_errors) for name, place in places.items()
-        ]
-        if not self._active_hooks:
-            self._hook_errors.clear()  # of a pass that did not come to its end
-        self._active_hooks += 1
-        try:
-            yield
-        finally:
-            self._active_hooks -= 1
-            for handle in handles:
-                if handle is not None:
-                    handle.remove()
+        return self._inspector.hooks(hooks)
 
-    @torch.no_grad()
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits [b, s, vocab_size] that hidden states [b, s, H] would give behind the last layer.
+        """Logits [b, s, vocab_size] that hidden states [b, s, H] would give after the last layer.
 
-        The final norm is applied, where the model has one: for states of any layer but those behind it (the
-        logit lens).
+        The final norm is applied, where the model has one: for the states of any layer but the last (the logit
+        lens).
 
         Raises:
             UserError: they are no hidden states of this model.
@@ -249,119 +351,28 @@ class OPT:
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.size(-1) != self.config.hidden_size:
             got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise UserError(f"hidden states must be [b, s, {self.config.hidden_size}], not {got}")
-        local = None
-        if self.parallel.is_last_stage:
-            local = hidden.to(device=self.parallel.device, dtype=self.model.params_dtype).transpose(0, 1)
-            norm = self.model.decoder.final_layernorm
-            local = local if norm is None else norm(local)
-        return self._head(local, hidden.shape[:2])
+        return self._inspector.unembed(hidden)
 
     @cached_property
-    def _engine(self) -> Engine:
-        return Engine(
-            self.model, self.parallel, max_batch_size=self._batch_size, num_tokens=self._pretrained.num_tokens
-        )
+    def _inspector(self) -> Inspector:
+        return Inspector(self.model, self.parallel)
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        hidden = stage_forward(self.model, self.parallel, ids)
-        self._raise_hook_errors()
-        return hidden
+    @cached_property
+    def _sentence_ends(self) -> tuple[int, ...]:
+        return self.tokenizer.sentence_end_tokens()
 
-    def _raise_hook_errors(self) -> None:
-        """After a pass with hooks: what went wrong on one rank goes wrong on all."""
-        if not self._active_hooks:
-            return
-        errors = self._hook_errors.copy()
-        self._hook_errors.clear()
-        mine = None
-        if errors:
-            known = isinstance(errors[0], UserError)
-            mine = str(errors[0]) if known else f"a hook raised {type(errors[0]).__name__}: {errors[0]}"
-        messages = self.parallel.gather_objects(mine)
-        if errors:
-            raise errors[0]
-        told = next((message for message in messages if message is not None), None)
-        if told is not None:
-            raise UserError(told)
+    def _ids(self, tokens: Tokens) -> Tensor:
+        return token_ids(tokens, self.config).to(self.parallel.device)
 
-    def _head(self, hidden: Tensor | None, size: Sequence[int]) -> Tensor:
-        """[s, b, H] on the last stage -> [b, s, V] on every rank."""
-        logits = None
-        if self.parallel.is_last_stage:
-            weight = self.model.shared_embedding_or_output_weight()
-            logits, _ = self.model.output_layer(hidden, weight=weight, runtime_gather_output=True)
-            logits = logits.transpose(0, 1)
-        return self._share(logits, (*size, self.config.vocab_size), self.parallel.pipeline_model_parallel_size - 1)
-
-    @torch.no_grad()
-    def _projected(self, output: Tensor) -> Tensor:
-        local = self.model.output_layer.project_out(output) if self.parallel.is_last_stage else None
-        shape = (*output.shape[:2], self.config.word_embed_proj_dim)
-        return self._share(local, shape, self.parallel.pipeline_model_parallel_size - 1)
-
-    def _share(self, tensor: Tensor | None, shape: tuple[int, ...], stage: int) -> Tensor:
-        """A tensor of the ranks of one stage, on every rank."""
-        if self.parallel.pipeline_model_parallel_size == 1:
-            return tensor
-        if tensor is None:
-            tensor = torch.empty(shape, dtype=self.model.params_dtype, device=self.parallel.device)
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, src=stage * self.parallel.pipeline_stride)
-        return tensor
-
-    def _checked(self, tokens: Tokens) -> Tensor:
-        """[b, s] on the device."""
+    def _params(self, method: str, options: dict[str, Any]) -> SamplingParams:
+        if self._inspector.has_hooks:
+            raise UserError(f"{method} does not run hooks: leave the block, or use logits, score or hidden_states")
         try:
-            if isinstance(tokens, list | tuple):  # rows may be tensors or arrays of their own
-                tokens = [_plain(row) for row in tokens]
-            ids = torch.as_tensor(tokens)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"tokens must be ids, in sequences of one length: {error}") from None
-        ids = ids[None] if ids.dim() == 1 else ids
-        is_whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        if ids.dim() != 2 or ids.numel() == 0 or not is_whole:
-            raise UserError(f"tokens must be ids [b, s] or [s], not {ids.dtype} {list(ids.shape)}")
-        ids = ids.long()  # first: torch compares no unsigned numbers of 16 bits or more
-        if ids.size(1) > self.config.max_position_embeddings:
-            raise UserError(f"{ids.size(1)} tokens are more than the model's {self.config.max_position_embeddings}")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise UserError(f"ids go from 0 to {self.config.vocab_size - 1}, not {int(ids.min())} to {int(ids.max())}")
-        return ids.to(self.parallel.device)
-
-    def _numbers(self, layers: Iterable[int], count: int) -> list[int]:
-        if not isinstance(layers, Iterable):
-            raise UserError(f"layers must be numbers in a list, as in layers=[{layers}]")
-        layers = list(_plain(layers))
-        strange = [number for number in layers if not (isinstance(number, Integral) and -count <= number < count)]
-        if strange:
-            raise UserError(f"layer {strange[0]!r}: there are {count}, from 0 to {count - 1}")
-        return [number % count for number in layers]
-
-    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        ids = _plain(prompt)
-        if not isinstance(ids, Sequence) or not all(isinstance(token, Integral) for token in ids):
-            raise UserError(f"a prompt must be a text or a list of ids, not {repr(prompt)[:80]}")
-        return tuple(ids)
-
-    def _item(self, text: str | tuple[str, str]) -> Item:
-        pair = ("", text) if isinstance(text, str) else text
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise UserError(f"what is scored must be a text or a pair (context, continuation), not {repr(text)[:80]}")
-        context, continuation = pair
-        before = self.tokenizer.encode(context.rstrip(" "))
-        both = self.tokenizer.encode(context + continuation)
-        return Item(tuple(before), tuple(both[len(before) :]))
+            return SamplingParams(**options)
+        except TypeError as error:
+            raise UserError(f"{method}: {str(error).removeprefix('SamplingParams.__init__() ')}") from None
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and numpy's arrays and numbers as Python's."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _keep(found: dict[str, Tensor], name: str) -> Hook:
-    def keep(tensor: Tensor) -> None:
-        found[name] = tensor
-
-    return keep
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be at least 1")

@@ -15,14 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from .api import OPT
 from .checkpoint.formats.registry import is_checkpoint
-from .checkpoint.load import load_model, locate_on_all_ranks
 from .errors import UserError
-from .generation.core.engine import Engine
-from .generation.request import Request
-from .generation.sampling.sampler import SamplingParams
+from .model.opt_model import OPTModel
 from .parallel.context import (
     ParallelContext,
     current_context,
@@ -93,28 +90,27 @@ class AutoLoader:
     ) -> None:
         if task_name != "lm":
             raise UserError(f"task {task_name!r}: OPT is a language model, its task is 'lm'")
-        self._parallel = _context()
-        self._directory = locate_on_all_ranks(_local_name(model_name, model_dir), self._parallel)
-        self._model: nn.Module | None = None
+        self._opt = OPT.open(_local_name(model_name, model_dir), _context())
 
-    def get_model(self) -> nn.Module:
+    def get_model(self) -> OPTModel:
         """The model, loaded on the first call: float32 on a CPU, the checkpoint's dtype on a GPU."""
-        if self._model is None:
-            self._model = load_model(self._directory, None, self._parallel)
-        return self._model
+        return self._opt.model
 
     def get_tokenizer(self) -> OPTTokenizer:
-        """The tokenizer that lies beside the weights."""
-        return OPTTokenizer.from_directory(self._directory)
+        """The tokenizer that lies beside the weights.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return self._opt.pretrained.require_tokenizer()
 
 
 class Predictor:
     """Continues text with a model and tokenizer of AutoLoader."""
 
-    def __init__(self, model: nn.Module, tokenizer: OPTTokenizer) -> None:
+    def __init__(self, model: OPTModel, tokenizer: OPTTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._config = model.opt_config
-        self._engine = Engine(model, current_context(), max_batch_size=1, num_tokens=len(tokenizer))
+        self._opt = OPT.from_model(model, current_context(), tokenizer, batch_size=1)
 
     def predict_generate_randomsample(
         self,
@@ -141,7 +137,8 @@ class Predictor:
         prompt = self._tokenizer.encode(text, add_bos=False)[:input_max_length]
         prompt = [self._tokenizer.bos_token_id, *prompt]
         unknown = self._tokenizer.unk_token_id
-        params = SamplingParams(
+        completions = self._opt.generate(
+            [prompt],
             max_new_tokens=self._within_positions(len(prompt), out_max_length),
             temperature=float(temperature),
             top_k=top_k,
@@ -151,15 +148,14 @@ class Predictor:
             log_probabilities=True,
             banned_tokens=() if unknown is None else (unknown,),
         )
-        request = Request(tuple(prompt), params, self._tokenizer.stream)
-        return self._engine.complete([request])[0].text
+        return completions[0].text
 
     def _within_positions(self, prompt_length: int, out_max_length: int) -> int:
-        room = self._config.max_position_embeddings - prompt_length
+        room = self._opt.config.max_position_embeddings - prompt_length
         if room < 1:
             raise UserError(
-                f"the text has {prompt_length} tokens and the model {self._config.max_position_embeddings} "
-                f"positions: lower input_max_length to {self._config.max_position_embeddings - 2} or less"
+                f"the text has {prompt_length} tokens and the model {self._opt.config.max_position_embeddings} "
+                f"positions: lower input_max_length to {self._opt.config.max_position_embeddings - 2} or less"
             )
         if out_max_length > room and dist.get_rank() == 0:
             print(f"opt-megatron: out_max_length {out_max_length} is cut to the {room} positions left", file=sys.stderr)

@@ -1,19 +1,28 @@
-"""A checkpoint under any of its names, opened on every rank: its config, its tokenizer, and models of its weights."""
+"""Loading, in the order in which mistakes are to be found: arguments, ranks, checkpoint, layout, tokenizer, weights.
+
+`OPT.from_pretrained` and every command that runs a model load it through here:
+
+    parallel = start_parallel(2, 1)                     what needs no model is checked before the ranks connect
+    pretrained = open_pretrained("opt-125m", parallel)  config and tokenizer; no weights are read
+    model = pretrained.load_model()                     this rank's part of them
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import torch.distributed as dist
 
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.formats.registry import open_checkpoint
 from .checkpoint.load import load_model, locate_on_all_ranks
 from .checkpoint.locate import locate
-from .config import OPTConfig
+from .config import OPTConfig, check_dtype
 from .errors import CheckpointError, UserError
-from .parallel.context import ParallelContext, on_all_ranks
-from .parallel.layout import check_layout
+from .parallel.context import ParallelContext, check_seed, init_parallel, on_all_ranks
+from .parallel.layout import check_layout, world_size_from_environment
 from .tokenizer import OPTTokenizer
 
 if TYPE_CHECKING:
@@ -22,31 +31,65 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An opened checkpoint.
+    """A model whose weights can be loaded, or have been made elsewhere.
 
     Attributes:
         name: what it was opened by.
         tokenizer: None where there is none.
+        checkpoint: opened; None for a model that was not read from one.
+        tokenizer_error: why there is no tokenizer.
     """
 
     name: str
     parallel: ParallelContext
-    checkpoint: Checkpoint
+    config: OPTConfig
     tokenizer: OPTTokenizer | None
-
-    @property
-    def config(self) -> OPTConfig:
-        """The architecture."""
-        return self.checkpoint.config
+    checkpoint: Checkpoint | None = None
+    tokenizer_error: CheckpointError | None = None
 
     @property
     def num_tokens(self) -> int:
         """Ids from this one on are vocabulary padding."""
         return min(self.config.num_tokens, len(self.tokenizer) if self.tokenizer else self.config.num_tokens)
 
+    def require_tokenizer(self) -> OPTTokenizer:
+        """The tokenizer.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.tokenizer is None:
+            raise self.tokenizer_error or CheckpointError(f"{self.name} has no tokenizer")
+        return self.tokenizer
+
     def load_model(self, dtype: str = "auto", *, quantization: str | None = None) -> OPTModel:
-        """This rank's part of a model, read anew (`checkpoint.load.load_model`); called on every rank."""
-        return load_model(self.checkpoint, self.config, self.parallel, dtype, quantization=quantization)
+        """Read this rank's part of the weights into a new model (`checkpoint.load.load_model`); on every rank."""
+        if self.checkpoint is None:
+            raise UserError(f"{self.name} was not opened from a checkpoint, so there are no weights to load")
+        model = load_model(self.checkpoint, self.config, self.parallel, dtype, quantization=quantization)
+        return cast("OPTModel", model)
+
+
+def start_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 1234,
+) -> ParallelContext:
+    """Check what needs no model, and start the ranks (`init_parallel`): tensor x pipeline of them, no data parallelism.
+
+    Raises:
+        UserError: the layout does not fit the number of processes, or an argument is out of its range.
+    """
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
+    check_layout(None, tp, pp, world_size, data_parallel=False)
+    check_seed(seed)
+    if dtype != "auto":
+        check_dtype(dtype)
+    return init_parallel(tp, pp, seed=seed, device=device)
 
 
 def open_pretrained(
@@ -62,9 +105,9 @@ def open_pretrained(
 
     Args:
         name: as of --load: a directory, a released size, a Hub repository, or "story".
-        config: instead of what the checkpoint says of itself.
+        config: used instead of the checkpoint's own.
         tokenizer: where its files are; by default beside the weights.
-        needs_tokenizer: a missing one is an error, unless `tokenizer` was given, in which case it always is.
+        needs_tokenizer: a missing tokenizer is an error. It always is where `tokenizer` was given.
 
     Raises:
         UserError: of any kind; the same one on every rank.
@@ -74,15 +117,17 @@ def open_pretrained(
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(checkpoint.config, tp, pp, parallel.world_size)
 
-    def read() -> OPTTokenizer | None:
+    def read() -> tuple[OPTTokenizer | None, CheckpointError | None]:
         try:
-            return read_tokenizer(tokenizer, checkpoint.path, checkpoint.config)  # of a run, its newest checkpoint's
-        except CheckpointError:
+            # Of a training run, `checkpoint.path` is the newest checkpoint.
+            return read_tokenizer(tokenizer, checkpoint.path, checkpoint.config), None
+        except CheckpointError as error:
             if needs_tokenizer or tokenizer is not None:
                 raise
-            return None  # ids go in, and ids come out
+            return None, error  # the model can still be run with ids
 
-    return Pretrained(name, parallel, checkpoint, on_all_ranks(parallel, read))
+    found, error = on_all_ranks(parallel, read)
+    return Pretrained(name, parallel, checkpoint.config, found, checkpoint, error)
 
 
 def read_tokenizer(name: str | None, directory: Path, config: OPTConfig) -> OPTTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from opt_megatron.api import OPT
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.evaluation.evaluator import Evaluator
@@ -14,14 +15,12 @@ from opt_megatron.generation.request import Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.model.scoring import Item, Score, score
 from opt_megatron.parallel.context import init_parallel
-from opt_megatron.pretrained import open_pretrained
 
 
 def perplexities(directory: Path, tp: int, pp: int, documents: Documents, options: list[dict]) -> list[Perplexity]:
     """With each of the options."""
-    parallel = init_parallel(tp, pp)
-    model = load_model(directory, None, parallel)
-    return [perplexity(model, parallel, documents, **some) for some in options]
+    opt = OPT.open(str(directory), init_parallel(tp, pp))
+    return [perplexity(opt, documents, **some) for some in options]
 
 
 def scores(
@@ -95,6 +94,4 @@ def ask(lm: Any, questions: list[tuple[str, tuple]]) -> dict[str, list]:
 
 
 def _evaluator(directory: Path, tp: int, pp: int) -> Evaluator:
-    parallel = init_parallel(tp, pp)
-    pretrained = open_pretrained(str(directory), parallel, needs_tokenizer=False)
-    return Evaluator(pretrained, pretrained.load_model(), batch_size=3)
+    return Evaluator(OPT.open(str(directory), init_parallel(tp, pp), batch_size=3))

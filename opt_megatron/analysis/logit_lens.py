@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..api import OPT, Tokens
+from ..api import OPT
 from ..errors import UserError
 from ..files import atomic_file
+from ..inputs import Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CELL = (0.85, 0.32)  # inches
 
@@ -99,6 +104,6 @@ def label(opt: OPT, token: int) -> str:
     return text if len(text) <= 10 else text[:9] + "…"
 
 
-def _save(figure: object, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

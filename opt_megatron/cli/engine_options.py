@@ -1,18 +1,12 @@
-"""The engine's options as arguments, and the engine that they make."""
+"""The engine's options as arguments."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..generation.engine_options import EngineOptions
 from .arguments import size_in_bytes
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..generation.core.engine import Engine
-    from ..parallel.context import ParallelContext
 
 
 def add_engine(group: argparse._ArgumentGroup) -> None:
@@ -55,29 +49,17 @@ def check_engine_options(args: argparse.Namespace) -> None:
         size_in_bytes(args.kv_cache_memory)
 
 
-def make_engine(
-    args: argparse.Namespace, model: nn.Module, parallel: ParallelContext, num_tokens: int | None
-) -> Engine:
-    """The engine for this rank's part of the model, called on every rank.
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """What the arguments say.
 
     Raises:
-        UserError: the draft model cannot be loaded, or does not fit.
+        UserError: --kv-cache-memory is not a size.
     """
-    from ..checkpoint.load import load_model, locate_on_all_ranks
-    from ..generation.core.engine import Engine
-
-    draft_model = None
-    if args.draft_model is not None:
-        directory = locate_on_all_ranks(args.draft_model, parallel)
-        draft_model = load_model(directory, None, parallel, args.dtype, quantization=args.quantization)
-    return Engine(
-        model,
-        parallel,
+    return EngineOptions(
         max_batch_size=args.max_batch_size,
         kv_cache_memory=None if args.kv_cache_memory is None else size_in_bytes(args.kv_cache_memory),
         prefill_chunk_size=args.prefill_chunk_size,
-        num_tokens=num_tokens,
-        draft_model=draft_model,
+        draft_model=args.draft_model,
         prompt_lookup=args.prompt_lookup,
         num_speculative_tokens=args.num_speculative_tokens,
     )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .loading import add_model, open_model, start_parallel
+from .loading import add_model, open_model, print_notices, start_ranks
 
 if TYPE_CHECKING:
+    from ..api import OPT
     from ..evaluation.run_tasks import TaskOptions
-    from ..pretrained import Pretrained
 
 HELP = 'tasks of lm-eval (pip install -e ".[eval]"), and two small ones that need no network'
 _FILES = {"results.json", "results.md"}
@@ -70,29 +70,28 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.output is not None:
         _check_output(Path(args.output), args.force)
-    parallel = start_parallel(args)
-    pretrained = open_model(args, parallel)
-    _evaluate(args, options, pretrained)
+    opt = open_model(args, start_ranks(args), batch_size=args.batch_size)
+    print_notices(args, opt)
+    _evaluate(args, options, opt.load())
 
 
-def _evaluate(args: argparse.Namespace, options: TaskOptions, pretrained: Pretrained) -> None:
+def _evaluate(args: argparse.Namespace, options: TaskOptions, opt: OPT) -> None:
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.report import to_json, to_markdown
     from ..evaluation.run_tasks import run_tasks
 
-    model = pretrained.load_model(args.dtype, quantization=args.quantization)
-    evaluator = Evaluator(pretrained, model, batch_size=args.batch_size)
+    evaluator = Evaluator(opt)
 
     def action() -> None:
         settings = {
-            "dtype": str(model.params_dtype).removeprefix("torch."),
+            "dtype": str(opt.model.params_dtype).removeprefix("torch."),
             "quantization": args.quantization,
             "batch_size": args.batch_size,
             "limit": args.limit,
             "bootstrap_iters": args.bootstrap_iters,
             "seed": args.seed,
         }
-        report = to_json(run_tasks(evaluator, options), pretrained, settings)
+        report = to_json(run_tasks(evaluator, options), opt, settings)
         print(json.dumps(report, ensure_ascii=False) if args.json else to_markdown(report).rstrip(), flush=True)
         if args.output is not None:  # last: whatever happens to the disk, the results of hours have been shown
             _write(Path(args.output), report, args.force)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files import progress_bar
-from .loading import add_model, open_model, start_parallel
+from .loading import add_model, open_model, print_notices, start_ranks
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Documents, Perplexity
-    from ..pretrained import Pretrained
+    from ..tokenizer import OPTTokenizer
 
 HELP = "perplexity, nats a token and bits a byte of texts"
 
@@ -52,17 +52,18 @@ def run(args: argparse.Namespace) -> None:
         UserError: of any kind; the same one on every rank.
     """
     _check_options(args)
-    parallel = start_parallel(args)
+    parallel = start_ranks(args)
     from ..evaluation.perplexity import perplexity
     from ..parallel.context import on_all_ranks
 
     # The file need not be there on other machines.
     texts = on_all_ranks(parallel, lambda: _read(args) if parallel.is_leader else [])
-    pretrained = open_model(args, parallel)
+    opt = open_model(args, parallel, batch_size=args.batch_size)
+    print_notices(args, opt)
     documents = parallel.broadcast_object(
-        on_all_ranks(parallel, lambda: _tokenize(texts, pretrained, args) if parallel.is_leader else None)
+        on_all_ranks(parallel, lambda: _tokenize(texts, opt.tokenizer, args) if parallel.is_leader else None)
     )
-    model = pretrained.load_model(args.dtype, quantization=args.quantization)
+    opt.load()
     with progress_bar("scoring", unit=" windows", hidden=not parallel.is_leader) as bar:
 
         def on_windows(done: int, total: int) -> None:
@@ -70,14 +71,11 @@ def run(args: argparse.Namespace) -> None:
             bar.update(done)
 
         result = perplexity(
-            model,
-            parallel,
+            opt,
             documents,
             context=args.context,
             stride=args.stride,
             concatenate=not args.per_document,
-            batch_size=args.batch_size,
-            num_tokens=pretrained.num_tokens,
             on_windows=on_windows,
         )
     if parallel.is_leader:
@@ -97,10 +95,10 @@ def _read(args: argparse.Namespace) -> list[str]:
     return read_texts(Path(args.data), args.json_key)
 
 
-def _tokenize(texts: list[str], pretrained: Pretrained, args: argparse.Namespace) -> Documents:
+def _tokenize(texts: list[str], tokenizer: OPTTokenizer, args: argparse.Namespace) -> Documents:
     from ..evaluation.perplexity import tokenize
 
-    return tokenize(texts, pretrained.tokenizer, add_eos=not args.no_eos)
+    return tokenize(texts, tokenizer, add_eos=not args.no_eos)
 
 
 def _as_json(args: argparse.Namespace, result: Perplexity) -> str:

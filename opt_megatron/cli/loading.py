@@ -1,4 +1,4 @@
-"""From the arguments to ranks and an opened checkpoint."""
+"""From a command's arguments to an `OPT`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
 
 if TYPE_CHECKING:
+    from ..api import OPT
+    from ..generation.engine_options import EngineOptions
     from ..parallel.context import ParallelContext
-    from ..pretrained import Pretrained
 
 TOY_NOTICE = (
     "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
@@ -27,45 +28,59 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=("int8",), help="8-bit weights, quantised while loading")
 
 
-def start_parallel(args: argparse.Namespace) -> ParallelContext:
+def start_ranks(args: argparse.Namespace) -> ParallelContext:
     """Check the arguments that need no model, and start the ranks.
 
     Raises:
         UserError: the layout does not fit the number of processes, or an argument is out of its range.
     """
-    from ..config import check_dtype
-    from ..parallel.context import check_seed, init_parallel
-    from ..parallel.layout import check_layout, world_size_from_environment
+    from ..pretrained import start_parallel
 
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    check_layout(None, tp, pp, world_size_from_environment(), data_parallel=False)
-    check_seed(args.seed)
-    if args.dtype != "auto":
-        check_dtype(args.dtype)
-    return init_parallel(tp, pp, seed=args.seed, device=args.device)
+    return start_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        dtype=args.dtype,
+        device=args.device,
+        seed=args.seed,
+    )
 
 
-def open_model(args: argparse.Namespace, parallel: ParallelContext, *, needs_tokenizer: bool = True) -> Pretrained:
-    """Open the checkpoint of --load, and tell what was derived of its config.
+def open_model(
+    args: argparse.Namespace,
+    parallel: ParallelContext,
+    *,
+    needs_tokenizer: bool = True,
+    batch_size: int = 8,
+    engine: EngineOptions | None = None,
+) -> OPT:
+    """The model of --load, its weights not read yet.
 
     Raises:
         UserError: of any kind; the same one on every rank.
     """
+    from ..api import OPT
     from ..checkpoint.locate import EMBEDDED_NAME
     from ..parallel.context import on_all_ranks
-    from ..pretrained import open_pretrained
 
-    config = on_all_ranks(parallel, lambda: config_argument(args))
-    pretrained = open_pretrained(
+    return OPT.open(
         EMBEDDED_NAME if args.load is None else args.load,
         parallel,
+        dtype=args.dtype,
         revision=args.revision,
-        config=config,
+        config=on_all_ranks(parallel, lambda: config_argument(args)),
         tokenizer=args.tokenizer,
         needs_tokenizer=needs_tokenizer,
+        quantization=args.quantization,
+        batch_size=batch_size,
+        engine=engine,
     )
-    if parallel.is_leader:
-        if args.load is None:
-            print(TOY_NOTICE, file=sys.stderr)
-        say_derived(pretrained.checkpoint.config_notes)
-    return pretrained
+
+
+def print_notices(args: argparse.Namespace, opt: OPT) -> None:
+    """Say on stderr that no model was named, and what of the config was inferred from the tensors."""
+    if not opt.parallel.is_leader:
+        return
+    if args.load is None:
+        print(TOY_NOTICE, file=sys.stderr)
+    if opt.pretrained.checkpoint is not None:
+        say_derived(opt.pretrained.checkpoint.config_notes)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
-from .loading import add_model, open_model, start_parallel
+from .loading import add_model, open_model, print_notices, start_ranks
 
 HELP = 'draw which token each layer predicts, as a PNG (pip install -e ".[plot]")'
 
@@ -28,15 +28,14 @@ def run(args: argparse.Namespace) -> None:
     """
     output = Path(args.output)
     _check(args, output)
-    parallel = start_parallel(args)
-    pretrained = open_model(args, parallel)
+    parallel = start_ranks(args)
+    opt = open_model(args, parallel)
+    print_notices(args, opt)
     from ..analysis.logit_lens import draw, logit_lens
-    from ..api import OPT
     from ..parallel.context import on_all_ranks
 
-    opt = OPT(pretrained, pretrained.load_model(args.dtype, quantization=args.quantization), batch_size=1)
     lens = logit_lens(opt, opt.tokens(args.prompt))
-    title = f"{pretrained.name}: likeliest next token, by layer"
+    title = f"{opt.name}: likeliest next token, by layer"
     on_all_ranks(parallel, lambda: draw(lens, opt, output, last=args.last, title=title) if parallel.is_leader else None)
     if parallel.is_leader:
         print(f"wrote {output}: {len(lens.best)} rows, {min(args.last, len(lens.tokens))} tokens")

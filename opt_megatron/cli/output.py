@@ -62,13 +62,14 @@ class Result:
             self._prompt_events.append(event)
             return
         self.text += event.text
-        self.tokens.append(event.token)
+        if event.token is not None:  # None belongs to a queue's requests that were cancelled or failed
+            self.tokens.append(event.token)
         if self._reports_logprobs:
             self._events.append(event)
 
     def to_json(self) -> str:
         """The object that --json prints."""
-        shown = {"index": self.index}
+        shown: dict[str, Any] = {"index": self.index}
         if self.num_choices > 1:
             shown["choice"] = self.choice
         shown |= {

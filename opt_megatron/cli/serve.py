@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
-from .engine_options import add_engine, check_engine_options, make_engine
-from .loading import add_model, open_model, start_parallel
+from .engine_options import add_engine, check_engine_options, engine_options
+from .loading import add_model, open_model, print_notices, start_ranks
 
 if TYPE_CHECKING:
     import socket
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     check_engine_options(args)
     _check_packages()
     limits, key = _limits(args), _api_key(args)
-    parallel = start_parallel(args)
+    parallel = start_ranks(args)
     if parallel.is_leader and "TORCHELASTIC_RUN_ID" in os.environ and args.shutdown_timeout > _TORCHRUN_WAITS:
         _say(
             f"--shutdown-timeout {args.shutdown_timeout:g} is more than there will be: torchrun kills its processes "
@@ -138,10 +138,9 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
     # On the leader this is the engine's thread. Its GPU is the first of its host, which is every thread's own.
     from ..serving.served_model import ServedModel
 
-    pretrained = open_model(args, parallel)
-    model = pretrained.load_model(args.dtype, quantization=args.quantization)
-    engine = make_engine(args, model, parallel, pretrained.num_tokens)
-    return ServedModel(engine, pretrained.tokenizer, pretrained.config, _names(args))
+    opt = open_model(args, parallel, engine=engine_options(args))
+    print_notices(args, opt)
+    return ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args))
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:

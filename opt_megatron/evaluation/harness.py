@@ -19,14 +19,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ..api import OPT
 from ..errors import UserError
 from ..files import progress_bar
 from ..generation.request import Request
 from ..generation.sampling.sampling_params import SamplingParams
 from ..model.scoring import Item
-from ..parallel.context import init_parallel
 from ..parallel.layout import world_size_from_environment
-from ..pretrained import open_pretrained
+from ..pretrained import start_parallel
 from .evaluator import Evaluator
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -58,10 +58,17 @@ class OPTMegatronLM(TemplateLM):
     ) -> None:
         if world_size_from_environment() > 1:
             raise UserError("on several ranks lm-eval is started by `opt-megatron evaluate lm-eval` under torchrun")
-        parallel = init_parallel(device=_device(device))
-        pretrained = open_pretrained(load, parallel, revision=revision, tokenizer=tokenizer)
-        model = pretrained.load_model(dtype, quantization=quantization)
-        self._start(Evaluator(pretrained, model, batch_size=_whole(batch_size)))
+        opt = OPT.open(
+            load,
+            start_parallel(dtype=dtype, device=_device(device)),
+            dtype=dtype,
+            revision=revision,
+            tokenizer=tokenizer,
+            needs_tokenizer=True,
+            quantization=quantization,
+            batch_size=_whole(batch_size),
+        )
+        self._start(Evaluator(opt.load()))
 
     @classmethod
     def from_evaluator(cls, evaluator: Evaluator) -> OPTMegatronLM:
@@ -73,9 +80,9 @@ class OPTMegatronLM(TemplateLM):
     def _start(self, evaluator: Evaluator) -> None:
         TemplateLM.__init__(self)
         self._evaluator = evaluator
-        self._config = evaluator.pretrained.config
-        self._tokenizer = evaluator.pretrained.tokenizer
-        self.batch_size = evaluator.batch_size
+        self._config = evaluator.opt.config
+        self._tokenizer = evaluator.opt.tokenizer
+        self.batch_size = evaluator.opt.batch_size
 
     @property
     def eot_token_id(self) -> int:
@@ -100,7 +107,7 @@ class OPTMegatronLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Names lm-eval's cache of requests."""
-        return self._evaluator.pretrained.name.replace("/", "__")
+        return self._evaluator.opt.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids, after BOS unless `add_special_tokens` is False. `</s>` in a text is text."""
@@ -138,7 +145,7 @@ class OPTMegatronLM(TemplateLM):
         """Log-likelihood of whole texts, by lm-eval's windows: each but the first begins with the token before it."""
         texts = [request.args[0] for request in requests]
         windows = [(number, *window) for number, text in enumerate(texts) for window in self._windows(text)]
-        answers = self._loglikelihood_tokens([(None, *window) for _, *window in windows], disable_tqdm)
+        answers = self._loglikelihood_tokens([(None, before, text) for _, before, text in windows], disable_tqdm)
         totals = [0.0] * len(texts)
         for (number, *_), (total, _) in zip(windows, answers, strict=True):
             totals[number] += total

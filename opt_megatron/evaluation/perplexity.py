@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 
+from ..api import OPT
 from ..errors import UserError
-from ..model.opt_model import OPTModel
-from ..model.scoring import Item, score
-from ..parallel.context import ParallelContext
+from ..model.scoring import Item
 from ..tokenizer import OPTTokenizer
 
 _BATCHES_AT_A_TIME = 64  # among which windows are sorted by length
@@ -106,15 +105,13 @@ def num_windows(length: int, context: int, stride: int) -> int:
 
 
 def perplexity(
-    model: OPTModel,
-    parallel: ParallelContext,
+    opt: OPT,
     documents: Documents,
     *,
     context: int | None = None,
     stride: int | None = None,
     concatenate: bool = True,
-    batch_size: int = 8,
-    num_tokens: int | None = None,
+    batch_size: int | None = None,
     on_windows: Callable[[int, int], object] | None = None,
 ) -> Perplexity:
     """Score documents; called on every rank with the same ones, and the result is there on every rank.
@@ -126,22 +123,22 @@ def perplexity(
         context: positions of a window; by default all that the model has.
         stride: tokens that a window adds; by default `context`: consecutive windows.
         concatenate: one stream of all documents; else each begins a window of its own.
-        num_tokens: ids from this one on are vocabulary padding (`scoring.score`).
+        batch_size: windows in a pass; by default the model's `batch_size`.
         on_windows: told how many windows a finished batch had, and how many there are.
 
     Raises:
         UserError: an option is out of its range.
     """
-    context, stride = _check_window(model.opt_config.max_position_embeddings, context, stride)
+    context, stride = _check_window(opt.config.max_position_embeddings, context, stride)
     streams = [[token for ids in documents.tokens for token in ids]] if concatenate else documents.tokens
-    bos = model.opt_config.bos_token_id
+    bos = opt.config.bos_token_id
     made = (item for stream in streams for item in windows(stream, context, stride, bos))
     total = sum(num_windows(len(stream), context, stride) for stream in streams)
-    told = None if on_windows is None else lambda done: on_windows(done, total)
+    on_batch = None if on_windows is None else lambda done: on_windows(done, total)
+    batch_size = opt.batch_size if batch_size is None else batch_size
     totals: list[float] = []
     while items := list(islice(made, _BATCHES_AT_A_TIME * max(1, batch_size))):
-        scores = score(model, parallel, items, batch_size=batch_size, num_tokens=num_tokens, on_batch=told)
-        totals += [one.total for one in scores]
+        totals += [one.total for one in opt.score_items(items, batch_size=batch_size, on_batch=on_batch)]
     nats = -math.fsum(totals)
     count = sum(map(len, streams))
     return Perplexity(

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..pretrained import Pretrained
+from ..api import OPT
 from ..version import __version__
 from .published import SCORES, SIZES, SOURCE, is_percentage
 
@@ -30,18 +30,18 @@ def command_line() -> str:
     return shlex.join(words)
 
 
-def to_json(results: dict[str, Any], pretrained: Pretrained, settings: dict[str, Any]) -> dict[str, Any]:
+def to_json(results: dict[str, Any], opt: OPT, settings: dict[str, Any]) -> dict[str, Any]:
     """The scores and everything that they depend on.
 
     Args:
         results: of lm-eval's `simple_evaluate`.
         settings: how the model was run and the tasks were asked for.
     """
-    parallel = pretrained.parallel
+    parallel = opt.parallel
     return {
         "command": command_line(),
-        "model": pretrained.name,
-        "parameters": pretrained.config.num_parameters,
+        "model": opt.name,
+        "parameters": opt.config.num_parameters,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "device": parallel.device.type,

@@ -80,7 +80,7 @@ def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:
                 OPTMegatronLM.from_evaluator(evaluator),
                 tasks=list(options.tasks),
                 num_fewshot=options.num_fewshot,
-                batch_size=evaluator.batch_size,
+                batch_size=evaluator.opt.batch_size,
                 limit=options.limit,
                 bootstrap_iters=options.bootstrap_iters,
                 task_manager=_task_manager(options),

@@ -93,14 +93,14 @@ def test_the_figure_is_transformers_at_every_layout(models, ranks, tp, pp):
 
 
 def test_impossible_windows_are_refused(models, alone):
-    from opt_megatron.checkpoint.load import load_model
+    from opt_megatron.api import OPT
     from opt_megatron.evaluation.perplexity import perplexity
 
-    model, documents = load_model(models["story"][0], None, alone), tokenize(TALES, TOKENIZER)
+    opt, documents = OPT.open("story", alone), tokenize(TALES, TOKENIZER)
     with pytest.raises(UserError, match="context is 513, but must be from 1 to the model's 512"):
-        perplexity(model, alone, documents, context=513)
+        perplexity(opt, documents, context=513)
     with pytest.raises(UserError, match="stride is 65, but must be from 1 to the context of 64"):
-        perplexity(model, alone, documents, context=64, stride=65)
+        perplexity(opt, documents, context=64, stride=65)
 
 
 def test_files_of_texts(tmp_path):

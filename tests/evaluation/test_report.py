@@ -3,10 +3,10 @@
 import json
 import sys
 
+from opt_megatron.api import OPT
 from opt_megatron.evaluation.published import SCORES, SIZES
 from opt_megatron.evaluation.report import command_line, to_json, to_markdown
 from opt_megatron.evaluation.run_tasks import SHIPPED_TASKS
-from opt_megatron.pretrained import open_pretrained
 
 RESULTS = {
     "results": {
@@ -21,7 +21,7 @@ RESULTS = {
 
 
 def test_published_scores_stand_beside_the_run(alone):
-    report = to_json(RESULTS, open_pretrained("story", alone), {"dtype": "float32"})
+    report = to_json(RESULTS, OPT.open("story", alone), {"dtype": "float32"})
     page = to_markdown(report)
     assert "| lambada_openai | 1.0 | 0 | 5153 | perplexity | lower | 26.1000 | ± 0.9000 |" in page
     assert "| other |  | 5 |  | acc |  | 0.5000 |  |" in page
