@@ -12,8 +12,10 @@ BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
 EVAL = ["lm-eval>=0.4.13"]
 PLOT = ["matplotlib>=3.8"]
 TRAIN = ["tensorboard>=2.16", *PLOT]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "matplotlib>=3.8", "ruff>=0.6"]
-TEST += [*SERVE, *TRAIN, "openai>=1.50", "selenium>=4.20"]
+DOCS = ["sphinx>=8", "myst-nb>=1.2", "pydata-sphinx-theme>=0.16"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "openai>=1.50", "selenium>=4.20"]
+TEST += ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", *SERVE, *TRAIN, *DOCS]
+DEV = ["pre-commit>=3.8", *TEST]
 
 setup(
     name="opt-megatron",
@@ -23,12 +25,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),
+    packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),  # without benchmarks/ and tests/
     package_data={
-        "opt_megatron": ["assets/*/*", "serving/assets/*", "evaluation/tasks/*", "analysis/README.md"],
+        "opt_megatron": ["py.typed", "assets/*/*", "serving/assets/*", "evaluation/tasks/*"],
     },
-    # The registry's package named "apex" is unrelated to NVIDIA's and must never stand here: NVIDIA's
-    # Apex is found at run time when the user has built it (README, "On a GPU").
+    # The registry's package named "apex" is unrelated to NVIDIA's and must never be listed here: NVIDIA's
+    # Apex is found at run time when the user has built it (docs/guides/multi_gpu.md).
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -38,6 +40,7 @@ setup(
         "tokenizers>=0.20",
         "huggingface_hub>=0.25",
         "psutil",
+        "pyyaml",
         "tqdm",
         "xxhash>=3",
     ],
@@ -47,7 +50,9 @@ setup(
         "eval": EVAL,
         "plot": PLOT,
         "bench": BENCH,
+        "docs": DOCS,
         "test": TEST,
+        "dev": DEV,
     },
     entry_points={"console_scripts": ["opt-megatron = opt_megatron.cli:main"]},
 )

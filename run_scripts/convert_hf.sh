@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reshard a Hugging Face checkpoint into Megatron's tensor x pipeline partitions, and try the result.
+# Convert a Hugging Face checkpoint to Megatron's tensor x pipeline partitions, and generate text with the result.
 #
 #   bash run_scripts/convert_hf.sh opt-125m checkpoints/opt-125m-tp2            # TP=2 PP=1
 #   TP=4 PP=2 bash run_scripts/convert_hf.sh /path/to/hf checkpoints/opt-tp4-pp2

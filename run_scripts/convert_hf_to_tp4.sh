@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Hugging Face checkpoint to four tensor parallel partitions, checked against its source to the bit.
+# Convert a Hugging Face checkpoint to four tensor parallel partitions, and compare the result with its source bit by bit.
 #
 #   bash run_scripts/convert_hf_to_tp4.sh opt-1.3b checkpoints/opt-1.3b-tp4
 #

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# OPT-175B as Meta hands it out (992 raw FSDP shards, 350 GB) to Megatron at TP=8, ready for eight ranks.
+# Convert OPT-175B as Meta distributes it (992 raw FSDP shards, 350 GB) to Megatron at TP=8, for eight ranks.
 #
 #   bash run_scripts/convert_opt_175b_metaseq.sh /data/opt-175b/raw /data/opt-175b/tp8 /data/opt-tokenizer
 #   PP=2 bash run_scripts/convert_opt_175b_metaseq.sh ...            TP=8 x PP=2 for two machines
 #
-# The tokenizer's files (vocab.json and merges.txt of any OPT) are copied beside the weights, since metaseq's
-# shards do not bring any along. An interrupted run goes on where it stopped when it is started again.
-# Needs: 350 GB of disk beside the shards; memory under 1 GiB. The 350 GB themselves have not been here: the
-# tests resolve 992 sparse files of the real sizes, and convert small ones.
+# The tokenizer's files (vocab.json and merges.txt of any OPT) are copied next to the weights, because metaseq's
+# shards do not include them. An interrupted run continues when it is started again.
+# Needs: 350 GB of disk in addition to the shards; less than 1 GiB of memory. Not tried on the real shards: the
+# tests open 992 sparse files of the real sizes, and convert small ones.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 SHARDS="${1:?usage: convert_opt_175b_metaseq.sh SHARDS TARGET TOKENIZER}"

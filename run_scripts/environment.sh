@@ -1,9 +1,9 @@
-# Sourced by the other scripts, not run: makes or enters the environment that they need.
+# Sourced by the other scripts: creates or activates the environment that they need.
 #
-#   prepare ""        installs opt_megatron        prepare "[test]"   with an extra as well
+#   prepare ""        installs opt_megatron        prepare "[test]"   installs it with an extra
 #
-# An active virtual or conda environment is used as it is; otherwise .venv is made in the repository.
-# PYTHON names the interpreter for it (default: python3; 3.11 or later).
+# An active virtual or conda environment is used; otherwise .venv is created in the repository.
+# PYTHON is the interpreter for it (default: python3; 3.11 or later).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -20,7 +20,8 @@ prepare() {
         # shellcheck disable=SC1091
         source .venv/bin/activate
     fi
-    # Installed once for each extra; again when what is to be installed has changed. Without an extra, any will do.
+    # Installs once for each extra, and again when setup.py or constraints.txt have changed. Without an extra, any
+    # earlier installation is enough.
     local state stamp
     state="$(cat setup.py constraints.txt | cksum) $PWD"
     stamp="$(python -c 'import sys; print(sys.prefix)')/.opt_megatron_installed"
@@ -29,6 +30,6 @@ prepare() {
         python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1" || exit 1
         echo "$1 $state" >>"$stamp"
     fi
-    # One thread for each rank of torchrun unless the user says otherwise; saves torchrun's warning.
+    # One thread for each rank of torchrun unless the user says otherwise; this also avoids torchrun's warning.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

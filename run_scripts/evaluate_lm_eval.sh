@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run lm-eval's tasks, and write results.json and results.md (with the exact command and published OPT scores beside).
+# Run lm-eval's tasks, and write results.json and results.md (with the exact command, next to published OPT scores).
 #
 #   bash run_scripts/evaluate_lm_eval.sh                                          the embedded toy, offline
 #   bash run_scripts/evaluate_lm_eval.sh opt-1.3b results/opt-1.3b lambada_openai piqa sciq winogrande
 #   TP=2 PP=2 bash run_scripts/evaluate_lm_eval.sh /path/to/checkpoint results/mine fairy_minimal_pairs
 #
-# FORCE=1 replaces the results that are there. Needs: a network for a model of the Hub and for lm-eval's own tasks, none for fairy_last_word and
-# fairy_minimal_pairs; memory of 4 bytes a parameter on a CPU, 2 on GPUs.
+# FORCE=1 replaces existing results. Needs: a network for a model of the Hub and for lm-eval's own tasks, none for
+# fairy_last_word and fairy_minimal_pairs; 4 bytes of memory a parameter on a CPU, 2 on GPUs.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 LOAD="${1:-story}"

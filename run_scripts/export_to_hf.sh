@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Any checkpoint (Megatron at any layout, metaseq, FlagAI) to Hugging Face files, checked by a forward pass.
+# Convert any checkpoint (Megatron at any layout, metaseq, FlagAI) to Hugging Face files, and compare the logits.
 #
 #   bash run_scripts/export_to_hf.sh checkpoints/opt-1.3b-tp4 exports/opt-1.3b
 #
-# Needs: disk for a second copy; for the forward pass memory of 8 bytes a parameter (LOGITS= leaves it out).
+# Needs: disk for a second copy; for the logits 8 bytes of memory a parameter (LOGITS= skips them).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 LOAD="${1:?usage: export_to_hf.sh CHECKPOINT TARGET}"

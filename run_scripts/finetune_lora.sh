@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune a model with LoRA on JSON lines with `src` and `tgt`, and export it merged as Hugging Face files.
 #
-#   bash run_scripts/finetune_lora.sh                                the embedded toy model learns to tell names (minutes)
+#   bash run_scripts/finetune_lora.sh                                the embedded toy model learns to answer with names (minutes)
 #   bash run_scripts/finetune_lora.sh opt-125m TRAIN.jsonl VALID.jsonl DIRECTORY
 #   TP=2 bash run_scripts/finetune_lora.sh ...                       tensor parallel
 #

@@ -4,7 +4,7 @@
 #   bash run_scripts/generate_cpu.sh opt-125m "The capital of France is"
 #   TP=2 PP=1 bash run_scripts/generate_cpu.sh /path/to/checkpoint "The capital of France is"
 #
-# Needs: a checkpoint directory, or a network for a model of the Hub; memory of 4 bytes a parameter.
+# Needs: a checkpoint directory, or a network for a model of the Hub; 4 bytes of memory a parameter.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 LOAD="${1:?usage: generate_cpu.sh CHECKPOINT PROMPT}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# OPT-30B on four GPUs of one machine, tensor parallel: the multi-GPU case of FlagAI's OPT page.
+# Generate with OPT-30B on four GPUs of one machine, tensor parallel: the multi-GPU example of FlagAI's OPT page.
 #
 #   bash run_scripts/generate_opt_30b_tp4.sh [CHECKPOINT]
 #
 # Needs: four GPUs of 24 GB or more (15 GB of weights each in float16), a CUDA build of torch, and 60 GB of
-# disk for the Hub's files (or a checkpoint directory of your own). Not yet run on GPUs by this project.
+# disk for the Hub's files (or your own checkpoint directory). This project has not run it on GPUs yet.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare ""

@@ -4,8 +4,8 @@
 #   bash run_scripts/pretrain_opt.sh 125m DATA_PREFIX SAVE
 #   TP=2 PP=2 bash run_scripts/pretrain_opt.sh 1.3b DATA_PREFIX SAVE --micro-batch-size 4 --bf16
 #
-# Needs: a corpus indexed by tools/preprocess_data.py with OPT's tokenizer. What follows the third argument goes to
-# tools/train.py. NOT YET RUN ON A GPU.
+# Needs: a corpus indexed by tools/preprocess_data.py with OPT's tokenizer. Arguments after the third are passed to
+# tools/train.py. This project has not run it on a GPU yet.
 set -euo pipefail
 SIZE="${1:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}"
 DATA="$(realpath -m "${2:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}")"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train the embedded toy model anew: tokenizer, indexed corpus, pre-training, export, evaluation.
+# Train the embedded toy model from scratch: tokenizer, indexed corpus, pre-training, export, evaluation.
 #
 #   bash run_scripts/pretrain_story.sh TRAIN.jsonl VALID.jsonl [DIRECTORY]
 #
 # Needs: two files of JSON lines with `text` (the embedded model had 7.4 MB and 0.7 MB of public-domain fairy
-# tales), and about an hour of two cores. Interrupted, it goes on where its last checkpoint stands.
-# PROCESSES ranks of one thread each share the work by data parallelism (default: 2).
+# tales), and about an hour on two cores. After an interruption it continues from its last checkpoint.
+# PROCESSES data parallel ranks of one thread each (default: 2).
 set -euo pipefail
 TRAIN="$(realpath "${1:?usage: pretrain_story.sh TRAIN.jsonl VALID.jsonl [DIRECTORY]}")"
 VALID="$(realpath "${2:?usage: pretrain_story.sh TRAIN.jsonl VALID.jsonl [DIRECTORY]}")"
@@ -25,7 +25,7 @@ cat >"$OUT/config.json" <<'JSON'
  "word_embed_proj_dim": 256, "vocab_size": 4096, "max_position_embeddings": 512, "dropout": 0.1,
  "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
 JSON
-# OPT's recipe, but for a model of this width: a higher rate, and N(0, 0.02) at the start.
+# OPT's recipe except for two values that suit a model of this width: the learning rate and N(0, 0.02) at the start.
 torchrun --standalone --nproc-per-node "${PROCESSES:-2}" tools/train.py \
     --config "$OUT/config.json" --tokenizer "$OUT/tokenizer" \
     --train-data-path "$OUT/train_text_document" --valid-data-path "$OUT/valid_text_document" \

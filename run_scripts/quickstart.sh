@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to text: installs, then continues a prompt with the embedded toy model on two ranks.
+# From a fresh clone to text: installs, then generates with the embedded toy model on two ranks.
 #
 #   bash run_scripts/quickstart.sh "Once upon a time"
 #

@@ -4,8 +4,8 @@
 #   OPT_MEGATRON_API_KEY=... bash run_scripts/serve_opt_66b_tp8.sh [CHECKPOINT]
 #
 # Needs: eight GPUs of 40 GB (16.5 GB of weights each in float16, 15 GB for a KV cache of 50,000 tokens), a CUDA
-# build of torch, and 132 GB of disk for the Hub's files (or a checkpoint directory of your own). It listens on
-# this machine alone; HOST=0.0.0.0 lets others in, who then need the key. Not yet run on GPUs by this project.
+# build of torch, and 132 GB of disk for the Hub's files (or your own checkpoint directory). It listens on this
+# machine alone; HOST=0.0.0.0 accepts others, who then need the key. This project has not run it on GPUs yet.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare "[serve]"
