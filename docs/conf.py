@@ -1,16 +1,12 @@
 """Sphinx builds the documentation with this: `sphinx-build -W docs docs/_build` (extra `docs`)."""
 
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from opt_megatron.version import __version__
 
 project = "opt_megatron"
 author = "the authors of opt_megatron"
-release = version = __version__
+release = version = (ROOT / "opt_megatron" / "version.py").read_text(encoding="utf-8").split('"')[-2]
 
 extensions = ["myst_nb"]
 exclude_patterns = ["_build"]

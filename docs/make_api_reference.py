@@ -85,7 +85,8 @@ def _signature(name: str, function: Any) -> str:
         if parameter.annotation is not parameter.empty:
             text += f": {parameter.annotation}"
         if parameter.default is not parameter.empty:
-            text += f" = {parameter.default!r}" if ": " in text else f"={parameter.default!r}"
+            default = "..." if callable(parameter.default) else repr(parameter.default)
+            text += f" = {default}" if ": " in text else f"={default}"
         shown.append(text)
     returns = function.__annotations__.get("return")
     line = f"{name}({', '.join(shown)})"
@@ -164,11 +165,11 @@ def _plural(kind: str) -> str:
     return kind.replace("list", "lists", 1) if kind.startswith("list") else f"{kind}s"
 
 
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
 def _range(field: dict[str, Any]) -> str:
-    signs = (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below"))
-    shown = [
-        f"{words} {field[key]:g}" for key, words in signs if key in field and abs(field[key]) < 2**31 - 1
-    ]
+    shown = [f"{words} {field[key]:g}" for key, words in _BOUNDS.items() if abs(field.get(key, 2**31)) < 2**31 - 1]
     if "maxLength" in field:
         shown.append(f"at most {field['maxLength']} characters")
     if "maxItems" in field or "maxProperties" in field:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from doc_pages import ALL_PAGES, DOCS, REPOSITORY, blocks, page_name
+from doc_pages import ALL_PAGES, REPOSITORY, blocks, page_name
 
 from opt_megatron.cli import main
 
@@ -62,7 +62,7 @@ def resolves(name: str) -> bool:
 def test_options_of_commands_exist(page, capsys):
     text = "".join(block.text for language in ("bash", "console") for block in blocks(page, language))
     for line in text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:opt-megatron|tools/(\w+)\.py)((?: [\w-]+)*)", line)
+        found = re.search(r"(?:opt-megatron(?= [a-z])|tools/(\w+)\.py)((?: [a-z][\w-]*)*)", line)
         options = set(re.findall(r"(?<= )--[a-z][\w-]+", line[found.end() :])) if found else set()
         if found and options and found[1] not in ("benchmark", "load_test"):
             known = help_text(found[1], found[2].split(), capsys)
@@ -82,13 +82,6 @@ def help_text(tool: str | None, words: list[str], capsys: pytest.CaptureFixture[
             main([*key, "--help"])
         _HELP[key] = capsys.readouterr().out
     return _HELP[key]
-
-
-def test_every_page_is_in_a_table_of_contents():
-    contents = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("index.md"))
-    for page in ALL_PAGES:
-        if DOCS in page.parents and page.name != "index.md":
-            assert page.stem in contents, f"docs: no index names {page_name(page)}"
 
 
 def test_readme_is_short():
