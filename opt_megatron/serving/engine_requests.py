@@ -12,20 +12,13 @@ from ..errors import UserError
 from ..generation.request import Request
 from ..generation.sampling.sampling_params import SamplingParams
 from .errors import ApiError, bad_request, field_of
-from .protocol import CompletionBody, MetaseqBody, Prompt
+from .fields import Prompt
+from .protocol import API_NAMES, CompletionRequest, MetaseqRequest
 from .served_model import ServedModel
 
 DEFAULT_MAX_TOKENS = 16
 # Up to so many characters or ids are encoded or decoded in the event loop; more would delay other requests.
 _MAX_IN_EVENT_LOOP = 10_000
-
-# The engine's names of options -> the API's.
-_API_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "prompt_presence_penalty": "alpha_presence_src",
-    "prompt_frequency_penalty": "alpha_frequency_src",
-}
 
 
 @dataclass(frozen=True)
@@ -34,12 +27,10 @@ class EngineRequest:
 
     Attributes:
         echoed_text: the prompt's text if the response begins with it (`echo`), else empty.
-        reports_prompt: the engine makes events for the prompt's tokens.
     """
 
     request: Request
     echoed_text: str
-    reports_prompt: bool
 
 
 async def encode(model: ServedModel, text: str, add_bos: bool) -> list[int]:
@@ -56,7 +47,7 @@ async def decode(model: ServedModel, tokens: list[int]) -> str:
     return await asyncio.to_thread(model.tokenizer.decode, tokens)
 
 
-async def make_engine_requests(model: ServedModel, body: CompletionBody | MetaseqBody) -> list[EngineRequest]:
+async def make_engine_requests(model: ServedModel, body: CompletionRequest | MetaseqRequest) -> list[EngineRequest]:
     """One request of the engine for every prompt of the body, in their order.
 
     Raises:
@@ -64,62 +55,47 @@ async def make_engine_requests(model: ServedModel, body: CompletionBody | Metase
     """
     requests = []
     for number, prompt in enumerate(body.prompt, 1):
-        what = f"prompt {number}" if len(body.prompt) > 1 else "the prompt"
-        # Without a seed, equal prompts must not get equal texts. With one, each gets the text that it would get alone.
-        seed = secrets.randbelow(2**63) if body.seed is None else body.seed
-        requests.append(await _make_engine_request(model, body, prompt, what, seed))
+        label = f"prompt {number}" if len(body.prompt) > 1 else "the prompt"
+        requests.append(await _make_engine_request(model, body, prompt, label))
         await asyncio.sleep(0)  # let the event loop send other requests' tokens between two of many prompts
     return requests
 
 
 async def _make_engine_request(
-    model: ServedModel, body: CompletionBody | MetaseqBody, prompt: Prompt, what: str, seed: int
+    model: ServedModel, body: CompletionRequest | MetaseqRequest, prompt: Prompt, label: str
 ) -> EngineRequest:
-    add_bos = isinstance(prompt, str) and (isinstance(body, MetaseqBody) or body.add_special_tokens)
+    options = body.sampling_options()
+    add_bos = isinstance(prompt, str) and (isinstance(body, MetaseqRequest) or body.add_special_tokens)
     ids = await encode(model, prompt, add_bos) if isinstance(prompt, str) else prompt
     if not ids:
-        raise bad_request(f"{what} has no tokens; an OPT sequence begins with {model.config.bos_token_id}", "prompt")
-    kept = _truncate(ids, _max_prompt_tokens(model, body), keep_bos=add_bos)
-    options = (
-        _metaseq_options(model, body, len(kept))
-        if isinstance(body, MetaseqBody)
-        else _openai_options(model, body, len(kept))
-    )
-    reports_prompt = body.echo and (options["logprobs"] is not None or options["max_new_tokens"] == 0)
+        raise bad_request(f"{label} has no tokens; an OPT sequence begins with {model.config.bos_token_id}", "prompt")
+    kept = _truncate(ids, _max_prompt_tokens(model, body, options["max_new_tokens"]), keep_bos=add_bos)
+    echoed_text = ""
+    if options["echo"]:
+        echoed_text = prompt if isinstance(prompt, str) and len(kept) == len(ids) else model.tokenizer.decode(kept)
     try:
-        params = SamplingParams(
-            **options,
-            min_new_tokens=body.min_tokens,
-            n=body.n,
-            best_of=body.best_of,
-            stop=tuple(body.stop),
-            seed=seed,
-            echo=reports_prompt,
-        )
-        request = Request(tuple(kept), params, model.tokenizer.stream)
-        model.engine.check(request, what)
+        request = Request(tuple(kept), _sampling_params(model, body, options, len(kept)), model.tokenizer.stream)
+        model.engine.check(request, label)
     except UserError as error:
         raise engine_error(str(error)) from None
-    echoed_text = ""
-    if body.echo:
-        echoed_text = prompt if isinstance(prompt, str) and len(kept) == len(ids) else model.tokenizer.decode(kept)
-    return EngineRequest(request, echoed_text, reports_prompt)
+    return EngineRequest(request, echoed_text)
 
 
 def engine_error(message: str) -> ApiError:
     """The engine's refusal of a request, with the API's names of options."""
-    message = re.sub(r"\b\w+\b", lambda word: _API_NAMES.get(word[0], word[0]), message)
+    message = re.sub(r"\b\w+\b", lambda word: API_NAMES.get(word[0], word[0]), message)
     code = "context_length_exceeded" if "positions" in message else None
     return bad_request(message, field_of(message) or "prompt", code)
 
 
-def _max_prompt_tokens(model: ServedModel, body: CompletionBody | MetaseqBody) -> int | None:
+def _max_prompt_tokens(
+    model: ServedModel, body: CompletionRequest | MetaseqRequest, max_new_tokens: int | None
+) -> int | None:
     """The number of tokens that a longer prompt is truncated to; None: it is not truncated."""
-    if isinstance(body, MetaseqBody):
-        return model.max_model_len - (body.max_tokens or 0) - 1
+    if isinstance(body, MetaseqRequest):
+        return model.max_model_len - (max_new_tokens or 0) - 1
     if body.truncate_prompt_tokens == -1:
-        new_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        return model.max_model_len - max(new_tokens, 1)
+        return model.max_model_len - max(DEFAULT_MAX_TOKENS if max_new_tokens is None else max_new_tokens, 1)
     return body.truncate_prompt_tokens
 
 
@@ -130,42 +106,38 @@ def _truncate(ids: list[int], length: int | None, *, keep_bos: bool) -> list[int
     return [ids[0], *ids[len(ids) - length + 1 :]] if keep_bos else ids[-length:]
 
 
-def _remaining_tokens(model: ServedModel, prompt_length: int) -> int:
-    return max(1, model.max_model_len - prompt_length)
+def _sampling_params(
+    model: ServedModel, body: CompletionRequest | MetaseqRequest, options: dict[str, Any], prompt_length: int
+) -> SamplingParams:
+    """The engine's options; those of a body may be None, or have values that only its API knows."""
+    remaining = max(1, model.max_model_len - prompt_length)
+    # Without a seed, equal prompts must not get equal texts. With one, each gets the text that it would get alone.
+    seed = secrets.randbelow(2**63) if options["seed"] is None else options["seed"]
+    options = {**options, "seed": seed}
+    if isinstance(body, MetaseqRequest):
+        options |= _metaseq_options(model, options, remaining)
+    else:
+        options |= _openai_options(options, remaining)
+    # The engine reports the prompt's tokens only where they are needed: not for their text alone.
+    options["echo"] = options["echo"] and (options["logprobs"] is not None or options["max_new_tokens"] == 0)
+    return SamplingParams(**options)
 
 
-def _openai_options(model: ServedModel, body: CompletionBody, length: int) -> dict[str, Any]:
+def _openai_options(options: dict[str, Any], remaining: int) -> dict[str, Any]:
     # A default that does not fit is reduced: only a `max_tokens` that was asked for can be an error.
-    default = min(DEFAULT_MAX_TOKENS, _remaining_tokens(model, length))
+    default = min(DEFAULT_MAX_TOKENS, remaining)
     return {
-        "max_new_tokens": default if body.max_tokens is None else body.max_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": max(0, body.top_k),
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "logit_bias": tuple(sorted(body.logit_bias.items())),
-        "ignore_eos": body.ignore_eos,
-        "stop_token_ids": tuple(body.stop_token_ids),
-        "include_stop": body.include_stop_str_in_output,
-        "logprobs": body.logprobs,
+        "max_new_tokens": default if options["max_new_tokens"] is None else options["max_new_tokens"],
+        "top_k": max(0, options["top_k"]),
     }
 
 
-def _metaseq_options(model: ServedModel, body: MetaseqBody, length: int) -> dict[str, Any]:
-    greedy = body.temperature == 0 or body.top_p == 0  # as in metaseq
+def _metaseq_options(model: ServedModel, options: dict[str, Any], remaining: int) -> dict[str, Any]:
+    greedy = options["temperature"] == 0 or options["top_p"] == 0  # as in metaseq
     return {
-        "max_new_tokens": _remaining_tokens(model, length) if body.max_tokens is None else body.max_tokens,
-        "temperature": 0.0 if greedy else body.temperature,
-        "top_p": body.top_p or 1.0,
-        "omega_bound": body.omega_bound,
-        "lambda_decay": body.lambda_decay,
+        "max_new_tokens": remaining if options["max_new_tokens"] is None else options["max_new_tokens"],
+        "temperature": 0.0 if greedy else options["temperature"],
+        "top_p": options["top_p"] or 1.0,
         "sentence_end_tokens": model.tokenizer.sentence_end_tokens(),
-        "presence_penalty": body.alpha_presence,
-        "frequency_penalty": body.alpha_frequency,
-        "prompt_presence_penalty": body.alpha_presence_src,
-        "prompt_frequency_penalty": body.alpha_frequency_src,
-        "logprobs": body.logprobs or 0,  # its responses always have them
+        "logprobs": options["logprobs"] or 0,  # its responses always have them
     }

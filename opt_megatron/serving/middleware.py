@@ -12,7 +12,7 @@ from .limits import Limits
 
 # Open without a key: for load balancers, and for the page, which asks its user for the key.
 PUBLIC_PATHS = ("/health", "/", "/page/app.js", "/page/style.css")
-_JSON_TYPES = (b"application/json", b"text/json")
+_JSON_TYPE = b"application/json"
 # A body that is too large is read and thrown away up to this multiple of the limit, because many clients read the
 # response only once they have sent the whole body.
 _MAX_DISCARDED = 8
@@ -87,7 +87,7 @@ class BodyLimitMiddleware:
             ) from None
         content_type = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
         # A browser lets a page of any other site post forms and plain text here without asking, but not JSON.
-        if body and scope["method"] == "POST" and content_type not in _JSON_TYPES:
+        if body and scope["method"] == "POST" and content_type != _JSON_TYPE:
             raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
         return body
 

@@ -1,169 +1,144 @@
-"""What may be asked: the bodies of requests, with the kinds and bounds of their fields.
+"""The bodies of requests: their fields, with kinds and ranges.
 
-A field that is null has its default. An unknown field is refused: a mistyped option that is silently left out
-would be worse than an error. Sources: OpenAI's API reference (completions), vLLM's extras, metaseq's docs/api.md.
+The fields of sampling options are made from the declaration of `SamplingParams`. A field that is null has its
+default. An unknown field is refused, because a mistyped option that is silently left out would be worse than an error.
+Sources: OpenAI's API reference (completions), vLLM's additional fields, metaseq's docs/api.md.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, create_model, model_validator
+from pydantic_core import CoreSchema
 
-from .errors import ApiError, bad_request, field_of
-from .strict_json import parse_object
+from ..generation.sampling.sampling_params import SamplingParams
+from ..options import Option, options_of
+from .fields import FIELD_TYPES, MAX_INT, Name, Prompts, Text, TokenId
 
-MOST_CHOICES = 128  # of a prompt
-MOST_LOGPROBS = 20
-_MOST_STOPS = 16
-_MOST_BIASES = 1024
-_MOST_TOKENS = 2**31 - 1
-_LONGEST_NAME = 256
-
-Prompt = str | list[int]
-
-
-def _prompts(value: Any) -> list[Prompt]:
-    """A list of prompts, each text or ids, from any of the four forms."""
-    if isinstance(value, str):
-        return [_text(value)]
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
-    if all(type(token) is int for token in value):
-        return [value]
-    return [_one_prompt(prompt) for prompt in value]
+_OPTIONS = options_of(SamplingParams)
+# Field of the API -> the option of `SamplingParams`.
+_OPENAI_FIELDS = {option.api_name: name for name, option in _OPTIONS.items() if option.api_name}
+_METASEQ_FIELDS = {
+    **{name: _OPENAI_FIELDS[name] for name in ("max_tokens", "min_tokens", "n", "best_of", "echo", "logprobs")},
+    **{name: name for name in ("stop", "seed", "temperature", "top_p", "omega_bound", "lambda_decay")},
+    "alpha_presence": "presence_penalty",
+    "alpha_frequency": "frequency_penalty",
+    "alpha_presence_src": "prompt_presence_penalty",
+    "alpha_frequency_src": "prompt_frequency_penalty",
+}
+# The engine's names of options -> the API's, for messages; where both APIs have the option, OpenAI's.
+API_NAMES = {option: field for field, option in [*_METASEQ_FIELDS.items(), *_OPENAI_FIELDS.items()]}
 
 
-def _one_prompt(value: Any) -> Prompt:
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, list) and value and all(type(token) is int for token in value):
-        return value
-    raise ValueError("holds something that is neither a string nor a list of token ids, or an empty list")
-
-
-def _text(value: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
-    return value
-
-
-def _stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _biases(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError('must be an object of token ids and numbers, as in {"262": -5}')
-    if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in value):
-        raise ValueError("has a key that is not a token id")
-    if len({int(key) for key in value}) != len(value):
-        raise ValueError("names a token id twice")
-    return {int(key): bias for key, bias in value.items()}
-
-
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-Prompts = Annotated[
-    list[Prompt],
-    BeforeValidator(_prompts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}),
-]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Stops = Annotated[
-    list[Stop],
-    BeforeValidator(_stops),
-    Field(max_length=_MOST_STOPS),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1, "maxLength": 1000},
-                {
-                    "type": "array",
-                    "items": {"type": "string", "minLength": 1, "maxLength": 1000},
-                    "maxItems": _MOST_STOPS,
-                },
-            ]
-        }
-    ),
-]
-Biases = Annotated[
-    dict[int, Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(_biases),
-    Field(max_length=_MOST_BIASES),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "maxProperties": _MOST_BIASES,
-        }
-    ),
-]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Name = Annotated[str, Field(max_length=_LONGEST_NAME)]
-TokenId = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
-
-
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """What all bodies have in common."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_null(cls, value: Any) -> Any:
+    def _drop_null(cls, value: Any) -> Any:
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Describe that every field with a default may be null."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                described = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **described}
+        return schema
 
-class Sampling(Body):
-    """Fields that OpenAI's completions and metaseq's share."""
+
+class SamplingBody(RequestBody):
+    """A body with sampling options, which `with_sampling_options` adds."""
+
+    sampling_fields: ClassVar[Mapping[str, str]] = {}
 
     prompt: Prompts
-    max_tokens: int | None = Field(None, ge=0, le=_MOST_TOKENS, description="default: 16")
-    min_tokens: int = Field(0, ge=0, le=_MOST_TOKENS)
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
-    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    stop: Stops = []
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The values of the sampling options, by their names in `SamplingParams`."""
+        return {option: getattr(self, field) for field, option in self.sampling_fields.items()}
+
+    @property
+    def num_continuations(self) -> int:
+        """The number of continuations that the engine will generate, over all prompts."""
+        options = self.sampling_options()
+        return len(self.prompt) * max(options["n"], options["best_of"] or 1)
 
 
-class StreamOptions(Body):
-    """Of `stream_options`."""
+AnyBody = TypeVar("AnyBody", bound=SamplingBody)
+
+
+def with_sampling_options(
+    sampling_fields: Mapping[str, str], **overrides: dict[str, Any]
+) -> Callable[[type[AnyBody]], type[AnyBody]]:
+    """A decorator that adds a field for every sampling option to a body.
+
+    Args:
+        sampling_fields: the field's name -> the name of the option in `SamplingParams`.
+        overrides: by a field's name, arguments of pydantic's `Field` that replace those of the declaration.
+    """
+
+    def decorate(cls: type[AnyBody]) -> type[AnyBody]:
+        fields: dict[str, Any] = {
+            field: _field_of(_OPTIONS[option], overrides.get(field, {})) for field, option in sampling_fields.items()
+        }
+        made = create_model(cls.__name__, __base__=cls, __module__=cls.__module__, __doc__=cls.__doc__, **fields)
+        made.sampling_fields = sampling_fields
+        return made
+
+    return decorate
+
+
+def _field_of(option: Option, overrides: dict[str, Any]) -> tuple[Any, Any]:
+    """The type and the `Field` of an option, as `create_model` takes them."""
+    kind, default = FIELD_TYPES[option.annotation.removesuffix(" | None")]
+    if default is None:
+        default = option.default
+    bounds: dict[str, Any] = {} if option.kind.is_list else dict(option.bounds(api=True))
+    if kind is int and not {"le", "lt"} & bounds.keys():
+        bounds["le"] = MAX_INT
+    declared = {"default": default, "description": _description(option), **bounds, **overrides}
+    return (kind | None if declared["default"] is None else kind), Field(**declared)
+
+
+def _description(option: Option) -> str:
+    """The help text for a command line, with the names of the API's fields."""
+    text = option.help.removesuffix("; repeatable")
+    return re.sub(r"--([a-z-]+)", lambda match: match[1].replace("-", "_"), text)
+
+
+class StreamOptions(RequestBody):
+    """The field `stream_options`."""
 
     include_usage: bool = False
 
 
-class CompletionBody(Sampling):
+@with_sampling_options(
+    _OPENAI_FIELDS,
+    max_tokens={"default": None, "description": "new tokens at the most; default: 16"},
+    seed={"default": None},
+)
+class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
     model: Name | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    logit_bias: Biases = {}
     user: Name | None = Field(None, description="accepted and not used")
-    top_k: int = Field(0, ge=-1, le=_MOST_TOKENS, description="0 and -1 keep all")
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
-    ignore_eos: bool = False
-    stop_token_ids: list[TokenId] = Field([], max_length=_MOST_BIASES)
-    include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, le=_MOST_TOKENS, description="keep so many of the prompt's last tokens; -1: as many as fit"
+        None, ge=-1, le=MAX_INT, description="keep so many of the prompt's last tokens; -1: as many as fit"
     )
     add_special_tokens: bool = Field(True, description="begin a text with BOS")
 
     @model_validator(mode="after")
-    def _check(self) -> CompletionBody:
+    def _check(self) -> CompletionRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is given, but stream is not true")
         if self.truncate_prompt_tokens == 0:
@@ -171,60 +146,26 @@ class CompletionBody(Sampling):
         return self
 
 
-class MetaseqBody(Sampling):
+@with_sampling_options(
+    _METASEQ_FIELDS,
+    max_tokens={"default": None, "description": "new tokens at the most; default: as many as fit"},
+    seed={"default": None},
+    top_p={"gt": None, "ge": 0, "description": "as in OpenAI's API; 0 is greedy"},
+)
+class MetaseqRequest(SamplingBody):
     """POST /completions and /engines/{engine}/completions."""
 
-    top_p: float = Field(1.0, ge=0, le=1, description="0 is greedy")
-    omega_bound: float = Field(0.0, ge=0, le=1)
-    lambda_decay: float = Field(1.0, gt=0, le=1)
-    alpha_presence: Penalty = 0.0
-    alpha_frequency: Penalty = 0.0
-    alpha_presence_src: Penalty = 0.0
-    alpha_frequency_src: Penalty = 0.0
 
-
-class TokenizeBody(Body):
+class TokenizeRequest(RequestBody):
     """POST /tokenize."""
 
     model: Name | None = None
-    prompt: Annotated[str, BeforeValidator(lambda value: _text(value) if isinstance(value, str) else value)]
+    prompt: Text
     add_special_tokens: bool = True
 
 
-class DetokenizeBody(Body):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     model: Name | None = None
     tokens: list[TokenId] = Field(max_length=1_000_000)
-
-
-AnyBody = TypeVar("AnyBody", bound=Body)
-
-
-def read(kind: type[AnyBody], body: bytes) -> AnyBody:
-    """The body as one of the above.
-
-    Raises:
-        ApiError: it is not JSON, or a field is unknown, missing, of the wrong kind or out of its range.
-    """
-    values = parse_object(body)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise _told(error) from None
-
-
-def _told(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, as a sentence."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = ".".join(map(str, first["loc"]))
-    field = ascii(path)[1:-1][:80]
-    if first["type"] == "extra_forbidden":
-        return bad_request(f"there is no field {field!r}", field, "unknown_field")
-    if first["type"] == "missing":
-        return bad_request(f"{field} is missing", field)
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = re.sub(r"^\w+ should have", "must have", message).replace(" after validation", "")
-    if not field:  # what is said of several fields begins with the one that is wrong
-        return bad_request(message, field_of(message))
-    return bad_request(f"{field}: {message}", field)

@@ -26,10 +26,9 @@ class ResponseBuilder:
 
     Args:
         requests: the engine requests of its prompts, in their order.
-        logprobs: choices carry log-probabilities.
     """
 
-    def __init__(self, model: ServedModel, requests: Sequence[EngineRequest], *, logprobs: bool) -> None:
+    def __init__(self, model: ServedModel, requests: Sequence[EngineRequest]) -> None:
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -38,7 +37,7 @@ class ResponseBuilder:
         }
         self._choices = [  # [prompt][choice]; a choice's index counts over all prompts
             [
-                ChoiceBuilder(model, one, prompt_index * one.request.params.n + choice, logprobs)
+                ChoiceBuilder(model, one, prompt_index * one.request.params.n + choice)
                 for choice in range(one.request.params.n)
             ]
             for prompt_index, one in enumerate(requests)
@@ -88,20 +87,20 @@ class ChoiceBuilder:
 
     Args:
         index: of the choice in the response.
-        logprobs: deltas carry log-probabilities.
     """
 
-    def __init__(self, model: ServedModel, engine_request: EngineRequest, index: int, logprobs: bool) -> None:
+    def __init__(self, model: ServedModel, engine_request: EngineRequest, index: int) -> None:
+        params = engine_request.request.params
         self._model = model
         self._index = index
-        self._has_logprobs = logprobs
+        self._has_logprobs = params.logprobs is not None
         self._echoed_text = engine_request.echoed_text  # goes into the first delta
         self._prompt_tokens: list[tuple[int, TokenEvent]] = []  # so do the log-probabilities of these
         # State of `text_offset`.
         self._decoder = model.tokenizer.stream()
-        self._is_in_prompt = engine_request.reports_prompt
+        self._is_in_prompt = params.echo
         self._prompt_length = len(engine_request.echoed_text)
-        self._offset = 0 if engine_request.reports_prompt else self._prompt_length
+        self._offset = 0 if params.echo else self._prompt_length
 
     def add_prompt_token(self, token: int, event: TokenEvent) -> None:
         """Keep a token of the prompt for the first delta."""

@@ -277,7 +277,7 @@ def test_the_other_routes(server):
     assert server.request("GET", "/nothing").json["error"]["type"] == "not_found_error"
     assert server.request("GET", "/v1/completions").status == 405
     paths = server.request("GET", "/openapi.json").json
-    assert "CompletionBody" in paths["components"]["schemas"] and "/completions" in paths["paths"]
+    assert "CompletionRequest" in paths["components"]["schemas"] and "/completions" in paths["paths"]
 
 
 def test_metrics_count_what_happened(server):

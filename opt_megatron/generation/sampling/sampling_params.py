@@ -90,8 +90,12 @@ class SamplingParams:
         api_minimum=-2,
         api_maximum=2,
     )
-    prompt_presence_penalty: float = option(0.0, help="taken off the score of every token of the prompt")
-    prompt_frequency_penalty: float = option(0.0, help="the same for every occurrence of the token")
+    prompt_presence_penalty: float = option(
+        0.0, help="taken off the score of every token of the prompt", api_minimum=-2, api_maximum=2
+    )
+    prompt_frequency_penalty: float = option(
+        0.0, help="the same for every occurrence of the token", api_minimum=-2, api_maximum=2
+    )
     omega_bound: float = option(0.0, help="factual nucleus: top-p gets no smaller than this", minimum=0, maximum=1)
     lambda_decay: float = option(
         1.0,
