@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: of any kind; no output is left then.
     """
     from ..checkpoint.locate import locate
-    from ..data.preprocess import check_inputs, preprocess
+    from ..data.jsonl import check_inputs
+    from ..data.preprocess import preprocess
     from ..files import progress_bar
 
     if not args.output_prefix:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     check_inputs(args.input)
     total = sum(os.stat(path).st_size for path in args.input)
     with progress_bar("reading", unit="B", unit_scale=True, total=total, leave=True) as bar:
-        summary = preprocess(
+        result = preprocess(
             args.input,
             locate(args.tokenizer, args.revision),
             str(Path(args.output_prefix).expanduser()),
@@ -55,11 +56,11 @@ def run(args: argparse.Namespace) -> None:
             force=args.force,
             progress=bar.update,
         )
-    for line in summary.bad.report():
+    for line in result.bad.report():
         print(f"opt-megatron: {line}", file=sys.stderr)
-    megabytes = summary.text_bytes / 1e6
-    print(f"wrote {summary.prefix}.bin and .idx ({summary.dtype})")
+    megabytes = result.text_bytes / 1e6
+    print(f"wrote {result.prefix}.bin and .idx ({result.dtype})")
     print(
-        f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.text_bytes:,} bytes of text "
-        f"in {summary.seconds:.1f} s, {megabytes / summary.seconds:,.1f} MB/s"
+        f"{result.documents:,} documents, {result.tokens:,} tokens, {result.text_bytes:,} bytes of text "
+        f"in {result.seconds:.1f} s, {megabytes / result.seconds:,.1f} MB/s"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.jsonl import decode_text, numbered_lines, parse_object, read_text_file
 from ..errors import UserError
 
 
@@ -66,27 +66,24 @@ def _tokens(text: str, number: int) -> tuple[int, ...]:
     return tokens
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: Path) -> str:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--prompt-file {path}: cannot be read: {error.strerror}") from None
+        return read_text_file(path)
+    except ValueError as error:
+        raise UserError(f"--prompt-file {path}: {error}") from None
 
 
-def _read_standard_input() -> bytes:
+def _read_standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or pipe one into standard input")
-    return sys.stdin.buffer.read()
-
-
-def _lines(content: bytes, where: str) -> list[Prompt]:
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 (byte {error.start} cannot be read)") from None
-    # Not splitlines(): that would also cut at characters like U+2028, which are part of a prompt.
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
+        return decode_text(sys.stdin.buffer.read())
+    except ValueError as error:
+        raise UserError(f"standard input: {error}") from None
+
+
+def _lines(text: str, where: str) -> list[Prompt]:
+    lines = numbered_lines(text)
     if not lines:
         raise UserError(f"{where}: holds no prompt")
     if _json_prompt(lines[0][1]) is None:
@@ -96,10 +93,10 @@ def _lines(content: bytes, where: str) -> list[Prompt]:
 
 def _json_prompt(line: str) -> Prompt | None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_object(line)
+    except ValueError:
         return None
-    prompt = value.get("prompt") if isinstance(value, dict) else None
+    prompt = value.get("prompt")
     return Prompt(text=prompt, options=value.get("options", {})) if isinstance(prompt, str) else None
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.output:
         raise UserError("--output is empty; is a shell variable unset?")
-    summary = train_tokenizer(
+    result = train_tokenizer(
         args.input,
         Path(args.output).expanduser(),
         args.vocab_size,
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         show_progress=sys.stderr.isatty(),
     )
-    for line in summary.bad.report():
+    for line in result.bad.report():
         print(f"opt-megatron: {line}", file=sys.stderr)
-    if summary.vocab_size < args.vocab_size:
+    if result.vocab_size < args.vocab_size:
         print(
-            f"opt-megatron: the text holds no more pairs that occur twice: the vocabulary has {summary.vocab_size} "
+            f"opt-megatron: the text holds no more pairs that occur twice: the vocabulary has {result.vocab_size} "
             f"entries, not {args.vocab_size}",
             file=sys.stderr,
         )
-    print(f"wrote {args.output}: {summary.vocab_size:,} tokens")
-    print(f"{summary.texts:,} texts, {summary.text_bytes:,} bytes in {summary.seconds:.1f} s")
+    print(f"wrote {args.output}: {result.vocab_size:,} tokens")
+    print(f"{result.texts:,} texts, {result.text_bytes:,} bytes in {result.seconds:.1f} s")

@@ -24,7 +24,8 @@ import torch
 from ..errors import UserError
 from ..parallel.context import check_seed
 from ..tokenizer import OPTTokenizer
-from .preprocess import BadLine, BadLines, FastEncoder, check_inputs, parse_line, read_chunks, string_of, text_of
+from .fast_encoder import FastEncoder
+from .jsonl import BadLine, BadLines, check_inputs, get_string, get_text, parse_object, read_chunks
 
 _OPEN_ROWS = 64  # rows that an example may still be put into
 _PAD_TOKEN, _DEFAULT_PAD = "<pad>", 1
@@ -197,7 +198,7 @@ class _Reader:
         for chunk in read_chunks(paths):
             for number, line in enumerate(chunk.lines, chunk.first_line):
                 try:
-                    examples = list(self._examples_of(parse_line(line)))
+                    examples = list(self._examples_of(parse_object(line)))
                 except ValueError as error:
                     bad.add([BadLine(chunk.path, number, str(error))], strict=strict)
                     continue
@@ -209,10 +210,10 @@ class _Reader:
 
     def _examples_of(self, value: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
         if "src" in value or "tgt" in value:
-            source, target = string_of(value, "src"), text_of(value, "tgt")
+            source, target = get_string(value, "src"), get_text(value, "tgt")
             yield from self._pair(self._encode(source), [*self._encode(target), self._eos])
         elif "text" in value:
-            yield from self._pieces([*self._encode(text_of(value, "text")), self._eos])
+            yield from self._pieces([*self._encode(get_text(value, "text")), self._eos])
         else:
             raise ValueError("has neither 'src' and 'tgt' nor 'text'")
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from ..errors import UserError
 from ..files import PartialDirectory
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
-from .preprocess import BadLines, check_inputs, read_texts
+from .jsonl import BadLines, check_inputs, read_texts
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 LARGEST_VOCABULARY = 2**24  # the library reserves memory for it
@@ -29,7 +29,7 @@ _CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **_ROLES}
 
 
 @dataclass
-class Summary:
+class TokenizerTrainingResult:
     """What a tokenizer was trained on, and its size."""
 
     vocab_size: int = 0
@@ -48,11 +48,11 @@ def train_tokenizer(
     strict: bool = False,
     force: bool = False,
     show_progress: bool = False,
-) -> Summary:
+) -> TokenizerTrainingResult:
     """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json to the directory `output`.
 
     The same texts give the same files. A small corpus may hold too few pairs for `vocab_size`; the vocabulary is
-    smaller then, as the summary says.
+    smaller then, as the result says.
 
     Args:
         inputs: JSON lines, each an object with a text under `json_key`; also `.gz`.
@@ -71,15 +71,15 @@ def train_tokenizer(
         )
     check_inputs(inputs)
     _check_output(output, force)
-    summary = Summary()
+    result = TokenizerTrainingResult()
     started = time.monotonic()
-    bpe = _train(_count(read_texts(inputs, json_key, summary.bad, strict=strict), summary), vocab_size, show_progress)
-    if not summary.texts:
-        raise UserError("; ".join(["the input holds no texts", *summary.bad.report()]))
-    summary.vocab_size = bpe.get_vocab_size()
-    summary.seconds = time.monotonic() - started
+    bpe = _train(_count(read_texts(inputs, json_key, result.bad, strict=strict), result), vocab_size, show_progress)
+    if not result.texts:
+        raise UserError("; ".join(["the input holds no texts", *result.bad.report()]))
+    result.vocab_size = bpe.get_vocab_size()
+    result.seconds = time.monotonic() - started
     _write(bpe, output)
-    return summary
+    return result
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -90,10 +90,10 @@ def _check_output(output: Path, force: bool) -> None:
         raise UserError(f"{output}: holds a tokenizer already ({', '.join(present)}); --force replaces it")
 
 
-def _count(texts: Iterator[str], summary: Summary) -> Iterator[str]:
+def _count(texts: Iterator[str], result: TokenizerTrainingResult) -> Iterator[str]:
     for text in texts:
-        summary.texts += 1
-        summary.text_bytes += len(text.encode())
+        result.texts += 1
+        result.text_bytes += len(text.encode())
         yield text
 
 
