@@ -1,4 +1,4 @@
-"""Measure this project against transformers and CTranslate2, and the memory's limit (see --help)."""
+"""Compare the speed of this project with transformers, CTranslate2 and the memory bandwidth limit (see --help)."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reshard a checkpoint: `python tools/convert_checkpoint.py ...` is `opt-megatron convert ...` (see --help)."""
+"""Convert a checkpoint to another format or layout: `python tools/convert_checkpoint.py ...` is `opt-megatron convert ...` (see --help)."""
 
 import sys
 

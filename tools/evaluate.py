@@ -1,4 +1,4 @@
-"""Evaluate a model: `python tools/evaluate.py ...` is `opt-megatron evaluate ...` (see --help)."""
+"""Evaluate a model: `torchrun tools/evaluate.py ...` runs `opt-megatron evaluate ...` on several ranks (see --help)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Continue prompts: `python tools/generate.py ...` is `opt-megatron generate ...` (see --help)."""
+"""Generate text: `torchrun tools/generate.py ...` runs `opt-megatron generate ...` on several ranks (see --help)."""
 
 import sys
 

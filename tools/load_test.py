@@ -1,4 +1,4 @@
-"""Put load on a running server and measure it (see --help)."""
+"""Send concurrent requests to a running server, measure latencies and compare its answers (see --help)."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Draw what each layer predicts: `python tools/logit_lens.py ...` is `opt-megatron logit-lens ...` (see --help)."""
+"""Draw what each layer predicts: `torchrun tools/logit_lens.py ...` runs `opt-megatron logit-lens ...` (see --help)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Pre-train or fine-tune: `python tools/train.py ...` is `opt-megatron train ...` (see --help)."""
+"""Pre-train or fine-tune: `torchrun tools/train.py ...` runs `opt-megatron train ...` on several ranks (see --help)."""
 
 import sys
 
