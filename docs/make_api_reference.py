@@ -118,10 +118,10 @@ def _markdown(doc: str | None) -> str:
 
 
 _BODIES = (
-    ("Completions", "CompletionBody", "`POST /v1/completions`"),
-    ("metaseq's completions", "MetaseqBody", "`POST /completions`, `/engines/{engine}/completions`"),
-    ("Tokens of a text", "TokenizeBody", "`POST /tokenize`"),
-    ("Text of tokens", "DetokenizeBody", "`POST /detokenize`"),
+    ("Completions", "CompletionRequest", "`POST /v1/completions`"),
+    ("metaseq's completions", "MetaseqRequest", "`POST /completions`, `/engines/{engine}/completions`"),
+    ("Tokens of a text", "TokenizeRequest", "`POST /tokenize`"),
+    ("Text of tokens", "DetokenizeRequest", "`POST /detokenize`"),
 )
 _BEGIN, _END = "<!-- the tables begin -->\n", "<!-- the tables end -->\n"
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another format or layout: `python tools/convert_checkpoint.py ...` is `opt-megatron convert ...` (see --help)."""
+"""Convert a checkpoint to another format or layout: the same as `opt-megatron convert` (see --help)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Convert JSON lines to indexed token files: `python tools/preprocess_data.py ...` is `opt-megatron preprocess ...` (see --help)."""
+"""Convert JSON lines to indexed token files: the same as `opt-megatron preprocess` (see --help)."""
 
 import sys
 

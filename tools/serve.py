@@ -1,4 +1,4 @@
-"""Serve a model over HTTP: `torchrun tools/serve.py ...` runs `opt-megatron serve ...` on several ranks (see --help)."""
+"""Serve a model over HTTP: `torchrun tools/serve.py ...` is `opt-megatron serve ...` on several ranks (see --help)."""
 
 import sys
 
