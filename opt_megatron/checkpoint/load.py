@@ -39,7 +39,8 @@ def load_model(
         source: a checkpoint in any format, opened or not.
         config: by default the checkpoint's own.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: float32 on a CPU, the checkpoint's on a GPU.
-        quantization: "int8" quantises tensor by tensor, so that no more than one is ever held as floats.
+        quantization: one of `model.linear_methods.registry.quantizations()`; quantised tensor by tensor, so that no
+            more than one is ever held as floats.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit its config; raised on every rank.

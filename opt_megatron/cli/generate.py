@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..model.linear_methods.registry import quantizations
 from .arguments import add_config, add_load, add_runtime
 from .engine_options import add_engine, check_engine_options, engine_options
 from .loading import open_model, print_notices, start_ranks
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("how it runs")
     engine.add_argument(
         "--quantization",
-        choices=("int8",),
+        choices=quantizations(),
         help="8-bit weights, quantised while loading; a quarter of float32's memory",
     )
     add_engine(engine)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ..model.linear_methods.registry import quantizations
 from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer's files are; default: --load")
     add_runtime(parser)
-    parser.add_argument("--quantization", choices=("int8",), help="8-bit weights, quantised while loading")
+    parser.add_argument("--quantization", choices=quantizations(), help="8-bit weights, quantised while loading")
 
 
 def start_ranks(args: argparse.Namespace) -> ParallelContext:

@@ -8,27 +8,54 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from .kernels import quantize_rows
-from .linear import DeferredWeight, Int8OutputLayer, OPTOutputLayer
+from .linear import DeferredWeight, OPTOutputLayer
+from .linear_methods.base import EmbeddingRows, LinearMethod
+from .linear_methods.torch_linear import TorchLinear
 
 
-class OPTEmbedding(VocabParallelEmbedding):
-    """Token embedding [V, W], and 350m's `project_in` [H, W] after it, before positions are added."""
+class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
+    """Token embedding [V, W], and 350m's `project_in` [H, W] after it, before positions are added.
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, hidden_size: int, **kwargs: Any) -> None:
+    Args:
+        method: says how the table is stored while loading, if it defers weights.
+
+    Attributes:
+        packed: the table as the linear method stores it; None while it is the parameter `weight`.
+    """
+
+    packed: EmbeddingRows | None = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        hidden_size: int,
+        *,
+        method: type[LinearMethod] = TorchLinear,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_embeddings, embedding_dim, **kwargs)
+        self.method = method
         is_projected = embedding_dim != hidden_size
         self.project_in = _projection(embedding_dim, hidden_size, self.weight) if is_projected else None
 
+    def defer_weight(self) -> None:
+        """Free the table's memory, if the method stores it otherwise."""
+        if self.method.embedding_rows is not None:
+            super().defer_weight()
+
+    def take_weight(self, weight: Tensor) -> None:
+        """Store the table [V, W] by the method."""
+        self.packed = self.method.embedding_rows(weight)
+
     def rows(self, ids: Tensor) -> Tensor:
         """This rank's rows [..., W] for ids [...] counted from its first row."""
-        return embedding(ids, self.weight)
+        return embedding(ids, self.weight) if self.packed is None else self.packed[ids]
 
     def local_rows(self, ids: Tensor) -> Tensor:
         """This rank's part [..., W] of the sum over the ranks: its rows, and zeros for the others' ids."""
@@ -43,11 +70,13 @@ class OPTEmbedding(VocabParallelEmbedding):
 
     def forward(self, input_: Tensor) -> Tensor:
         """ids [b, s] -> [b, s, H]"""
-        return self.project(super().forward(input_))
+        if self.packed is None:
+            return self.project(super().forward(input_))
+        return self.project(reduce_from_tensor_model_parallel_region(self.local_rows(input_), group=self.tp_group))
 
     def head_weight(self) -> Tensor:
         """[V, W], for a head on the same rank."""
-        return self.weight
+        return self.weight if self.packed is None else self.packed.table()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """core's, which knows of the table alone, and `project_in`, whole on every rank."""
@@ -57,28 +86,6 @@ class OPTEmbedding(VocabParallelEmbedding):
             own = {"project_in.weight": self.project_in.weight}
             sharded |= make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets, **groups)
         return sharded
-
-
-class Int8Embedding(DeferredWeight, OPTEmbedding):
-    """8-bit rows with a scale each."""
-
-    def take_weight(self, weight: Tensor) -> None:
-        """Quantise by row."""
-        table, scales = quantize_rows(weight)
-        self.register_buffer("table", table, persistent=False)
-        self._scales = scales
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """The rows in the parameters' dtype."""
-        return (self.table[ids] * self._scales.to(ids.device)[ids][..., None]).to(self.weight.dtype)
-
-    def forward(self, input_: Tensor) -> Tensor:
-        """ids [b, s] -> [b, s, H]"""
-        return self.project(reduce_from_tensor_model_parallel_region(self.local_rows(input_), group=self.tp_group))
-
-    def head_weight(self) -> Tensor:
-        """[V, W], made anew: quantising it again gives the same 8-bit numbers."""
-        return self.rows(torch.arange(self.table.size(0), device=self.table.device))
 
 
 class ProjectedOutputLayer(OPTOutputLayer):
@@ -92,17 +99,13 @@ class ProjectedOutputLayer(OPTOutputLayer):
 
     def infer(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, V]"""
-        return self.product(self.project_out(hidden), None)
+        return self.packed(self.project_out(hidden), None)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, H] -> logits [s, b, V] (or of the whole vocabulary, when gathered), and no bias"""
-        if self.product is None:  # core's product, by way of OPTOutputLayer
+        if self.packed is None:  # core's product
             return super().forward(self.project_out(input_), *args, **kwargs)
         return super().forward(input_, *args, **kwargs)
-
-
-class Int8ProjectedOutputLayer(Int8OutputLayer, ProjectedOutputLayer):
-    """Both."""
 
 
 def _projection(inputs: int, outputs: int, like: Tensor) -> nn.Linear:

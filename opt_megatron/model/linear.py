@@ -1,12 +1,12 @@
-"""Megatron's parallel linear layers with OPT's inference: one call a product, packed or 8-bit weights.
+"""Megatron's parallel linear layers with OPT's inference: one call a product, by a linear method (linear_methods/).
 
 Core adds the bias in a step of its own and wraps the product in an autograd function. In inference that
 costs time, and it rounds differently from torch's `linear`: with these, an fp32 OPT on one tensor parallel
 rank gives transformers' logits to the bit. Where gradients are needed, the products are core's on a GPU and
-oneDNN's on a CPU (kernels.py), with core's collectives around them.
+oneDNN's on a CPU (differentiable_linear.py), with core's collectives around them.
 
-`prepare_inference` exchanges the weight for a `Product` (kernels.py), which is what decoding uses; the Int8
-classes, which a spec puts in the places of the others, never hold anything else.
+`prepare_inference` replaces the weight by what the linear method stores, which is what decoding uses;
+`restore_weight` is the way back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .kernels import Plain, Product, differentiable_product, pack, quantize
+from .differentiable_linear import differentiable_linear
+from .linear_methods.base import LinearMethod
+from .linear_methods.torch_linear import TorchLinear
 
 
 def _is_trained(x: Tensor, weight: Tensor) -> bool:
@@ -34,49 +36,102 @@ def _is_trained(x: Tensor, weight: Tensor) -> bool:
     return weight.requires_grad or (torch.is_grad_enabled() and x.requires_grad)
 
 
-class _TrainedProduct(nn.Module):
-    """Exchanges the product inside core's parallel linear layers for `differentiable_product` on a CPU."""
+class DeferredWeight(nn.Module):
+    """A module whose `weight` may have a shape and no memory until `take_weight` is given the values."""
+
+    def defer_weight(self) -> None:
+        """Free the weight's memory."""
+        if self.weight is not None:
+            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+    def take_weight(self, weight: Tensor) -> None:
+        """Keep what is needed of `weight`, which has the shape and dtype of the parameter."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        weight = self._parameters.get("weight")
+        if weight is None or weight.device.type != "meta":
+            return super()._apply(fn, recurse)
+        del self._parameters["weight"]  # has no memory that could be moved or cast
+        result = super()._apply(fn, recurse)
+        self._parameters["weight"] = weight
+        return result
+
+
+class PackableLinear(DeferredWeight):
+    """A linear layer whose weight [O, I] a linear method may store instead.
+
+    Attributes:
+        method: how `take_weight` stores the weight.
+        packed: the weight as the linear method stores it, which computes in inference; None while the weight is an
+            ordinary parameter.
+    """
+
+    method: type[LinearMethod] = TorchLinear
+    packed: LinearMethod | None = None
+    _replaced: dict[str, Any] | None = None  # attributes (of tensor parallelism) of the parameter that was dropped
+
+    def take_weight(self, weight: Tensor) -> None:
+        """Store it by the layer's method."""
+        self.packed = self.method(weight)
+
+    def prepare_inference(self, method: type[LinearMethod]) -> None:
+        """Let `method` store the weight, and drop the parameter if it is not needed any more."""
+        if self.packed is None:
+            self._pack(self.weight, method)
+
+    def restore_weight(self) -> None:
+        """Undo `prepare_inference`: make the weight an ordinary parameter again, which needs no gradient.
+
+        Raises:
+            UserError: the method does not keep the float weight.
+        """
+        is_tied = self.weight is None and self._replaced is None  # its weight is the embedding's
+        if self.packed is not None and not is_tied:
+            weight = self.packed.unpack()
+            if self._replaced is not None:
+                self.weight = nn.Parameter(weight, requires_grad=False)
+                vars(self.weight).update(self._replaced)
+                self._replaced = None
+        self.packed = None
+
+    def _pack(self, weight: Tensor, method: type[LinearMethod]) -> None:
+        self.packed = method(weight.detach())
+        if self.weight is not None and not method.keeps_weight:
+            self._replaced = dict(vars(self.weight))
+            self.register_parameter("weight", None)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Core's product; while training on a CPU `differentiable_linear` with core's collectives."""
         if weight.device.type != "cpu" or not (self.sequence_parallel or _is_trained(input, weight)):
             return super()._forward_impl(input, weight, *args, **kwargs)
         if kwargs["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         elif kwargs["allreduce_dgrad"]:
             input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
-        return differentiable_product(input, weight, kwargs["bias"])
+        return differentiable_linear(input, weight, kwargs["bias"])
 
 
-class _WithProduct(_TrainedProduct):
-    """A layer that has a weight, or a product in its place.
+class OPTColumnParallelLinear(PackableLinear, ColumnParallelLinear):
+    """x A^T + b with the rows of A divided over the tensor parallel ranks; the bias is always added here.
 
-    Attributes:
-        product: what computes in inference; None while the weight is an ordinary parameter.
+    Args:
+        method: stores the weight while loading, if it defers weights; `prepare_inference` is given one too.
     """
 
-    product: Product | None = None
-
-    def prepare_inference(self) -> None:
-        """Make the product, and let go of a weight that it has no more use for."""
-        if self.product is None:
-            self.product = pack(self.weight)
-            if not isinstance(self.product, Plain):
-                self.register_parameter("weight", None)
-
-
-class OPTColumnParallelLinear(_WithProduct, ColumnParallelLinear):
-    """x A^T + b with the rows of A divided over the tensor parallel ranks; the bias is always added here."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"skip_bias_add": False}))
+        self.method = method
+        if method.loads_deferred:  # here, so that the layers' float weights are never held together
+            self.defer_weight()
 
     def infer(self, x: Tensor, *, relu: bool = False) -> Tensor:
         """[T, inputs] -> [T, outputs of this rank]; after `prepare_inference`."""
-        return self.product(x, self.bias, relu=relu)
+        return self.packed(x, self.bias, relu=relu)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, inputs] -> [s, b, outputs of this rank], and no bias"""
-        if self.product is not None:
+        if self.packed is not None:
             return self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2]), None
         return super().forward(input_, *args, **kwargs)
 
@@ -86,11 +141,18 @@ class OPTColumnParallelLinear(_WithProduct, ColumnParallelLinear):
         return linear(input, weight, kwargs["bias"])
 
 
-class OPTRowParallelLinear(_WithProduct, RowParallelLinear):
-    """x A^T + b with the columns of A divided; the partial products are summed over the ranks."""
+class OPTRowParallelLinear(PackableLinear, RowParallelLinear):
+    """x A^T + b with the columns of A divided; the partial products are summed over the ranks.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        method: as of OPTColumnParallelLinear.
+    """
+
+    def __init__(self, *args: Any, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.method = method
+        if method.loads_deferred:
+            self.defer_weight()
         self._adds_bias = self.tp_group.rank() == 0  # once in the sum
 
     def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -98,11 +160,11 @@ class OPTRowParallelLinear(_WithProduct, RowParallelLinear):
 
         Bias and residual are in the first rank's part, so that the sum over the ranks has them once.
         """
-        return self.product(x, self.bias, residual=residual) if self._adds_bias else self.product(x, None)
+        return self.packed(x, self.bias, residual=residual) if self._adds_bias else self.packed(x, None)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, inputs of this rank] -> [s, b, outputs], and the bias where core leaves it to the caller"""
-        if self.product is not None:
+        if self.packed is not None:
             partial = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])
         elif self.sequence_parallel or _is_trained(input_, self.weight):
             return super().forward(input_)
@@ -111,77 +173,33 @@ class OPTRowParallelLinear(_WithProduct, RowParallelLinear):
         return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group), None
 
 
-class OPTOutputLayer(_WithProduct, ColumnParallelLinear):
+class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
     """The head [V, h] that is tied to the embedding: hidden states -> logits of this rank's vocabulary rows.
 
-    Where it has no weight of its own (embedding and head on one rank), `prepare_inference` takes the embedding's.
+    On a rank that has the embedding too, it has no weight of its own, and is prepared with the embedding's.
+
+    Args:
+        method: as of OPTColumnParallelLinear; the model defers the weight after it has tied it.
     """
 
-    def prepare_head(self, weight: Tensor, *, quantized: bool) -> None:
-        """Make the product of `weight` [V, h]; the head's own one, if it has one, is let go."""
-        self.product = quantize(weight) if quantized else pack(weight)
-        if self.weight is not None and not isinstance(self.product, Plain):
-            self.register_parameter("weight", None)
+    def __init__(self, *args: Any, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.method = method
+
+    def prepare_tied(self, weight: Tensor, method: type[LinearMethod]) -> None:
+        """As `prepare_inference`, with the embedding's `weight` [V, h]."""
+        self._pack(weight, method)
 
     def infer(self, hidden: Tensor) -> Tensor:
-        """[T, hidden] -> [T, vocabulary rows of this rank]; after `prepare_head`."""
-        return self.product(hidden, None)
+        """[T, hidden] -> [T, vocabulary rows of this rank]; after it was prepared."""
+        return self.packed(hidden, None)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] -> [s, b, vocabulary rows], gathered where core is told to"""
-        if self.product is None:
+        if self.packed is None:
             return super().forward(input_, *args, **kwargs)
         logits = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])
         gather = kwargs.get("runtime_gather_output")
         if self.gather_output if gather is None else gather:
             logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
         return logits, None
-
-
-class DeferredWeight(nn.Module):
-    """A module whose `weight` is a name and a shape until `take_weight` is given the values.
-
-    For 8-bit layers: the float weight is never allocated for the whole model, only for one tensor at a time.
-    """
-
-    def defer_weight(self) -> None:
-        """Let go of the weight's memory."""
-        self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
-
-    def take_weight(self, weight: Tensor) -> None:
-        """Keep what is needed of `weight`, which has the shape and dtype of the parameter."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        weight = self._parameters.pop("weight")  # has no memory that could be moved or cast
-        result = super()._apply(fn, recurse)
-        self._parameters["weight"] = weight
-        return result
-
-
-class _Int8Weight(DeferredWeight):
-    """Keeps an 8-bit product."""
-
-    def take_weight(self, weight: Tensor) -> None:
-        """Quantise by row: an output channel, or an entry of the vocabulary."""
-        self.product = quantize(weight)
-
-
-class _Int8Linear(_Int8Weight):
-    """A layer's: deferred as soon as it is made, so that the layers' float weights never stand beside each other."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.defer_weight()
-
-
-class Int8ColumnParallelLinear(_Int8Linear, OPTColumnParallelLinear):
-    """OPTColumnParallelLinear with 8-bit weights, for inference."""
-
-
-class Int8RowParallelLinear(_Int8Linear, OPTRowParallelLinear):
-    """OPTRowParallelLinear with 8-bit weights, for inference."""
-
-
-class Int8OutputLayer(_Int8Weight, OPTOutputLayer):
-    """The head of a pipeline stage that has no embedding, with 8-bit weights."""

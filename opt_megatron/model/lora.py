@@ -28,8 +28,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .kernels import differentiable_product
-from .linear import OPTColumnParallelLinear, OPTRowParallelLinear
+from .differentiable_linear import differentiable_linear
+from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, PackableLinear
+from .linear_methods.base import LinearMethod
 
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FACTORS = ("lora_a", "lora_b")
@@ -66,7 +67,7 @@ class LoRAOptions:
         return self.alpha / self.rank
 
 
-class _LoRA(nn.Module):
+class _LoRA(PackableLinear):
     """The two factors beside a frozen weight.
 
     `lora_a` begins as torch's nn.Linear does (Kaiming-uniform, as in PEFT), `lora_b` as zeros: training starts
@@ -88,13 +89,14 @@ class _LoRA(nn.Module):
         self.weight.requires_grad_(False)
         self.bias.requires_grad_(False)
 
-    def prepare_inference(self) -> None:
-        """Add the product of the factors to the weight, and let the ordinary layer do the rest."""
-        with torch.no_grad():
-            self.weight += self.lora.scale * (self.lora_b.float() @ self.lora_a.float()).to(self.weight.dtype)
-        for name in FACTORS:
-            self.register_parameter(name, None)
-        super().prepare_inference()
+    def prepare_inference(self, method: type[LinearMethod]) -> None:
+        """Add the product of the factors to the weight, for good, and then as an ordinary layer."""
+        if not self._is_merged():
+            with torch.no_grad():
+                self.weight += self.lora.scale * (self.lora_b.float() @ self.lora_a.float()).to(self.weight.dtype)
+            for name in FACTORS:
+                self.register_parameter(name, None)
+        super().prepare_inference(method)
 
     def _is_merged(self) -> bool:
         return self.lora_a is None
@@ -112,12 +114,12 @@ class LoRAColumnParallelLinear(_LoRA, OPTColumnParallelLinear):
         output, bias = super().forward(input_, *args, **kwargs)
         if self._is_merged():
             return output, bias
-        low = differentiable_product(input_, self.lora_a, None)  # [s, b, rank]
+        low = differentiable_linear(input_, self.lora_a, None)  # [s, b, rank]
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora.scale * differentiable_product(low, self.lora_b, None), bias
+        return output + self.lora.scale * differentiable_linear(low, self.lora_b, None), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """core's, with the factors."""
@@ -136,12 +138,12 @@ class LoRARowParallelLinear(_LoRA, OPTRowParallelLinear):
         output, bias = super().forward(input_)
         if self._is_merged():
             return output, bias
-        low = differentiable_product(input_, self.lora_a, None)  # [s, b, rank], this rank's part of a sum
+        low = differentiable_linear(input_, self.lora_a, None)  # [s, b, rank], this rank's part of a sum
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora.scale * differentiable_product(low, self.lora_b, None), bias
+        return output + self.lora.scale * differentiable_linear(low, self.lora_b, None), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """core's, with the factors."""

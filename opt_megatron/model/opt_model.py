@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,16 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from ..config import POSITION_OFFSET, OPTConfig
-from ..errors import UserError
 from ..parallel.context import ParallelContext
 from ..parallel.core_compat import cuda_calls_stay_on_cpu
 from ..parallel.layout import check_layout
 from .attention import padding_mask_to_inputs
-from .embedding import Int8Embedding, Int8ProjectedOutputLayer, OPTEmbedding, ProjectedOutputLayer
-from .linear import DeferredWeight, Int8OutputLayer, OPTOutputLayer
+from .embedding import OPTEmbedding, ProjectedOutputLayer
+from .linear import DeferredWeight, OPTOutputLayer, PackableLinear
+from .linear_methods.registry import select_method
 from .lora import LoRAOptions, freeze_all_but_factors
 from .megatron_config import transformer_config
-from .spec import LINEAR_LAYERS, block_spec
+from .spec import block_spec
 
 
 class OPTModel(GPTModel):
@@ -28,7 +29,7 @@ class OPTModel(GPTModel):
     Args:
         opt_config: the architecture.
         parallel_output: leave the logits split over the vocabulary (training does). May be set later.
-        quantization: None, or "int8" for a model of 8-bit weights that can only be run.
+        quantization: None, or the name of a linear method (linear_methods/registry.py): a model that can only be run.
         lora: low-rank factors beside the linear layers, everything else being frozen.
     """
 
@@ -44,9 +45,10 @@ class OPTModel(GPTModel):
     ) -> None:
         # Needed by the hook below, which GPTModel's constructor calls.
         self.opt_config, self.quantization, self._device = opt_config, quantization, parallel.device
+        self._method = select_method(quantization, parallel.device, core_config.params_dtype)
         super().__init__(
             config=core_config,
-            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, quantization, lora),
+            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, self._method, lora),
             vocab_size=opt_config.vocab_size,
             max_sequence_length=opt_config.num_position_rows,
             pre_process=parallel.is_first_stage,
@@ -54,7 +56,7 @@ class OPTModel(GPTModel):
             parallel_output=parallel_output,
             share_embeddings_and_output_weights=True,
         )
-        if quantization is not None:  # not earlier: core sums the tied weights over the stages
+        if self._method.loads_deferred:  # not earlier: core sums the tied weights over the stages
             for module in self.modules():
                 if isinstance(module, DeferredWeight):
                     module.defer_weight()
@@ -74,54 +76,67 @@ class OPTModel(GPTModel):
         config, width = self.config, self.opt_config.word_embed_proj_dim
         if self.pre_process:
             self.embedding.embedding_dropout = nn.Dropout(0.0)  # OPT drops nothing out of its embeddings
-            embedding = OPTEmbedding if self.quantization is None else Int8Embedding
-            self.embedding.word_embeddings = embedding(
+            self.embedding.word_embeddings = OPTEmbedding(
                 self.vocab_size,
                 width,
                 config.hidden_size,
                 init_method=config.embedding_init_method,
                 config=config,
                 tp_group=self.pg_collection.tp,
+                method=self._method,
             )
         if self.post_process:
-            sizes = (width, self.vocab_size)
-            if self.opt_config.has_embedding_projection:
-                sizes = (config.hidden_size, *sizes)
-            self.output_layer = self._output_layer_class()(
-                *sizes,
+            is_projected = self.opt_config.has_embedding_projection
+            head = partial(ProjectedOutputLayer, config.hidden_size) if is_projected else OPTOutputLayer
+            self.output_layer = head(
+                width,
+                self.vocab_size,
                 config=config,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=not self.parallel_output,
                 skip_weight_param_allocation=self.pre_process,
                 tp_group=self.pg_collection.tp,
+                method=self._method,
             )
         with cuda_calls_stay_on_cpu(self._device):
             super().setup_embeddings_and_output_layer()
 
-    def _output_layer_class(self) -> type[OPTOutputLayer]:
-        # A head beside the embedding has no weight of its own that would have to be read as 8 bits.
-        own_int8 = self.quantization is not None and not self.pre_process
-        if self.opt_config.has_embedding_projection:
-            return Int8ProjectedOutputLayer if own_int8 else ProjectedOutputLayer
-        return Int8OutputLayer if own_int8 else OPTOutputLayer
-
     @property
     def params_dtype(self) -> torch.dtype:
         """The dtype of parameters that are not quantised, also after `half()` and the like."""
-        return next(parameter.dtype for parameter in self.parameters() if parameter.device.type != "meta")
+        return self._any_parameter().dtype
+
+    def _any_parameter(self) -> nn.Parameter:
+        return next(parameter for parameter in self.parameters() if parameter.device.type != "meta")
 
     def prepare_inference(self) -> None:
-        """Exchange weights for what runs fastest here (kernels.py), one layer at a time; once.
+        """Let the linear method that is the fastest here store the weights (linear_methods/), one layer at a time.
 
-        Afterwards the model can be run, with `forward` too, but has no weights to read, train or save.
+        Afterwards the model can be run, with `forward` too, but has no linear weights to read, train or save, until
+        `restore_weights`. The layers that are prepared already stay as they are.
+        """
+        like = self._any_parameter()
+        method = select_method(self.quantization, like.device, like.dtype)
+        for module in self.modules():
+            if isinstance(module, OPTOutputLayer) and self.pre_process:
+                if module.packed is None:
+                    module.prepare_tied(self.embedding.word_embeddings.head_weight(), method)
+            elif isinstance(module, PackableLinear):
+                module.prepare_inference(method)
+
+    def restore_weights(self) -> None:
+        """Undo `prepare_inference`, one layer at a time: all weights are ordinary parameters again, to the bit.
+
+        They can be read and changed, and take effect at once in `forward`. An engine can be used again after the next
+        `prepare_inference`. LoRA's factors stay merged into their weights.
+
+        Raises:
+            UserError: the model was quantised, so that its float weights do not exist any more.
         """
         for module in self.modules():
-            if isinstance(module, OPTOutputLayer) and module.product is None:
-                weight = self.embedding.word_embeddings.head_weight() if self.pre_process else module.weight
-                module.prepare_head(weight, quantized=self.quantization is not None)
-            elif hasattr(module, "prepare_inference") and module is not self:
-                module.prepare_inference()
+            if isinstance(module, PackableLinear):
+                module.restore_weight()
 
     def forward(
         self,
@@ -171,15 +186,13 @@ def build_model(
 
     Args:
         dtype: of the parameters (with a quantisation, of those that stay as they are, and of activations).
-        quantization: None or "int8".
+        quantization: None, or one of `linear_methods.registry.quantizations()`.
         lora: factors to train, everything else frozen.
         overrides: fields of TransformerConfig that differ (training).
 
     Raises:
-        UserError: the model does not divide by the layout, or there is no such quantisation.
+        UserError: the model does not divide by the layout, or there is no such quantisation for the device.
     """
-    if quantization not in LINEAR_LAYERS:
-        raise UserError(f"quantization {quantization!r}: choose int8 or none")
     check_layout(
         config,
         parallel.tensor_model_parallel_size,

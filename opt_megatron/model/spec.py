@@ -29,14 +29,9 @@ from torch import Tensor, nn
 
 from ..config import OPTConfig
 from .attention import OPTCoreAttention
-from .linear import Int8ColumnParallelLinear, Int8RowParallelLinear, OPTColumnParallelLinear, OPTRowParallelLinear
+from .linear import OPTColumnParallelLinear, OPTRowParallelLinear
+from .linear_methods.base import LinearMethod
 from .lora import LoRAColumnParallelLinear, LoRAOptions, LoRARowParallelLinear
-
-# What stands in a layer's places for linear layers, by the kind of quantisation: (column, row) parallel.
-LINEAR_LAYERS = {
-    None: (OPTColumnParallelLinear, OPTRowParallelLinear),
-    "int8": (Int8ColumnParallelLinear, Int8RowParallelLinear),
-}
 
 
 class OPTLayerNorm(nn.LayerNorm):
@@ -88,12 +83,12 @@ def block_spec(
     config: OPTConfig,
     core_config: TransformerConfig,
     device: torch.device,
-    quantization: str | None = None,
+    method: type[LinearMethod],
     lora: LoRAOptions | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the final norm where the model has one."""
     norm = norm_implementation(device)
-    layer = layer_spec(config, core_config, norm, quantization, lora)
+    layer = layer_spec(config, core_config, norm, method, lora)
     num_layers = get_num_layers_to_build(core_config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers,
@@ -105,11 +100,11 @@ def layer_spec(
     config: OPTConfig,
     core_config: TransformerConfig,
     norm: Any,
-    quantization: str | None = None,
+    method: type[LinearMethod],
     lora: LoRAOptions | None = None,
 ) -> ModuleSpec:
-    """One layer, pre-norm or post-norm as the config says, with linear layers of the given kind."""
-    linear = _linear_layers(quantization, lora)
+    """One layer, pre-norm or post-norm as the config says, with linear layers of the given method."""
+    linear = _linear_layers(method, lora)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -140,11 +135,21 @@ def layer_spec(
     )
 
 
-def _linear_layers(quantization: str | None, lora: LoRAOptions | None) -> dict[str, Any]:
-    """What stands in each of a layer's four places for linear layers."""
-    column, row = LINEAR_LAYERS[quantization]
-    layers: dict[str, Any] = {"linear_qkv": column, "linear_proj": row, "linear_fc1": column, "linear_fc2": row}
-    for name in lora.target_modules if lora else ():
-        adapted = LoRAColumnParallelLinear if layers[name] is column else LoRARowParallelLinear
-        layers[name] = ModuleSpec(module=adapted, params={"lora": lora})
+# Core's names of a layer's linear layers -> the ordinary class, and the one with LoRA's factors.
+_LINEAR_LAYERS = {
+    "linear_qkv": (OPTColumnParallelLinear, LoRAColumnParallelLinear),
+    "linear_proj": (OPTRowParallelLinear, LoRARowParallelLinear),
+    "linear_fc1": (OPTColumnParallelLinear, LoRAColumnParallelLinear),
+    "linear_fc2": (OPTRowParallelLinear, LoRARowParallelLinear),
+}
+
+
+def _linear_layers(method: type[LinearMethod], lora: LoRAOptions | None) -> dict[str, ModuleSpec]:
+    """The specs of a layer's four linear layers."""
+    layers = {}
+    for name, (ordinary, adapted) in _LINEAR_LAYERS.items():
+        if lora is not None and name in lora.target_modules:
+            layers[name] = ModuleSpec(module=adapted, params={"method": method, "lora": lora})
+        else:
+            layers[name] = ModuleSpec(module=ordinary, params={"method": method})
     return layers

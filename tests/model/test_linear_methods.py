@@ -1,10 +1,16 @@
-"""The products of inference against torch's linear."""
+"""The linear methods against torch's linear, their table, and the way back to the float weights."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from opt_megatron.model.kernels import Int8, Packed, Plain, pack, quantize_rows
+from opt_megatron.errors import UserError
+from opt_megatron.model.linear_methods.int8 import Int8Linear
+from opt_megatron.model.linear_methods.int8_rows import Int8Rows, quantize_rows
+from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
+from opt_megatron.model.linear_methods.onednn import OneDNNLinear
+from opt_megatron.model.linear_methods.registry import METHODS, methods_for, quantizations, select_method
+from opt_megatron.model.linear_methods.torch_linear import TorchLinear
 
 # [tokens, inputs, outputs]: one token and many, sizes that no vector of the processor divides.
 SHAPES = [(1, 48, 144), (7, 48, 516), (33, 129, 65), (300, 64, 96)]
@@ -18,13 +24,13 @@ def drawn(tokens: int, inputs: int, outputs: int, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def packed(weight: torch.Tensor) -> Packed:
-    if not Packed.supports(weight):
+def onednn(weight: torch.Tensor) -> OneDNNLinear:
+    if not OneDNNLinear.is_available(weight.device, weight.dtype):
         pytest.skip(f"this processor has no packed {weight.dtype}")
-    return Packed(weight)
+    return OneDNNLinear(weight)
 
 
-@pytest.mark.parametrize("kind", [Plain, packed, Int8])
+@pytest.mark.parametrize("kind", [TorchLinear, onednn, Int8Linear, Int8WeightOnlyLinear])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bias_relu_and_residual(shape, kind):
     x, weight, bias, residual = drawn(*shape)
@@ -41,27 +47,60 @@ def test_bias_relu_and_residual(shape, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_is_linear(shape, dtype):
+def test_onednn_is_linear(shape, dtype):
     x, weight, bias, _ = drawn(*shape, dtype)
-    ours, exact = packed(weight)(x, bias), linear(x.double(), weight.double(), bias.double())
+    ours, exact = onednn(weight)(x, bias), linear(x.double(), weight.double(), bias.double())
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     assert ours.dtype is dtype
     assert (ours - exact).abs().max() <= rounding * exact.abs().max()
 
 
-def test_packed_does_not_need_the_weight_any_more():
+def test_onednn_does_not_refer_to_the_weight():
     x, weight, _, _ = drawn(5, 48, 144)
-    product = pack(weight)
-    expected = linear(x, weight)
-    if isinstance(product, Plain):
-        pytest.skip("this processor packs nothing")
+    product, expected = onednn(weight), linear(x, weight)
     weight.zero_()
     assert torch.allclose(product(x, None), expected, atol=1e-4)
 
 
-def test_what_cannot_be_packed_is_left_as_it_is():
-    weight = torch.randn(8, 4, dtype=torch.float64)
-    assert isinstance(pack(weight), Plain) and pack(weight).weight.data_ptr() == weight.data_ptr()
+def test_methods_are_chosen_by_device_and_dtype():
+    cpu = torch.device("cpu")
+    assert select_method(None, cpu, torch.float64) is TorchLinear
+    assert select_method(None, torch.device("cuda"), torch.float32) is TorchLinear
+    assert select_method("int8", torch.device("cuda"), torch.float16) is Int8WeightOnlyLinear
+    best = select_method(None, cpu, torch.float32)
+    assert best is (OneDNNLinear if OneDNNLinear.is_available(cpu, torch.float32) else TorchLinear)
+    with pytest.raises(UserError, match="quantization 'int4': choose int8 or none"):
+        select_method("int4", cpu, torch.float32)
+
+
+def test_a_method_that_no_device_here_has(monkeypatch):
+    monkeypatch.setitem(METHODS, "blocked", ("onednn.OneDNNLinear",))
+    assert "blocked" in quantizations()
+    with pytest.raises(UserError, match=r"'blocked' is not available for torch\.float32 on cuda"):
+        select_method("blocked", torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("method", [method for name in METHODS for method in methods_for(name)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 5, 7), (1, 1, 1)])
+def test_the_weight_comes_back_to_the_bit_or_not_at_all(shape, dtype, method):
+    weight = drawn(*shape, dtype)[1]
+    if not method.is_available(weight.device, dtype):
+        pytest.skip(f"this processor has no {method.__name__} for {dtype}")
+    stored = method(weight.clone())
+    if method.embedding_rows is not None:
+        with pytest.raises(UserError, match="load it without quantization to read or change weights"):
+            stored.unpack()
+    else:
+        assert torch.equal(stored.unpack(), weight) and stored.unpack().dtype is dtype
+
+
+def test_8_bit_rows_of_an_embedding():
+    weight = torch.randn(40, 64)
+    rows = Int8Rows(weight)
+    numbers, scales = quantize_rows(weight)
+    assert torch.equal(rows.table(), numbers * scales[:, None])
+    assert torch.equal(rows[torch.tensor([[3, 0]])], rows.table()[[3, 0]][None])
 
 
 def test_quantised_rows_are_within_half_a_step():
@@ -87,28 +126,28 @@ def bound(x: torch.Tensor, weight: torch.Tensor, levels: int) -> torch.Tensor:
 def test_int8_is_within_the_steps_of_both_sides(shape, dtype, positive):
     x, weight, bias, _ = drawn(*shape, dtype)
     x = x.relu() if positive else x
-    product = Int8(weight)
+    product = Int8Linear(weight)
     ours, exact = product(x, bias), linear(x.double(), weight.double(), bias.double())
     assert ours.dtype is dtype
-    error, step = (ours - exact).abs(), bound(x.float(), weight.float(), product._levels)
+    error, step = (ours - exact).abs(), bound(x.float(), weight.float(), product.levels)
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
     assert (error <= step + rounding * exact.abs().max()).all()
     # Errors of both signs cancel, so that typically they are far below the bound.
     relative = error.pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
-    assert relative < (0.012 if product._levels == 127 else 0.02)
+    assert relative < (0.012 if product.levels == 127 else 0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_rounds_to_neither_side(dtype):
     x, weight, _, _ = drawn(300, 512, 64, dtype)
     weight = weight.abs()  # so that an error to one side adds up
-    error = Int8(weight)(x, None) - linear(x.double(), weight.double())
+    error = Int8Linear(weight)(x, None) - linear(x.double(), weight.double())
     assert error.mean().abs() < 0.2 * error.pow(2).mean().sqrt()
 
 
 def test_int8_rows_do_not_depend_on_each_other():
     x, weight, bias, _ = drawn(33, 64, 96)
-    product = Int8(weight)
+    product = Int8Linear(weight)
     alone = torch.cat([product(row[None], bias) for row in x])
     assert torch.equal(product(x, bias), alone)
     x[4] *= 1000
@@ -118,7 +157,7 @@ def test_int8_rows_do_not_depend_on_each_other():
     assert torch.equal(product(x, bias)[4], bias) and torch.equal(product(x, bias)[others], alone[others])
 
 
-@pytest.mark.parametrize("kind", [Plain, packed, Int8])
+@pytest.mark.parametrize("kind", [TorchLinear, onednn, Int8Linear, Int8WeightOnlyLinear])
 def test_no_tokens_at_all(kind):
     x, weight, bias, _ = drawn(3, 48, 144)
     assert kind(weight)(x[:0], bias).shape == (0, 144)

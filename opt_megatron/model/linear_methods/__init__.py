@@ -1,0 +1,11 @@
+"""Linear methods: the ways to store a weight [O, I] and to compute with it in inference. One file a method.
+
+    onednn.py            the float weight in oneDNN's blocked order, on a CPU
+    torch_linear.py      the float weight as it is, on any device
+    int8.py              8-bit weights and activations, on a CPU
+    int8_weight_only.py  8-bit weights, elsewhere
+
+A new method is a file with a subclass of `base.LinearMethod`, and its name in the table of `registry.py`. The choices
+of --quantization, the loading of checkpoints, and the model's layers, embedding and head follow from these two.
+Importing this package, or its registry, imports no torch.
+"""

@@ -1,0 +1,34 @@
+"""8-bit weights alone, with activations as they are: where oneDNN's 8-bit product is not available, as on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .base import LinearMethod, apply_epilogue
+from .int8_rows import Int8Rows, quantize_rows, refuse_to_unpack
+
+
+class Int8WeightOnlyLinear(LinearMethod):
+    """8-bit weights that are converted to the activations' dtype before the product. Not yet run on a GPU."""
+
+    loads_deferred = True
+    embedding_rows = Int8Rows
+
+    @classmethod
+    def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """Always."""
+        return True
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._channels = quantize_rows(weight)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """[T, I] -> [T, O]"""
+        output = linear(x, self._weight.to(x.dtype)) * self._channels.to(x.dtype)
+        return apply_epilogue(output if bias is None else output + bias, relu, residual)
+
+    def unpack(self) -> Tensor:
+        """Raises UserError: the float weight is gone."""
+        refuse_to_unpack()

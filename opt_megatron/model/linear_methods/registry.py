@@ -1,0 +1,55 @@
+"""The table of linear methods, and the choice among them. Imports no torch until a method is chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import LinearMethod
+
+# What a user calls it (--quantization; None: the weights as they are) -> module and class of the methods that do it,
+# the preferred one first: the first that is available is used.
+METHODS: dict[str | None, tuple[str, ...]] = {
+    None: ("onednn.OneDNNLinear", "torch_linear.TorchLinear"),
+    "int8": ("int8.Int8Linear", "int8_weight_only.Int8WeightOnlyLinear"),
+}
+
+
+def quantizations() -> tuple[str, ...]:
+    """The names that a user can choose from."""
+    return tuple(name for name in METHODS if name is not None)
+
+
+def methods_for(quantization: str | None) -> tuple[type[LinearMethod], ...]:
+    """The methods of one name, the preferred one first.
+
+    Raises:
+        UserError: there is no such quantisation.
+    """
+    if quantization not in METHODS:
+        raise UserError(f"quantization {quantization!r}: choose {', '.join(quantizations())} or none")
+    found = []
+    for path in METHODS[quantization]:
+        module, _, name = path.partition(".")
+        found.append(getattr(import_module(f".{module}", __package__), name))
+    return tuple(found)
+
+
+def select_method(quantization: str | None, device: torch.device, dtype: torch.dtype) -> type[LinearMethod]:
+    """The method for float weights of `dtype` on `device`.
+
+    Args:
+        quantization: one of `quantizations()`; None for a method that changes no weight.
+
+    Raises:
+        UserError: there is no such quantisation, or no method for it on this device.
+    """
+    for method in methods_for(quantization):
+        if method.is_available(device, dtype):
+            return method
+    raise UserError(f"quantization {quantization!r} is not available for {dtype} on {device.type}")
