@@ -76,7 +76,7 @@ def lm_eval_answers(directory: Path, tp: int, pp: int, questions: list[tuple[str
     evaluator = _evaluator(directory, tp, pp)
 
     def action() -> dict[str, list]:
-        from opt_megatron.evaluation.harness import OPTMegatronLM
+        from opt_megatron.evaluation.lm_eval_model import OPTMegatronLM
 
         return ask(OPTMegatronLM.from_evaluator(evaluator), questions)
 

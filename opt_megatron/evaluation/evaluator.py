@@ -1,4 +1,4 @@
-"""One rank asks, all compute: what a program that runs on the leader alone (lm-eval) needs of a model on several ranks.
+"""A model on several ranks for a program that runs on the leader alone (lm-eval).
 
     evaluator = Evaluator(opt)
     result = evaluator.lead(lambda: ...)        # on every rank; the action runs on the leader and asks

@@ -1,15 +1,15 @@
-"""Perplexity of texts: in nats a token, bits a byte, and as such.
+"""Perplexity of texts, and the same in nats per token and bits per byte.
 
 Texts become documents: `text.rstrip()` and the end-of-sequence token, as in OPT's pre-training (metaseq's
-`StreamingTokenBlock`). They are concatenated (the default, as the training loss has it), or each scored by
-itself. The tokens are cut into windows; every window begins with BOS, feeds the model N = all its positions,
-and every token is scored once.
+`StreamingTokenBlock`). They are concatenated (the default, as for the training loss) or scored one by
+one. The tokens are cut into windows. Every window begins with BOS and feeds the model N tokens (by default all its
+positions), and every token is scored once.
 
     consecutive (stride = N)      sliding (stride S < N)
     BOS t1 .. tN-1  scores t1 .. tN           BOS t1 .. tN-1           scores t1 .. tN
     BOS tN+1 ..     scores tN+1 .. t2N        BOS tS+1 .. tS+N-1       scores tN+1 .. tN+S
 
-So a token of a sliding window, but for those of the first, has at least N - S tokens before it (BOS included).
+So every scored token, except in the first window, has at least N - S tokens before it (BOS included).
 This is the scheme of transformers' documentation, "Perplexity of fixed-length models", with OPT's BOS.
 """
 
@@ -25,16 +25,16 @@ from ..errors import UserError
 from ..model.scoring import Item
 from ..tokenizer import OPTTokenizer
 
-_BATCHES_AT_A_TIME = 64  # among which windows are sorted by length
+_BATCHES_AT_A_TIME = 64  # windows are sorted by length among so many batches
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts, tokenized.
+    """Tokenized texts.
 
     Attributes:
-        tokens: ids of each document, the end of sequence included unless it was left out.
-        num_bytes: of the texts in UTF-8, without what was stripped and without ends of sequences.
+        tokens: ids of each document, with the end-of-sequence token unless it was left out.
+        num_bytes: of the stripped texts in UTF-8, without end-of-sequence tokens.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -43,16 +43,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The result.
+    """The perplexity of documents, and how it was computed.
 
     Attributes:
         nats_per_token: mean negative natural log-likelihood.
-        bits_per_byte: the sum in bits over the texts' bytes; comparable between tokenizers.
-        perplexity: e to the nats a token; infinity where that is no number.
-        tokens: how many were scored, ends of documents included.
+        bits_per_byte: the sum in bits, divided by the texts' bytes; comparable between tokenizers.
+        perplexity: exp(nats_per_token); infinity where that is too large for a float.
+        tokens: number of scored tokens, end-of-sequence tokens included.
         bytes: of the texts in UTF-8.
-        context: positions that a window feeds.
-        stride: tokens that a window adds.
+        context: N, positions of a window.
+        stride: S, new tokens of a window.
     """
 
     nats_per_token: float
@@ -67,7 +67,7 @@ class Perplexity:
     is_concatenated: bool
 
     def to_dict(self) -> dict[str, float | int | bool]:
-        """For JSON."""
+        """The fields by name, for JSON."""
         return asdict(self)
 
 
@@ -86,10 +86,10 @@ def tokenize(texts: Sequence[str], tokenizer: OPTTokenizer, *, add_eos: bool = T
 
 
 def windows(tokens: Sequence[int], context: int, stride: int, bos: int) -> Iterator[Item]:
-    """The windows of one stream of tokens (module docstring).
+    """The windows of one stream of tokens (see the module's description).
 
     Args:
-        context: N, positions that a window may feed.
+        context: N, positions of a window.
         stride: S, from 1 to N.
     """
     scored = begin = 0
@@ -100,7 +100,7 @@ def windows(tokens: Sequence[int], context: int, stride: int, bos: int) -> Itera
 
 
 def num_windows(length: int, context: int, stride: int) -> int:
-    """How many windows a stream of `length` tokens is cut into."""
+    """Number of windows of a stream of `length` tokens."""
     return 0 if length == 0 else 1 + -(-max(0, length - context) // stride)
 
 
@@ -114,17 +114,17 @@ def perplexity(
     batch_size: int | None = None,
     on_windows: Callable[[int, int], object] | None = None,
 ) -> Perplexity:
-    """Score documents; called on every rank with the same ones, and the result is there on every rank.
+    """Score documents; called on every rank with the same documents, and every rank gets the result.
 
-    Layouts and batch sizes change rounding alone. Windows are made some batches at a time: with a stride of 1 all
-    of them would hold every token as often as the context has positions.
+    Layouts and batch sizes change only rounding. Windows are made some batches at a time: with a stride of 1, all
+    of them together would hold every token as often as the context has positions.
 
     Args:
-        context: positions of a window; by default all that the model has.
-        stride: tokens that a window adds; by default `context`: consecutive windows.
-        concatenate: one stream of all documents; else each begins a window of its own.
+        context: positions of a window; by default all of the model's.
+        stride: new tokens of a window; by default `context`, for consecutive windows.
+        concatenate: score all documents as one stream; otherwise each document begins a new window.
         batch_size: windows in a pass; by default the model's `batch_size`.
-        on_windows: told how many windows a finished batch had, and how many there are.
+        on_windows: called with the number of windows of each finished batch, and with that of all windows.
 
     Raises:
         UserError: an option is out of its range.

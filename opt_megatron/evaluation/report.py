@@ -1,4 +1,4 @@
-"""lm-eval's results as JSON and as a Markdown page, with what is needed to run them again."""
+"""lm-eval's results as JSON and as a Markdown page, with the command and the versions that reproduce them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from ..api import OPT
 from ..version import __version__
-from .published import SCORES, SIZES, SOURCE, is_percentage
+from .published_scores import SCORES, SIZES, SOURCE, is_percentage
 
 _PACKAGES = ("lm_eval", "torch", "megatron-core")
 
 
 def command_line() -> str:
-    """The command that started this process, torchrun included, as one can paste it into a shell."""
+    """The command that started this process, torchrun included, to be pasted into a shell."""
     words = [Path(sys.argv[0]).name if sys.argv[0].endswith("opt-megatron") else sys.argv[0], *sys.argv[1:]]
     if words[0].endswith(".py"):
         words.insert(0, "python")
@@ -52,7 +52,7 @@ def to_json(results: dict[str, Any], opt: OPT, settings: dict[str, Any]) -> dict
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """A page: the command, the model, a row for every score, and published scores beside those that have some."""
+    """A page with the command, the model, a row for every score, and published scores of the same tasks."""
     layout = f"TP{report['tensor_model_parallel_size']} x PP{report['pipeline_model_parallel_size']}"
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     lines = [
@@ -69,7 +69,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             (_row(score) for score in report["scores"]),
         ),
     ]
-    # Those are zero-shot, over all items.
+    # The published scores are zero-shot, over all items.
     published = [
         score
         for score in report["scores"]
@@ -80,7 +80,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             f"Beside Meta's OPT models, zero-shot, as published with lm-eval ({SOURCE}); accuracies in percent:",
             "",
-            *_table(("task", "metric", "this run", *SIZES), (_beside(score) for score in published)),
+            *_table(("task", "metric", "this run", *SIZES), (_comparison(score) for score in published)),
         ]
     return "\n".join(lines) + "\n"
 
@@ -117,7 +117,7 @@ def _row(score: dict[str, Any]) -> tuple[str, ...]:
     return (*("" if value is None else str(value) for value in shown), better, _number(score["value"]), error)
 
 
-def _beside(score: dict[str, Any]) -> tuple[str, ...]:
+def _comparison(score: dict[str, Any]) -> tuple[str, ...]:
     scale = 100 if is_percentage(score["metric"]) else 1
     error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:.2f}"
     theirs = SCORES[score["task"], score["metric"]]

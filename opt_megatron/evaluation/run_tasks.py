@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a model that is spread over the ranks: the leader runs lm-eval, the others compute with it."""
+"""lm-eval's tasks on a model that is divided among ranks: the leader runs lm-eval, and all ranks compute."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TaskOptions:
 
     Attributes:
         tasks: names of tasks, groups or tags (with * and ?), or YAML files.
-        include_path: a directory with tasks of one's own.
-        num_fewshot: examples before each question; None: as the task says.
-        limit: use only the first so many items of each task.
-        bootstrap_iters: resamples for the errors that have no closed form; 0 leaves all errors out.
-        seed: of the few-shot examples' choice.
+        include_path: a directory with other tasks.
+        num_fewshot: examples before each question; None for the task's own number.
+        limit: number of items of each task, the first ones; None for all.
+        bootstrap_iters: resamples for standard errors that have no closed form; 0 leaves all errors out.
+        seed: for choosing the few-shot examples.
     """
 
     tasks: tuple[str, ...]
@@ -52,7 +52,7 @@ class TaskOptions:
 
 
 def check_installed() -> None:
-    """Raise UserError unless lm-eval is there."""
+    """Raise UserError unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError('lm-eval is not installed: pip install -e ".[eval]"')
 
@@ -64,18 +64,18 @@ def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:
         UserError: a task is unknown or cannot be loaded, does not fit the model, or has too few examples.
     """
     check_installed()
-    # Its pool of processes would be forked from one with process groups.
+    # lm-eval would fork a pool of processes from this one, which has process groups.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints as it goes; stdout is for the results
         from lm_eval import evaluator as lm_evaluator
         from lm_eval import simple_evaluate
 
-        from .harness import OPTMegatronLM
+        from .lm_eval_model import OPTMegatronLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        # It asks git for the commit of the working directory; git complains where that is no repository.
+        # Otherwise lm-eval runs git in the working directory, which prints an error where that is no repository.
         lm_evaluator.get_git_commit_hash = lambda: None
-        with _few_shots_that_are_there(options):
+        with _report_too_few_examples(options):
             results = simple_evaluate(
                 OPTMegatronLM.from_evaluator(evaluator),
                 tasks=list(options.tasks),
@@ -89,13 +89,13 @@ def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:
                 torch_random_seed=options.seed,
                 fewshot_random_seed=options.seed,
             )
-    _tell_of_other_shots(results, options.num_fewshot)
+    _report_other_numbers_of_shots(results, options.num_fewshot)
     return results
 
 
 @contextlib.contextmanager
-def _few_shots_that_are_there(options: TaskOptions) -> Iterator[None]:
-    """lm-eval draws examples by `random.sample`, and lets its error through where a task has too few."""
+def _report_too_few_examples(options: TaskOptions) -> Iterator[None]:
+    """Turn the error of `random.sample`, by which lm-eval chooses examples, into a sentence about the task."""
     try:
         yield
     except ValueError as error:
@@ -107,7 +107,7 @@ def _few_shots_that_are_there(options: TaskOptions) -> Iterator[None]:
         raise
 
 
-def _tell_of_other_shots(results: dict[str, Any], wanted: int | None) -> None:
+def _report_other_numbers_of_shots(results: dict[str, Any], wanted: int | None) -> None:
     others = [
         f"{task} ({count})" for task, count in results["n-shot"].items() if wanted is not None and count != wanted
     ]
@@ -121,7 +121,10 @@ def _tell_of_other_shots(results: dict[str, Any], wanted: int | None) -> None:
 
 
 def _task_manager(options: TaskOptions) -> Any:
-    """Knows this project's tasks and the user's; lm-eval's own, which take seconds to look through, where needed."""
+    """lm-eval's, for this project's tasks and the user's, and for lm-eval's own if they are asked for.
+
+    Indexing lm-eval's own tasks takes seconds.
+    """
     paths = [str(path) for path in (SHIPPED_TASKS, options.include_path) if path is not None]
     manager = _manager_class()(include_path=paths, include_defaults=False)
     if not _unknown(manager, options.tasks):
@@ -143,7 +146,7 @@ def _manager_class() -> type:
     from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):
-        """A task that cannot be loaded (no network for its data, a wrong YAML) is the user's to mend."""
+        """Reports in one line a task that cannot be loaded (no network for its data, a wrong YAML)."""
 
         def load(self, tasks: Any) -> Any:
             try:

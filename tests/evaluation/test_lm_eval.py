@@ -81,7 +81,7 @@ def run_shipped(lm):
 
 
 def test_shipped_tasks_score_as_transformers_and_as_hf(models):
-    from opt_megatron.evaluation.harness import OPTMegatronLM
+    from opt_megatron.evaluation.lm_eval_model import OPTMegatronLM
 
     samples = run_shipped(OPTMegatronLM(load="story", batch_size=16, device="cuda:0"))
     assert {task: len(of_task) for task, of_task in samples.items()} == {

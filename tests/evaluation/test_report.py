@@ -4,7 +4,7 @@ import json
 import sys
 
 from opt_megatron.api import OPT
-from opt_megatron.evaluation.published import SCORES, SIZES
+from opt_megatron.evaluation.published_scores import SCORES, SIZES
 from opt_megatron.evaluation.report import command_line, to_json, to_markdown
 from opt_megatron.evaluation.run_tasks import SHIPPED_TASKS
 

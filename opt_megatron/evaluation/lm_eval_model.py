@@ -1,7 +1,7 @@
-"""This project's model for lm-eval, registered as `opt_megatron` (needs the extra `eval`).
+"""An OPT as lm-eval's model, registered as `opt_megatron` (needs the extra `eval`).
 
-What lm-eval asks is tokenized as its own `hf` model does it for OPT: one BOS before every context, an empty
-context is BOS alone, and what is too long loses its beginning. One thing differs: `loglikelihood_rolling` does
+Requests are tokenized as lm-eval's own `hf` model does it for OPT: one BOS before every context, an empty context is
+BOS alone, and sequences that are too long are truncated on the left. One thing differs: `loglikelihood_rolling` does
 not put a second BOS before the text, and score it, as `hf` does with a tokenizer that adds one
 (`add_bos_token=False` makes `hf` do the same as here).
 """
@@ -31,15 +31,15 @@ from .evaluator import Evaluator
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _SEARCH = ("num_beams", "length_penalty", "early_stopping")
-_WITHOUT_MEANING = ("do_sample", "until", "max_gen_toks")  # are looked at on their own
+_HANDLED_APART = ("do_sample", "until", "max_gen_toks")
 
 
 @register_model("opt_megatron")
 class OPTMegatronLM(TemplateLM):
-    """A model that lm-eval asks.
+    """lm-eval's interface to a model.
 
-    Either an evaluator is given (`from_evaluator`: under torchrun lm-eval runs on the leader, within
-    `evaluator.lead`), or lm-eval makes the model itself from `--model_args load=...`, in one process.
+    It is made from an evaluator (`from_evaluator`: under torchrun lm-eval runs on the leader, within
+    `evaluator.lead`), or by lm-eval itself from `--model_args load=...`, in one process.
 
     Raises:
         UserError: the model cannot be loaded, or this process is one of several.
@@ -66,7 +66,7 @@ class OPTMegatronLM(TemplateLM):
             tokenizer=tokenizer,
             needs_tokenizer=True,
             quantization=quantization,
-            batch_size=_whole(batch_size),
+            batch_size=_batch_size(batch_size),
         )
         self._start(Evaluator(opt.load()))
 
@@ -91,7 +91,7 @@ class OPTMegatronLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that an empty context consists of."""
+        """The id that stands for an empty context."""
         return self._config.bos_token_id
 
     @property
@@ -101,12 +101,12 @@ class OPTMegatronLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task does not say how many."""
+        """New tokens of tasks that do not set their number."""
         return 256
 
     @property
     def tokenizer_name(self) -> str:
-        """Names lm-eval's cache of requests."""
+        """A name for lm-eval's cache of requests."""
         return self._evaluator.opt.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -114,7 +114,7 @@ class OPTMegatronLM(TemplateLM):
         return self._tokenizer.encode(string, add_bos=add_special_tokens is not False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, and whether they are greedy; lm-eval's own bar is for terminals."""
+        """Log-likelihood of continuations, and whether they are greedy; no progress bar without a terminal."""
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
@@ -133,7 +133,7 @@ class OPTMegatronLM(TemplateLM):
         return answers
 
     def _item(self, context: list[int], continuation: list[int]) -> Item:
-        """What is too long loses the beginning of its context, BOS too, as with lm-eval's `hf`."""
+        """Truncated on the left, where it is too long; BOS is dropped too then, as lm-eval's `hf` does it."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise UserError(
@@ -168,7 +168,7 @@ class OPTMegatronLM(TemplateLM):
 
     def _request(self, context: str, options: dict[str, Any]) -> Request:
         options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-        unknown = sorted(options.keys() - {*_SAMPLING, *_SEARCH, *_WITHOUT_MEANING})
+        unknown = sorted(options.keys() - {*_SAMPLING, *_SEARCH, *_HANDLED_APART})
         if unknown:
             raise UserError(f"a task wants generation by {', '.join(unknown)}, which is not known here")
         new, sampled = options["max_gen_toks"], bool(options.get("do_sample"))
@@ -185,14 +185,14 @@ class OPTMegatronLM(TemplateLM):
 
 
 def _device(device: str | None) -> str | None:
-    """lm-eval's command line says "cuda:0" when its user says nothing: as its `hf` does, run on what there is."""
+    """lm-eval's command line passes "cuda:0" by default: without a GPU that means the CPU, as for its `hf`."""
     if device == "cuda:0" and not torch.cuda.is_available():
         print("opt-megatron: lm-eval asks for cuda:0, and there is no CUDA GPU: running on the CPU", file=sys.stderr)
         return "cpu"
     return device
 
 
-def _whole(batch_size: int | str) -> int:
+def _batch_size(batch_size: int | str) -> int:
     if not str(batch_size).isdecimal():
         raise UserError(f"batch_size is {batch_size!r}, but must be a whole number (there is no 'auto')")
     return int(batch_size)

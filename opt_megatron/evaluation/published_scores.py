@@ -1,7 +1,7 @@
-"""Zero-shot scores of Meta's OPT models as EleutherAI published them with lm-eval, to hold a run against.
+"""Zero-shot scores of Meta's OPT models as EleutherAI published them with lm-eval, to compare a run with.
 
-Source: https://github.com/EleutherAI/lm-evaluation-harness, `results/opt/opt-SIZE/README.md` and the JSON beside it
-(num_fewshot 0, no limit). The tasks stood at version 0 then and may have changed since; OPT-175B is not among them.
+Source: https://github.com/EleutherAI/lm-evaluation-harness, `results/opt/opt-SIZE/README.md` and the JSON files there
+(num_fewshot 0, no limit). The tasks had version 0 then and may have changed since; OPT-175B is not among them.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ SCORES: dict[tuple[str, str], tuple[float, ...]] = {
 
 
 def is_percentage(metric: str) -> bool:
-    """The score is an accuracy, which lm-eval itself now reports as a fraction of 1."""
+    """Whether a metric is an accuracy, which lm-eval itself now reports as a fraction of 1."""
     return metric.startswith("acc")

@@ -1,4 +1,4 @@
-"""The data of the tasks in this directory: JSON lines beside the YAML files."""
+"""Reads the data of the tasks in this directory, which lie in JSON lines next to the YAML files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def load(file: str, **metadata: Any) -> dict[str, Any]:
+def load_jsonl(file: str, **metadata: Any) -> dict[str, Any]:
     """The one split, `test`, of a task whose YAML names the file under `dataset_kwargs`."""
     from datasets import Dataset
 
