@@ -136,7 +136,7 @@ def _compared(results: list[Got], args: argparse.Namespace) -> dict[str, int]:
     """How many answers are the text that the engine gives offline for the same prompt and seed."""
     from opt_megatron.generation.core.engine import Engine
     from opt_megatron.generation.request import Request
-    from opt_megatron.generation.sampling.sampler import SamplingParams
+    from opt_megatron.generation.sampling.sampling_params import SamplingParams
     from opt_megatron.parallel.context import init_parallel
     from opt_megatron.pretrained import open_pretrained
 

@@ -82,7 +82,7 @@ class OptMegatron:
 
 def _request(request: ServedRequest) -> Request:
     from opt_megatron.generation.request import Request
-    from opt_megatron.generation.sampling.sampler import SamplingParams
+    from opt_megatron.generation.sampling.sampling_params import SamplingParams
 
     params = SamplingParams(max_new_tokens=request.new_tokens, temperature=0, ignore_eos=True)
     return Request(prompt=request.prompt, params=params)

@@ -16,11 +16,11 @@ from opt_megatron.errors import UserError
 from opt_megatron.generation.core import engine as engine_module
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.core.kv_cache_allocator import round_up
-from opt_megatron.generation.core.model_runner import ModelRunner, carry_out
+from opt_megatron.generation.core.model_runner import ModelRunner
 from opt_megatron.generation.core.request_queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
-from opt_megatron.generation.step import BLOCK, Extent, Kind, Output, Row, Step
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
+from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
 from opt_megatron.parallel.collectives import Distributed, SharedMemory, tensor_parallel_collectives
 from opt_megatron.parallel.context import ParallelContext, init_parallel, on_all_ranks
 
@@ -54,11 +54,11 @@ def cached_logits(
     parallel = start(tp, pp)
     model = load_model(directory, None, parallel, quantization=quantization)
     runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
-    extent = Extent(BLOCK, round_up(len(tokens), BLOCK))
-    runner.allocate(extent.start + extent.size)
-    rows = [Row(extent, 0, tuple(tokens[:prefill]), 1)]
-    rows += [Row(extent, n, (tokens[n],), 1) for n in range(prefill, len(tokens))]
-    outputs = [runner.forward(Step((row,), Output.LOGITS)) for row in rows]
+    blocks = KVCacheBlocks(BLOCK_SIZE, round_up(len(tokens), BLOCK_SIZE))
+    runner.allocate(blocks.start + blocks.size)
+    parts = [ScheduledSequence(blocks, 0, tuple(tokens[:prefill]), 1)]
+    parts += [ScheduledSequence(blocks, n, (tokens[n],), 1) for n in range(prefill, len(tokens))]
+    outputs = [runner.forward(StepInput((part,), OutputKind.LOGITS)) for part in parts]
     return torch.cat(outputs) if parallel.is_leader else None
 
 
@@ -156,7 +156,7 @@ def abandoned_stream(directory: Path, tp: int) -> list[int]:
 
 def served_from_a_queue(directory: Path, tp: int) -> dict[int, str]:
     """How four requests end that another thread puts, cancels or gets wrong; the leader is idle in between."""
-    engine_module._SECONDS_OF_SILENCE = 0.01
+    engine_module._KEEP_ALIVE_SECONDS = 0.01
     parallel = start(tp, 1)
     engine = Engine(load_model(directory, None, parallel), parallel)
     queue = RequestQueue()
@@ -273,7 +273,7 @@ def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: 
     model = load_model(checkpoint, None, parallel)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
-    carry_out([runner], Kind.ALLOCATE, [batch * context])
+    runner.allocate(batch * context)
     return weights, runner._cache.nbytes, checkpoint.bytes_read
 
 

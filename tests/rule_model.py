@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from opt_megatron.generation.core.engine import Engine
-from opt_megatron.generation.sampling.sampler import SamplingParams, TokenHistory, choose
-from opt_megatron.generation.step import Output, Step
+from opt_megatron.generation.sampling.logits_processors import ProcessorChain
+from opt_megatron.generation.sampling.sampler import SamplerState, choose_token
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
+from opt_megatron.generation.sampling.token_history import TokenHistory
+from opt_megatron.generation.step import KVCacheBlocks, OutputKind, StepInput
 
 HIDDEN_SIZE = 6
 
 
 class RuleModel:
-    """A Runner (`generation/core/model_runner.py`).
+    """A Runner (`generation/core/executor.py`).
 
     Args:
         vocabulary: tokens.
@@ -29,42 +32,43 @@ class RuleModel:
         blend: how much of the logits is another seed's rule; makes a draft that is like the model.
 
     Attributes:
-        steps: made so far; fed: tokens in all of them; rows: of the largest.
+        steps: made so far; computed: tokens in all of them; sequences: of the largest.
     """
 
     def __init__(self, vocabulary: int, seed: int = 0, blend: float = 0.0) -> None:
         self.vocabulary, self._seed, self._blend = vocabulary, seed, blend
         self.cells: list[int | None] = []
-        self.steps = self.fed = self.rows = 0
+        self.steps = self.computed = self.sequences = 0
         self.logits = functools.cache(self._logits)
 
-    def allocate(self, tokens: int) -> None:
-        self.cells = [None] * max(tokens, len(self.cells))
+    def allocate(self, num_tokens: int) -> None:
+        self.cells = [None] * max(num_tokens, len(self.cells))
 
-    def copy(self, numbers: list[int]) -> None:
-        source, source_size, target, target_size, begin, end = numbers
-        assert 0 <= begin < end <= min(source_size, target_size)
-        self.cells[target + begin : target + end] = self.cells[source + begin : source + end]
+    def copy(self, source: KVCacheBlocks, target: KVCacheBlocks, begin: int, end: int) -> None:
+        assert 0 <= begin < end <= min(source.size, target.size)
+        copied = self.cells[source.start + begin : source.start + end]
+        self.cells[target.start + begin : target.start + end] = copied
 
-    def forward(self, step: Step) -> Tensor:
-        assert step.rows and all(row.tokens and row.asked <= len(row.tokens) for row in step.rows)
+    def forward(self, step: StepInput) -> Tensor:
+        assert step.sequences
         self.steps += 1
-        self.rows = max(self.rows, len(step.rows))
+        self.sequences = max(self.sequences, len(step.sequences))
         outputs = []
-        for row in step.rows:
-            self.fed += len(row.tokens)
-            start, end = row.extent.start, row.position + len(row.tokens)
-            assert end <= row.extent.size
-            self.cells[start + row.position : start + end] = row.tokens
-            for seen in range(end - row.asked + 1, end + 1):
-                outputs.append(self._output(tuple(self.cells[start : start + seen]), step.output))
+        for sequence in step.sequences:
+            assert sequence.tokens and sequence.num_logits <= len(sequence.tokens)
+            self.computed += len(sequence.tokens)
+            start, end = sequence.blocks.start, sequence.position + len(sequence.tokens)
+            assert end <= sequence.blocks.size
+            self.cells[start + sequence.position : start + end] = sequence.tokens
+            for seen in range(end - sequence.num_logits + 1, end + 1):
+                outputs.append(self._output(tuple(self.cells[start : start + seen]), step.output_kind))
         return torch.stack(outputs) if outputs else torch.empty(0, 1)
 
-    def _output(self, tokens: tuple[int, ...], kind: Output) -> Tensor:
+    def _output(self, tokens: tuple[int, ...], kind: OutputKind) -> Tensor:
         logits = self.logits(tokens)
-        if kind is Output.BEST:
+        if kind is OutputKind.ARGMAX:
             return torch.stack((logits.argmax().double(), logits.amax().double()))
-        return torch.cat((logits, self.hidden(tokens))) if kind is Output.HIDDEN else logits
+        return torch.cat((logits, self.hidden(tokens))) if kind is OutputKind.HIDDEN_STATES else logits
 
     def _logits(self, tokens: tuple[int, ...]) -> Tensor:
         own = 2 * _noise(self.vocabulary, tokens, self._seed)
@@ -78,9 +82,10 @@ class RuleModel:
         """What the engine has to generate, one token after another and without a cache; never ends early."""
         history = TokenHistory(prompt)
         generator = torch.Generator().manual_seed(params.seed if seed is None else seed)
+        state = SamplerState(ProcessorChain(params), history, generator)
         for _ in range(params.max_new_tokens):
             logits = self.logits(tuple(history.tokens))
-            history.append(choose(logits[None], [(params, history, generator)])[0])
+            history.append(choose_token(logits, state))
         return tuple(history.output)
 
     def probability(self, prompt: Sequence[int], continuation: Sequence[int]) -> float:

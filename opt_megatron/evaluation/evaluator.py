@@ -10,16 +10,23 @@ sent, so that all ranks carry it out or none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from enum import IntEnum
 from typing import TypeVar
 
 from ..api import OPT
 from ..errors import UserError
+from ..generation.core.command_loop import CommandLoop
 from ..generation.request import Completion, Request
 from ..model.scoring import Item, Score, check_items
 from ..parallel.context import on_all_ranks
 
 T = TypeVar("T")
-_SCORE, _COMPLETE, _STOP = "score", "complete", "stop"
+
+
+class _Command(IntEnum):
+    SCORE = 0
+    COMPLETE = 1
 
 
 class Evaluator:
@@ -31,6 +38,7 @@ class Evaluator:
     def __init__(self, opt: OPT) -> None:
         self.opt = opt
         self._parallel = opt.parallel
+        self._commands = CommandLoop(self._parallel, self._execute)
 
     def lead(self, action: Callable[[], T]) -> T | None:
         """Run the action on the leader, who alone gets its result, while the others carry out what it asks.
@@ -38,7 +46,7 @@ class Evaluator:
         Raises:
             UserError: the action's; on every rank.
         """
-        return on_all_ranks(self._parallel, lambda: self._lead(action) if self._parallel.is_leader else self._follow())
+        return on_all_ranks(self._parallel, lambda: self._lead_or_follow(action))
 
     def score(self, items: Sequence[Item], on_batch: Callable[[int], object] | None = None) -> list[Score]:
         """`scoring.score`; on the leader, within `lead`.
@@ -47,8 +55,8 @@ class Evaluator:
             UserError: an item does not fit the model.
         """
         check_items(items, self.opt.config)
-        self._parallel.broadcast_object((_SCORE, list(items)))
-        return self.opt.score_items(items, on_batch=on_batch)
+        self._commands.send(_Command.SCORE)
+        return self._score(items, on_batch)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """`Engine.complete`; on the leader, within `lead`.
@@ -56,24 +64,23 @@ class Evaluator:
         Raises:
             UserError: a request cannot be run.
         """
-        self._parallel.broadcast_object((_COMPLETE, None))
+        self._commands.send(_Command.COMPLETE)
         return self.opt.engine.complete(requests)
 
-    def _lead(self, action: Callable[[], T]) -> T:
-        try:
-            return action()
-        finally:
-            self._parallel.broadcast_object((_STOP, None))
+    def _lead_or_follow(self, action: Callable[[], T]) -> T | None:
+        if self._parallel.is_leader:
+            with self._commands.leading():
+                return action()
+        self._commands.follow()
+        return None
 
-    def _follow(self) -> None:
-        while True:
-            question, content = self._parallel.broadcast_object(None)
-            if question == _STOP:
-                return
-            if question == _SCORE:
-                self.opt.score_items(content)
-                continue
-            try:
-                self.opt.engine.complete([])
-            except UserError:  # the leader's; it decides what becomes of it
-                continue
+    def _execute(self, command: int, numbers: list[int]) -> None:
+        """On a follower: its part of `score` or `complete`."""
+        if command == _Command.SCORE:
+            self._score([], None)
+            return
+        with suppress(UserError):  # the leader raises the same error, and handles it
+            self.opt.engine.complete([])
+
+    def _score(self, items: Sequence[Item], on_batch: Callable[[int], object] | None) -> list[Score]:
+        return self.opt.score_items(self._parallel.broadcast_object(list(items)), on_batch=on_batch)

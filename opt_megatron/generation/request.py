@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from ..config import OPTConfig
 from ..errors import UserError
-from .sampling.sampler import SamplingParams
+from .sampling.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "refused", "failed"]
 TopLogProbs = tuple[tuple[int, float], ...]
@@ -103,7 +103,7 @@ class CompletionBuilder:
         request, choice = key
         kept = [event for event in events if event.token is not None and not event.is_prompt]
         return Completion(
-            tokens=tuple(event.token for event in kept),
+            tokens=tuple(event.token for event in kept if event.token is not None),
             text="".join(event.text for event in events if not event.is_prompt),
             finish_reason=events[-1].finish_reason or "length",
             request=request,

@@ -95,7 +95,7 @@ class AsyncEngine:
             ApiError: the queue is too full, or the server takes no requests.
         """
         _ = self.model  # raises unless the engine is ready
-        self.check_queue(sum(one.request.params.num_drawn for one in requests))
+        self.check_queue(sum(one.request.params.num_sampled for one in requests))
         output = OutputCollector(self._thread.queue.cancel)
         for index, one in enumerate(requests):
             number = self._thread.queue.put(one.request)

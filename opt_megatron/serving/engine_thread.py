@@ -82,11 +82,11 @@ class MonitoredRequestQueue(RequestQueue):
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
-    def take(self) -> tuple[list[tuple[int, Request]], set[int]]:
-        """As `RequestQueue.take`; a new step begins."""
+    def drain(self) -> tuple[list[tuple[int, Request]], set[int]]:
+        """As `RequestQueue.drain`; a new step begins."""
         self._step_began = time.monotonic()
         self._on_step()
-        return super().take()
+        return super().drain()
 
     def wait(self, seconds: float) -> bool:
         """As `RequestQueue.wait`, for at most a few seconds."""

@@ -25,7 +25,7 @@ class RequestState:
     def __init__(self, output: OutputCollector, prompt_tokens: int, params: SamplingParams, metrics: Metrics) -> None:
         self.output = output
         self.is_started = False
-        self.num_continuations = params.num_drawn
+        self.num_continuations = params.num_sampled
         self._num_unfinished = params.n  # of the continuations that are returned
         self._metrics = metrics
         self._arrival = time.perf_counter()

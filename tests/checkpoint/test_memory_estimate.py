@@ -36,14 +36,15 @@ def test_activations_cover_what_a_prefill_allocates(models, alone):
     """The peak of a real forward pass, by torch's own count of CPU allocations, against the plan's figure."""
     from opt_megatron.checkpoint.load import load_model
     from opt_megatron.generation.core.model_runner import ModelRunner
-    from opt_megatron.generation.step import Extent, Output, Row, Step
+    from opt_megatron.generation.step import KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
 
     directory = models["pre-norm"][0]
     config = OPTConfig.from_directory(directory)
     plan = estimate_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
     runner = ModelRunner(load_model(directory, None, alone), alone, config.num_tokens)
     runner.allocate(4 * 256)
-    step = Step(tuple(Row(Extent(256 * n, 256), 0, (5,) * 200, 1) for n in range(4)), Output.LOGITS)
+    sequences = tuple(ScheduledSequence(KVCacheBlocks(256 * n, 256), 0, (5,) * 200, 1) for n in range(4))
+    step = StepInput(sequences, OutputKind.LOGITS)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         runner.forward(step)
     current = peak = 0

@@ -13,7 +13,7 @@ from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.tokenizer import OPTTokenizer
 
 MODELS = ["pre-norm", "post-norm", "story"]

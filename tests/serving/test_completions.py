@@ -9,7 +9,7 @@ from running_server import EMBEDDED_DIRECTORY, TOKENIZER, running
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
 
 PROMPT = "Once upon a time"
 IDS = TOKENIZER.encode(PROMPT)

@@ -17,7 +17,7 @@ from running_server import SECONDS, TOKENIZER, running
 
 from opt_megatron.cli import main
 from opt_megatron.errors import UserError
-from opt_megatron.generation.decoding.sequences import SamplingBranch
+from opt_megatron.generation.decoding.sampling_group import SamplingGroup
 from opt_megatron.serving.async_engine import EngineTimeoutError
 from opt_megatron.serving.limits import Limits
 
@@ -128,14 +128,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(alone):
 
 
 def test_an_error_of_one_request_is_500_for_it_alone(alone, monkeypatch):
-    made = SamplingBranch.accept
+    made = SamplingGroup.accept_token
 
-    def accept(branch, token, logits=None):
-        if branch.request.params.seed == 13:
+    def accept(group, token, logits=None):
+        if group.request.params.seed == 13:
             raise ZeroDivisionError("thirteen")
-        return made(branch, token, logits)
+        return made(group, token, logits)
 
-    monkeypatch.setattr(SamplingBranch, "accept", accept)
+    monkeypatch.setattr(SamplingGroup, "accept_token", accept)
     with running(alone) as server:
         server.wait_for(lambda: health(server)[0] == 200)
         answer = server.complete(prompt="Once", seed=13)

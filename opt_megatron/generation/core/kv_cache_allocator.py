@@ -1,93 +1,88 @@
-"""Which part of the KV cache belongs to whom: extents of neighbouring tokens, and those that may be reused."""
+"""Which blocks of the KV cache belong to which sequence, and which still hold a reusable prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..step import Extent
+from ..decoding.sequences import common_prefix_length
+from ..step import KVCacheBlocks
 
-_MOST_RETIRED = 64  # ended sequences that are remembered; each is compared with every new prompt
+_MAX_EVICTABLE = 64  # ended sequences that are remembered; each is compared with every new prompt
 
 
-class CacheMemory:
-    """Gives out extents of a cache of `tokens` tokens, each a multiple of `block` tokens.
+class KVCacheAllocator:
+    """Allocates consecutive blocks of a cache of `num_tokens` tokens.
 
-    An extent that is given back with what it holds stays readable until its memory is needed, so that a
-    prompt that begins like an earlier one need not be computed again.
+    Blocks that are freed with their contents stay readable until they are evicted, so that a prompt with the same
+    prefix as an earlier one need not be computed again. Eviction is in the order of last use.
+
+    Args:
+        block_size: tokens.
     """
 
-    def __init__(self, tokens: int, block: int = 1) -> None:
-        self.tokens, self._block = tokens, block
-        self._used: list[Extent] = []  # in the order of their starts
-        self._retired: dict[Extent, tuple[int, ...]] = {}  # oldest first
+    def __init__(self, num_tokens: int, block_size: int = 1) -> None:
+        self.num_tokens, self._block_size = num_tokens, block_size
+        self._used: list[KVCacheBlocks] = []  # in the order of their starts
+        self._evictable: dict[KVCacheBlocks, tuple[int, ...]] = {}  # least recently used first
 
     @property
-    def used_tokens(self) -> int:
-        """Tokens of extents that were given out and not given back."""
-        return sum(extent.size for extent in self._used)
+    def num_used_tokens(self) -> int:
+        """Tokens of blocks that are allocated and not freed."""
+        return sum(blocks.size for blocks in self._used)
 
-    def allocate(self, size: int) -> Extent | None:
-        """An extent of at least `size` tokens at the lowest free place, or None where there is none.
+    def allocate(self, num_tokens: int) -> KVCacheBlocks | None:
+        """Blocks for at least `num_tokens` tokens at the lowest free place, after as many evictions as that needs.
 
-        Retired extents give way, oldest first.
+        Returns:
+            None if there is no place even after all evictions.
         """
-        size = round_up(size, self._block)
+        size = round_up(num_tokens, self._block_size)
         while True:
-            extent = self._first_fit(size)
-            if extent is not None or not self._retired:
+            blocks = self._first_fit(size)
+            if blocks is not None or not self._evictable:
                 break
-            self._retired.pop(next(iter(self._retired)))
-        if extent is not None:
-            self._used = sorted([*self._used, extent])
-        return extent
+            self._evict_oldest()
+        if blocks is not None:
+            self._used = sorted([*self._used, blocks])
+        return blocks
 
-    def free(self, extent: Extent) -> None:
-        """Give back an extent whose contents nobody will want."""
-        self._used.remove(extent)
+    def free(self, blocks: KVCacheBlocks, contents: Sequence[int] = ()) -> None:
+        """Free blocks; `contents` are the tokens whose keys and values they hold, if these may be reused."""
+        self._used.remove(blocks)
+        if contents:
+            self._evictable[blocks] = tuple(contents)
+            if len(self._evictable) > _MAX_EVICTABLE:
+                self._evict_oldest()
 
-    def retire(self, extent: Extent, contents: Sequence[int]) -> None:
-        """Give back an extent that holds the keys and values of `contents`."""
-        self.free(extent)
-        self._retired[extent] = tuple(contents)
-        if len(self._retired) > _MOST_RETIRED:
-            self._retired.pop(next(iter(self._retired)))
-
-    def longest_prefix(self, tokens: Sequence[int]) -> tuple[Extent | None, int]:
-        """The retired extent that begins most like `tokens`, and how many tokens they share."""
+    def longest_prefix(self, tokens: Sequence[int]) -> tuple[KVCacheBlocks | None, int]:
+        """The evictable blocks with the longest common prefix with `tokens`, and its length; None where it is 0."""
         best, longest = None, 0
-        for extent, contents in self._retired.items():
-            shared = common_prefix(contents, tokens)
+        for blocks, contents in self._evictable.items():
+            shared = common_prefix_length(contents, tokens)
             if shared > longest:
-                best, longest = extent, shared
+                best, longest = blocks, shared
         return best, longest
 
-    def keep(self, extent: Extent) -> None:
-        """Mark a retired extent as lately used, so that it gives way last."""
-        self._retired[extent] = self._retired.pop(extent)
+    def touch(self, blocks: KVCacheBlocks) -> None:
+        """Mark evictable blocks as used just now, so that they are evicted last."""
+        self._evictable[blocks] = self._evictable.pop(blocks)
 
-    def is_retired(self, extent: Extent) -> bool:
-        """Whether its contents are still there."""
-        return extent in self._retired
+    def is_evictable(self, blocks: KVCacheBlocks) -> bool:
+        """Whether blocks are free and still hold their contents."""
+        return blocks in self._evictable
 
-    def _first_fit(self, size: int) -> Extent | None:
+    def _evict_oldest(self) -> None:
+        self._evictable.pop(next(iter(self._evictable)))
+
+    def _first_fit(self, size: int) -> KVCacheBlocks | None:
         begin = 0
-        for extent in sorted([*self._used, *self._retired]):
-            if extent.start - begin >= size:
-                return Extent(begin, size)
-            begin = extent.start + extent.size
-        return Extent(begin, size) if self.tokens - begin >= size else None
+        for blocks in sorted([*self._used, *self._evictable]):
+            if blocks.start - begin >= size:
+                return KVCacheBlocks(begin, size)
+            begin = blocks.start + blocks.size
+        return KVCacheBlocks(begin, size) if self.num_tokens - begin >= size else None
 
 
-def round_up(size: int, block: int) -> int:
-    """The next multiple of `block`."""
-    return -(-size // block) * block
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginnings."""
-    shared = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
+def round_up(size: int, block_size: int) -> int:
+    """The smallest multiple of `block_size` that is at least `size`."""
+    return -(-size // block_size) * block_size

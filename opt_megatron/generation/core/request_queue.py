@@ -1,4 +1,4 @@
-"""Requests that arrive while others run."""
+"""The queue through which requests reach a running engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..request import Request
 
 
 class RequestQueue:
-    """Where any thread puts requests, and the engine takes them between steps.
+    """Any thread puts requests, and the engine drains the queue between steps.
 
     Args:
         requests: the first ones.
@@ -18,25 +18,32 @@ class RequestQueue:
 
     def __init__(self, requests: Sequence[Request] = ()) -> None:
         self._changed = threading.Condition()
-        self._fresh: deque[tuple[int, Request]] = deque(enumerate(requests))
-        self._count = len(self._fresh)
+        self._arrived: deque[tuple[int, Request]] = deque(enumerate(requests))
+        self._num_requests = len(self._arrived)
         self._cancelled: set[int] = set()
         self._is_closed = False
 
     def put(self, request: Request) -> int:
-        """Add a request; its number is what its events carry. Not after `close`."""
+        """Add a request.
+
+        Returns:
+            its id, which its events carry: the number of requests before it.
+
+        Raises:
+            RuntimeError: the queue is closed.
+        """
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the queue is closed")
-            number, self._count = self._count, self._count + 1
-            self._fresh.append((number, request))
+            request_id, self._num_requests = self._num_requests, self._num_requests + 1
+            self._arrived.append((request_id, request))
             self._changed.notify()
-            return number
+            return request_id
 
-    def cancel(self, number: int) -> None:
-        """End a request, wherever it stands; of one that has ended already nothing more is heard."""
+    def cancel(self, request_id: int) -> None:
+        """End a request, waiting or running; without effect on one that has ended already."""
         with self._changed:
-            self._cancelled.add(number)
+            self._cancelled.add(request_id)
             self._changed.notify()
 
     def close(self) -> None:
@@ -45,21 +52,21 @@ class RequestQueue:
             self._is_closed = True
             self._changed.notify()
 
-    def take(self) -> tuple[list[tuple[int, Request]], set[int]]:
-        """What has arrived and what has been cancelled since the last call."""
+    def drain(self) -> tuple[list[tuple[int, Request]], set[int]]:
+        """The requests that have arrived since the last call, with their ids, and the ids of those cancelled."""
         with self._changed:
-            fresh, cancelled = list(self._fresh), self._cancelled
-            self._fresh.clear()
+            arrived, cancelled = list(self._arrived), self._cancelled
+            self._arrived.clear()
             self._cancelled = set()
-            return fresh, cancelled
+            return arrived, cancelled
 
     def wait(self, seconds: float) -> bool:
-        """Wait for something to happen, and say whether it has."""
+        """Wait until something has arrived, or was cancelled, or the queue is closed; False after so many seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: bool(self._fresh or self._cancelled or self._is_closed), seconds)
+            return self._changed.wait_for(lambda: bool(self._arrived or self._cancelled or self._is_closed), seconds)
 
     @property
-    def is_drained(self) -> bool:
-        """Closed, and everything was taken."""
+    def is_exhausted(self) -> bool:
+        """Closed, and all requests were drained."""
         with self._changed:
-            return self._is_closed and not self._fresh
+            return self._is_closed and not self._arrived

@@ -1,7 +1,7 @@
 """Beam search: the likeliest continuations instead of sampled ones.
 
-The rules are those of transformers (generation/utils.py, `_beam_search`), so that results are equal: of the
-candidates (1 + ends) x beams are looked at, those that end and are among the best `num_beams` are finished
+The rules are those of transformers (generation/utils.py, `_beam_search`), so that results are equal: the best
+(1 + end tokens) x beams candidates are considered, those that end and are among the best `num_beams` are finished
 with the score sum / length**length_penalty, and the search stops when no running beam can do better.
 """
 
@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..core.kv_cache_allocator import common_prefix
 from ..request import Request, TokenEvent
-from ..sampling.sampler import SamplingParams, TokenHistory, filtered_scores
-from .detokenizer import Continuation
-from .sequences import Branch, CachedSequence, Copy, Feed
+from ..sampling.logits_processors import ProcessorChain
+from ..sampling.sampler import filtered_scores
+from ..sampling.sampling_params import SamplingParams
+from ..sampling.token_history import TokenHistory
+from ..step import ScheduledSequence
+from .detokenizer import IncrementalDetokenizer
+from .sequences import CachedSequence, CopyCache, SequenceGroup, common_prefix_length
 
 
 class Beam(NamedTuple):
@@ -30,59 +33,62 @@ class Beam(NamedTuple):
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Continued:
-    """A beam that goes on: which of the running ones, and with what token."""
+class Candidate(NamedTuple):
+    """A continuation of a beam: the index of the running beam, and the next token."""
 
     parent: int
     token: int
 
 
 class BeamSearch:
-    """The search for one prompt; knows scores and tokens, no model and no text.
+    """The search for one prompt, in terms of scores and tokens; independent of the model and of text.
 
     Args:
-        ends: ids that end a beam.
+        end_tokens: ids that end a beam.
+
+    Attributes:
+        running: the beams that continue, best first.
+        is_done: no running beam can become better than the finished ones.
     """
 
-    def __init__(self, params: SamplingParams, ends: Sequence[int]) -> None:
+    def __init__(self, params: SamplingParams, end_tokens: Sequence[int]) -> None:
         self._params = params
-        self._ends = set(ends)
-        self._candidates = max(2, 1 + len(self._ends)) * params.num_beams
+        self._end_tokens = set(end_tokens)
+        self._num_candidates = max(2, 1 + len(self._end_tokens)) * params.num_beams
         self.running = [Beam(0.0, ())]
         self._finished: list[Beam] = []
         self.is_done = False
 
-    def advance(self, scores: Tensor) -> list[Continued]:
-        """One step.
+    def advance(self, scores: Tensor) -> list[Candidate]:
+        """Extend every running beam by a token.
 
         Args:
-            scores: [running beams, vocabulary], log-probabilities after all filters.
+            scores: [running beams, vocabulary], log-probabilities after all processors.
 
         Returns:
-            the next running beams, best first.
+            how the next running beams continue the present ones, best first.
         """
         sums = scores + torch.tensor([beam.score for beam in self.running])[:, None]
-        values, indices = sums.flatten().topk(min(self._candidates, sums.numel()))
+        values, indices = sums.flatten().topk(min(self._num_candidates, sums.numel()))
         candidates = [
-            (value, Continued(index // scores.size(1), index % scores.size(1)))
+            (value, Candidate(index // scores.size(1), index % scores.size(1)))
             for value, index in zip(values.tolist(), indices.tolist(), strict=True)
         ]
         length = len(self.running[0].tokens) + 1
         at_end = length == self._params.max_new_tokens
-        for value, step in candidates[: self._params.num_beams]:
-            if (at_end or step.token in self._ends) and value > -math.inf:
-                self._finished.append(self._finish(value, (*self.running[step.parent].tokens, step.token)))
+        for value, candidate in candidates[: self._params.num_beams]:
+            if (at_end or candidate.token in self._end_tokens) and value > -math.inf:
+                self._finished.append(self._finish(value, (*self.running[candidate.parent].tokens, candidate.token)))
         # All that end in this step are compared; sorting is stable: the earlier one wins a tie.
         self._finished = sorted(self._finished, key=lambda beam: -beam.score)[: self._params.num_beams]
-        going = [(v, s) for v, s in candidates if not at_end and s.token not in self._ends and v > -math.inf]
-        going = going[: self._params.num_beams]
-        self.running = [Beam(v, (*self.running[s.parent].tokens, s.token)) for v, s in going]
-        self.is_done = not going or not self._can_improve(length)
-        return [step for _, step in going]
+        kept = [(v, c) for v, c in candidates if not at_end and c.token not in self._end_tokens and v > -math.inf]
+        kept = kept[: self._params.num_beams]
+        self.running = [Beam(v, (*self.running[c.parent].tokens, c.token)) for v, c in kept]
+        self.is_done = not kept or not self._can_improve(length)
+        return [candidate for _, candidate in kept]
 
-    def _finish(self, total: float, tokens: tuple[int, ...]) -> Beam:
-        return Beam(total / len(tokens) ** self._params.length_penalty, tokens)
+    def _finish(self, logprob_sum: float, tokens: tuple[int, ...]) -> Beam:
+        return Beam(logprob_sum / len(tokens) ** self._params.length_penalty, tokens)
 
     @property
     def _is_full(self) -> bool:
@@ -100,89 +106,94 @@ class BeamSearch:
         return self._finished[: self._params.n]
 
 
-class BeamBranch(Branch):
+class BeamSearchGroup(SequenceGroup):
     """A request under beam search; its events come when the search has ended."""
 
-    def __init__(self, number: int, request: Request, eos: int | None) -> None:
+    def __init__(self, request_id: int, request: Request, eos: int | None) -> None:
         params = request.params
-        size = len(request.prompt) + params.max_new_tokens - 1
-        super().__init__(number, request, 0, params.num_beams, size)
+        max_length = len(request.prompt) + params.max_new_tokens - 1
+        super().__init__(request_id, request, 0, params.num_beams, max_length)
         self._eos = eos
+        self._chain = ProcessorChain(params)
         self._prompt_history = TokenHistory(request.prompt, eos)
         self._search = BeamSearch(params, [*params.stop_token_ids, *(() if eos is None else (eos,))])
-        self._active = 1  # sequences that hold running beams
+        self._num_running = 1  # the first ones of `sequences`, which hold the running beams
 
-    def feeds(self, budget: int) -> list[Feed]:
+    def schedule(self, budget: int) -> list[ScheduledSequence]:
         """A piece of the prompt, or every running beam's newest token."""
-        if self.is_prefilling:
-            count = min(self.lead.pending, budget)
-            return [Feed(self.lead, count, int(count == self.lead.pending))] if count else []
-        return [Feed(sequence, 1, 1) for sequence in self.sequences[: self._active]]
+        if self.lead.is_prefilling:
+            count = min(self.lead.num_pending, budget)
+            return [self.lead.schedule(count, int(count == self.lead.num_pending))] if count else []
+        return [sequence.schedule(1, 1) for sequence in self.sequences[: self._num_running]]
 
-    def take(self, feeds: Sequence[Feed], outputs: Sequence[Tensor], copy: Copy) -> list[TokenEvent]:
-        """Search one step further."""
-        for feed in feeds:
-            feed.sequence.cached += feed.count
-        if self.lead.pending:
+    def process_outputs(
+        self, scheduled: Sequence[ScheduledSequence], outputs: Sequence[Tensor], copy: CopyCache
+    ) -> list[TokenEvent]:
+        """Advance the search by one step."""
+        running = self.sequences[: len(scheduled)]
+        for sequence, part in zip(running, scheduled, strict=True):
+            sequence.num_cached += len(part.tokens)
+        if self.lead.num_pending:
             return []
         rows = torch.cat(list(outputs)).cpu().log_softmax(-1)
-        scores = torch.stack([self._filtered(row, feed.sequence) for row, feed in zip(rows, feeds, strict=True)])
-        steps = self._search.advance(scores)
-        if self._search.is_done:
-            if len(self._search.best()) < self.request.params.n:
-                raise UserError(
-                    f"the beam search found {len(self._search.best())} continuations and n is {self.request.params.n}: "
-                    "options leave too few tokens possible"
-                )
-            self.is_finished = True
-            return self._report()
-        self._rearrange(steps, copy)
-        return []
+        scores = torch.stack([self._filtered(row, sequence) for row, sequence in zip(rows, running, strict=True)])
+        candidates = self._search.advance(scores)
+        if not self._search.is_done:
+            self._assign_sequences(candidates, copy)
+            return []
+        if len(self._search.best()) < self.request.params.n:
+            raise UserError(
+                f"the beam search found {len(self._search.best())} continuations and n is {self.request.params.n}: "
+                "options leave too few tokens possible"
+            )
+        self.is_finished = True
+        return self._final_events()
 
     def _filtered(self, scores: Tensor, sequence: CachedSequence) -> Tensor:
         history = self._prompt_history.copy()
-        for token in sequence.tokens[len(self.request.prompt) :]:
-            history.append(token)
-        return filtered_scores(scores, self.request.params, history)
+        history.tokens += sequence.tokens[len(self.request.prompt) :]
+        return filtered_scores(scores, self._chain, history)
 
-    def _rearrange(self, steps: list[Continued], copy: Copy) -> None:
+    def _assign_sequences(self, candidates: list[Candidate], copy: CopyCache) -> None:
         """Give every beam a sequence whose cache holds its tokens but the last.
 
-        A beam's first child stays where it is; the others take sequences that have no child of their own, and
-        copy what they do not have in common.
+        A beam's first child keeps its sequence; the others get sequences whose beam has no child, and copy the tokens
+        that the two do not have in common.
         """
         parents = [(list(sequence.tokens), sequence) for sequence in self.sequences]
-        taken: dict[int, CachedSequence] = {}
-        for index, step in enumerate(steps):
-            sequence = parents[step.parent][1]
-            if sequence not in taken.values():
-                taken[index] = sequence
-        free = [sequence for sequence in self.sequences if sequence not in taken.values()]
-        for index, step in enumerate(steps):
-            tokens, source = parents[step.parent]
-            if index not in taken:
-                target = taken[index] = free.pop(0)
-                copy(source, target, common_prefix(target.tokens[: target.cached], tokens), len(tokens))
-        for index, step in enumerate(steps):
-            sequence, tokens = taken[index], parents[step.parent][0]
-            sequence.tokens, sequence.cached = [*tokens, step.token], len(tokens)
-        chosen = [taken[index] for index in range(len(steps))]
-        self.sequences = chosen + [sequence for sequence in self.sequences if sequence not in chosen]
-        self._active = len(chosen)
+        assigned: dict[int, CachedSequence] = {}
+        for index, candidate in enumerate(candidates):
+            sequence = parents[candidate.parent][1]
+            if sequence not in assigned.values():
+                assigned[index] = sequence
+        free = [sequence for sequence in self.sequences if sequence not in assigned.values()]
+        for index, candidate in enumerate(candidates):
+            tokens, source = parents[candidate.parent]
+            if index not in assigned:
+                target = assigned[index] = free.pop(0)
+                begin = common_prefix_length(target.tokens[: target.num_cached], tokens)
+                copy(source, target, begin, len(tokens))
+        for index, candidate in enumerate(candidates):
+            sequence, tokens = assigned[index], parents[candidate.parent][0]
+            sequence.tokens, sequence.num_cached = [*tokens, candidate.token], len(tokens)
+        running = [assigned[index] for index in range(len(candidates))]
+        self.sequences = running + [sequence for sequence in self.sequences if sequence not in running]
+        self.lead = self.sequences[0]
+        self._num_running = len(running)
 
-    def cancelled(self) -> list[TokenEvent]:
-        """End now."""
-        (event,) = super().cancelled()
+    def cancel(self) -> list[TokenEvent]:
+        """End the group, and return the last event of each of its continuations."""
+        (event,) = super().cancel()
         return [replace(event, choice=choice) for choice in range(self.request.params.n)]
 
-    def _report(self) -> list[TokenEvent]:
+    def _final_events(self) -> list[TokenEvent]:
         events = []
         for choice, beam in enumerate(self._search.best()):
-            continuation = Continuation(self.request, self._eos, choice)
+            detokenizer = IncrementalDetokenizer(self.request, self._eos)
             for index, token in enumerate(beam.tokens):
-                text, reason = continuation.push(token)
+                text, reason = detokenizer.push(token)
                 is_last = index == len(beam.tokens) - 1
-                events.append(TokenEvent(self.number, token, text, reason or ("stop" if is_last else None), choice))
+                events.append(TokenEvent(self.request_id, token, text, reason or ("stop" if is_last else None), choice))
                 if reason:
                     break
         return events

@@ -1,115 +1,50 @@
-"""Drafts: tokens that are proposed cheaply and verified many at a time, without changing what comes out.
+"""Speculative decoding: the acceptance of proposed tokens, which changes nothing about what is generated.
 
-Decoding one token reads all weights; verifying five at once reads them once. Greedy output is the same as
-without a draft; sampled output follows the same distribution (`branches.SamplingBranch`), though not the same
-random numbers.
+Decoding one token reads all weights; verifying five proposed ones in one step reads them once. Greedy output is the
+same as without proposals; sampled output follows the same distribution, though with other random numbers. What makes
+the proposals is in `drafts.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ..sampling.sampler import distribution, draw
-from ..step import Output, Row, Step
-from .sequences import Proposal, SamplingBranch
-
-_LONGEST_NGRAM = 3
+from ..sampling.sampler import sample_token
 
 
-class Draft(Protocol):
-    """Proposes continuations."""
+@dataclass
+class Proposal:
+    """Proposed tokens, and the distribution [V] that each was sampled from (None: it was certain)."""
 
-    def propose(self, branches: Sequence[SamplingBranch]) -> None:
-        """Set each branch's `proposal`, of at most its `room_for_proposals` tokens."""
+    tokens: list[int] = field(default_factory=list)
+    distributions: list[Tensor | None] = field(default_factory=list)
 
 
-class PromptLookup:
-    """Proposes what followed the last time that the newest tokens stood in the sequence.
+def verify_token(target: Tensor, proposed: int, source: Tensor | None, generator: torch.Generator) -> tuple[int, bool]:
+    """One step of speculative sampling (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
 
-    (Saxena 2023, "Prompt Lookup Decoding".) Costs nothing, and pays where text repeats its prompt.
+    A proposal sampled from q is accepted with probability min(1, p/q); otherwise the token is sampled from the
+    positive part of p - q. Whatever q is, the resulting token follows p.
 
     Args:
-        num_tokens: proposed at a time.
+        target: p [V], the model's distribution after all processors.
+        source: q [V]; None if the proposal was certain.
+
+    Returns:
+        the token, and whether it is the accepted proposal.
     """
-
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
-        self._indices: dict[SamplingBranch, _NGrams] = {}
-
-    def propose(self, branches: Sequence[SamplingBranch]) -> None:
-        """Look up each branch's newest three tokens, or two."""
-        self._indices = {branch: self._indices.get(branch) or _NGrams() for branch in branches}
-        for branch, index in self._indices.items():
-            room = min(self._num_tokens, branch.room_for_proposals)
-            tokens = index.after_last(branch.lead.tokens)[:room]
-            branch.proposal = Proposal(tokens, [None] * len(tokens))
-
-
-class _NGrams:
-    """Where each pair and triple of a growing sequence last ended."""
-
-    def __init__(self) -> None:
-        self._ends: dict[tuple[int, ...], int] = {}
-        self._seen = 0
-
-    def after_last(self, tokens: list[int]) -> list[int]:
-        """What followed the latest earlier occurrence of the newest tokens."""
-        for end in range(max(2, self._seen), len(tokens)):  # those that end with the newest token come in next time
-            for size in range(2, min(_LONGEST_NGRAM, end) + 1):
-                self._ends[tuple(tokens[end - size : end])] = end
-        self._seen = len(tokens)
-        for size in range(_LONGEST_NGRAM, 1, -1):
-            end = self._ends.get(tuple(tokens[-size:]))
-            if end is not None:
-                return tokens[end:]
-        return []
-
-
-class DraftModel:
-    """A smaller model with a cache of its own, in which every sequence has the same extent.
-
-    Args:
-        forward: makes a step of the draft model on all ranks; the leader gets the output.
-        num_tokens: proposed at a time.
-    """
-
-    def __init__(self, forward: Callable[[Step], Tensor], num_tokens: int) -> None:
-        self._forward = forward
-        self._num_tokens = num_tokens
-
-    def propose(self, branches: Sequence[SamplingBranch]) -> None:
-        """Draw from the draft model as the request would be drawn from the model, all branches at once."""
-        for branch in branches:
-            branch.proposal = Proposal()
-        for index in range(self._num_tokens):
-            active = [branch for branch in branches if branch.room_for_proposals > index]
-            if not active:
-                return
-            self._propose_one(active)
-
-    def _propose_one(self, branches: list[SamplingBranch]) -> None:
-        greedy = all(branch.output is Output.BEST for branch in branches)
-        rows = tuple(self._row(branch) for branch in branches)
-        outputs = self._forward(Step(rows, Output.BEST if greedy else Output.LOGITS))
-        for branch, row, output in zip(branches, rows, outputs, strict=True):
-            branch.lead.draft_cached = row.position + len(row.tokens)
-            proposal = branch.proposal
-            if greedy:
-                token, source = int(output[0]), None
-            else:
-                history = branch.history.copy()
-                for earlier in proposal.tokens:
-                    history.append(earlier)
-                source = distribution(output, branch.request.params, history)
-                token = draw(source, branch.generator)
-            proposal.tokens.append(token)
-            proposal.distributions.append(source)
-
-    @staticmethod
-    def _row(branch: SamplingBranch) -> Row:
-        sequence = branch.lead
-        tokens = [*sequence.tokens, *branch.proposal.tokens]
-        return Row(sequence.extent, sequence.draft_cached, tuple(tokens[sequence.draft_cached :]), 1)
+    threshold = torch.rand((), generator=generator, dtype=torch.float64)
+    ratio = target[proposed].double() / (1.0 if source is None else source[proposed].double())
+    if threshold < ratio:
+        return proposed, True
+    rest = target.clone()
+    if source is None:
+        rest[proposed] = 0
+    else:
+        rest = (rest - source).clamp_(min=0)
+    # p and q may differ by rounding alone; then p itself is the answer.
+    rest = rest / rest.sum() if rest.sum() > 0 else target
+    return sample_token(rest, generator), False

@@ -15,35 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import regex
-
 from ...errors import UserError
+from ..sampling.stop_regex import SEARCH_TIMEOUT_S, compile_stop_regex
 
 CONTEXT = 256
-_TIMEOUT_S = 1.0  # for one search, which takes microseconds unless the pattern backtracks without end
-_MOVES_START = regex.compile(r"(?<!\\)(?:\\\\)*\\K")
 
 Span = tuple[int, int]
-
-
-def compile_pattern(pattern: str) -> regex.Pattern:
-    """A regular expression that can end a stream.
-
-    Raises:
-        UserError: it is not one, or cannot be used so.
-    """
-    try:
-        compiled = regex.compile(pattern)
-        empty = compiled.search("", timeout=_TIMEOUT_S)
-    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
-        raise UserError(f"stop_regex {pattern!r} is not a regular expression: {error}") from error
-    if empty:
-        raise UserError(f"stop_regex {pattern!r} matches the empty string, so nothing would be generated")
-    if compiled.flags & regex.REVERSE:
-        raise UserError(f"stop_regex {pattern!r} searches backwards, which a stream cannot: leave out (?r)")
-    if _MOVES_START.search(pattern):  # what stands before \K would be let through before the match is complete
-        raise UserError(f"stop_regex {pattern!r} moves the start of the match: write a lookbehind instead of \\K")
-    return compiled
 
 
 class StopScanner:
@@ -60,7 +37,7 @@ class StopScanner:
 
     def __init__(self, stops: Sequence[str], patterns: Sequence[str] = (), include_stop: bool = False) -> None:
         self._stops = tuple(stops)
-        self._patterns = [compile_pattern(pattern) for pattern in patterns]
+        self._patterns = [compile_stop_regex(pattern) for pattern in patterns]
         self._include_stop = include_stop
         self._reset()
 
@@ -114,11 +91,11 @@ class StopScanner:
         """A pattern's match in the text up to `end`; without one, remember where it could begin."""
         pattern, begin = self._patterns[index], self._begins[index]
         try:
-            match = pattern.search(self._text, begin, end, partial=True, timeout=_TIMEOUT_S)
+            match = pattern.search(self._text, begin, end, partial=True, timeout=SEARCH_TIMEOUT_S)
         except TimeoutError:
             raise UserError(
-                f"stop_regex {pattern.pattern!r} took more than {_TIMEOUT_S:g} s for one search: write it without "
-                "repetitions inside repetitions"
+                f"stop_regex {pattern.pattern!r} took more than {SEARCH_TIMEOUT_S:g} s for one search: "
+                "write it without repetitions inside repetitions"
             ) from None
         if match and not match.partial:
             return match.span()

@@ -1,30 +1,36 @@
-"""The filters: pure functions that change scores before a token is chosen.
+"""Logits processors: functions that change the scores of tokens, and the order in which they run.
 
-All take float32 scores and return new ones; a token that may not be chosen has the score -inf. Those that look at
-single tokens take scores [..., vocabulary], and pass over an id beyond them, which cannot be chosen anyway; those from
-`cool` on look at all tokens together and take scores [vocabulary], at least one of which is above -inf.
+The functions take float32 scores and return new ones; a token that may not be chosen has the score -inf. Those that
+look at single tokens take scores [..., vocabulary], and skip ids beyond it, which cannot be chosen anyway; those from
+`apply_temperature` on compare all tokens and take scores [vocabulary], at least one of which is above -inf.
 
-Each keeps what transformers' processor of the same purpose keeps. Two things are done in another way: shares of
-probability are summed in float64 and rounded to float32 only to be compared with the limit, so that the result does
-not depend on the order of the sum; and the vocabulary is not sorted (`_lowest_share`), which would take
-longer than everything else together.
+Each keeps what transformers' processor of the same purpose keeps. Two things differ: probabilities are summed in
+float64 and rounded to float32 only for the comparison with the limit, so that the result does not depend on the order
+of summation; and the vocabulary is not sorted (`_lowest_share`), which would take longer than everything else together.
+
+`PROCESSORS` and `SAMPLING_PROCESSORS` at the end declare which option turns on which function, and the order. A new
+sampling option is its field in `sampling_params.py`, and a function and one entry here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_COLD = 1e-3  # temperatures below it, and
-_HUGE = 1e5  # scores above it, could divide to what float32 cannot hold or tell apart
+from .sampling_params import SamplingParams
+from .token_history import TokenHistory
+
+_COLD = 1e-3  # temperatures below this, and
+_HUGE = 1e5  # scores above this, could give quotients that float32 cannot represent or distinguish
 _TINY, _MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _UNSEEN = 104.0  # exp(-104) is 0 in float32
 _BUCKETS = 2048
-_FEW = 1024  # so few are sorted at once, and so are those
-_EQUAL = 1e-30  # that differ by less: buckets would not part them
+_FEW = 1024  # elements that are sorted at once, as are
+_EQUAL = 1e-30  # elements that differ by less than this: buckets would not separate them
 
 
 def add_bias(scores: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
@@ -36,8 +42,8 @@ def add_bias(scores: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
     return _add(scores, torch.tensor(tokens), torch.tensor(values, dtype=torch.float64))
 
 
-def ban(scores: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Make the given ids impossible."""
+def mask_tokens(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Set the scores of the given ids to -inf."""
     known = [token for token in tokens if token < scores.size(-1)]
     if not known:
         return scores
@@ -71,9 +77,9 @@ def penalize_counts(scores: Tensor, tokens: Tensor, counts: Tensor, presence: fl
     return _add(scores, tokens[known], -(presence + counts[known].double() * frequency))
 
 
-def cool(scores: Tensor, temperature: float) -> Tensor:
-    """Divide by a temperature above 0 (Ackley et al. 1985). Scores of +inf, to which an extreme penalty leads, are
-    evenly likely, and all others impossible."""
+def apply_temperature(scores: Tensor, temperature: float) -> Tensor:
+    """Divide by a temperature above 0 (Ackley et al. 1985). Scores of +inf, which an extreme penalty can give, become
+    equally likely and all others impossible."""
     best = float(scores.max())
     if best == math.inf:
         scores = torch.where(scores.isposinf(), 0.0, -math.inf)
@@ -83,16 +89,16 @@ def cool(scores: Tensor, temperature: float) -> Tensor:
 
 
 def top_k_ids(scores: Tensor, k: int) -> Tensor:
-    """The k best tokens and all that tie with the k-th (Fan et al. 2018, arXiv:1805.04833).
+    """Ids of the k best tokens, and of all that tie with the k-th (Fan et al. 2018, arXiv:1805.04833).
 
     Args:
         scores: [vocabulary].
-        k: from 1 to the vocabulary.
+        k: 1 or above; more than the vocabulary means all of it.
 
     Returns:
         [k or more] int64, ids in ascending order.
     """
-    return (scores >= scores.topk(k).values[-1]).nonzero().squeeze(1)
+    return (scores >= scores.topk(min(k, len(scores))).values[-1]).nonzero().squeeze(1)
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
@@ -134,11 +140,11 @@ def keep_typical(scores: Tensor, mass: float) -> Tensor:
 
 
 def _lowest_share(keys: Tensor, weights: Tensor, is_in: Callable[[Tensor], Tensor]) -> Tensor:
-    """Which elements come first in ascending order of `keys` (equal ones in the order of their indices), for as
-    long as their share of all weight, each one's own included, `is_in`.
+    """Mark the elements that come first in ascending order of `keys` (equal ones in the order of their indices), as
+    long as `is_in` accepts their cumulative share of the total weight, each element's own weight included.
 
-    Only the elements around the border are sorted: keys are thrown into buckets, whose weights tell in which
-    bucket the border lies, and that bucket is treated in the same way.
+    Only the elements near the border are sorted: keys are put into buckets, the buckets' weights tell which of them
+    contains the border, and that bucket is split in the same way.
 
     Args:
         keys: [n], finite.
@@ -153,7 +159,7 @@ def _lowest_share(keys: Tensor, weights: Tensor, is_in: Callable[[Tensor], Tenso
 
 
 def _lowest(keys: Tensor, weights: Tensor, is_in: Callable[[Tensor], Tensor]) -> Tensor:
-    """`_lowest_share`, with `is_in` of the weight itself."""
+    """`_lowest_share` with `is_in` applied to the cumulative weight instead of its share."""
     low, high = keys.aminmax()
     span = float(high - low)
     if len(keys) <= _FEW or span < _EQUAL:
@@ -173,7 +179,118 @@ def _lowest(keys: Tensor, weights: Tensor, is_in: Callable[[Tensor], Tensor]) ->
 
 
 def _add(scores: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
-    """Add values [tokens] in float64 to the scores of different tokens; no infinite value, which could meet its
-    opposite."""
+    """Add values [tokens] in float64 to the scores of distinct tokens; values are clamped to finite ones, because
+    inf - inf is not a number."""
     values = values.clamp(-_MAX, _MAX).to(scores.dtype).expand(*scores.shape[:-1], -1)
     return scores.index_add(-1, tokens.to(scores.device), values.to(scores.device))
+
+
+def nucleus_size(params: SamplingParams, history: TokenHistory) -> float:
+    """The top-p of the next token: in the factual nucleus (Lee et al. 2022, arXiv:2206.04624; as in metaseq) it is
+    max(omega_bound, top_p * lambda_decay ** (t - 1)) for the t-th token of a sentence."""
+    if params.lambda_decay == 1:
+        return params.top_p
+    before = history.tokens_since(params.sentence_end_tokens)
+    return max(params.omega_bound, params.top_p * params.lambda_decay**before)
+
+
+def _end_tokens(params: SamplingParams, history: TokenHistory) -> list[int]:
+    """Ids that would end the text."""
+    eos = [] if history.eos is None or params.ignore_eos else [history.eos]
+    return [*eos, *params.stop_token_ids]
+
+
+class LogitsProcessor(NamedTuple):
+    """One step of the chain.
+
+    Attributes:
+        is_active: whether a request's options turn it on; asked once a request.
+        apply: (scores, options, tokens so far) -> new scores; where `selects` is set, the indices of the scores that
+            are kept, so that the processors after it see only those.
+        keeps_argmax: the best token stays the best one, so that greedy search can do without it.
+    """
+
+    is_active: Callable[[SamplingParams], bool]
+    apply: Callable[[Tensor, SamplingParams, TokenHistory], Tensor]
+    keeps_argmax: bool = False
+    selects: bool = False
+
+
+# The order is that of transformers (`GenerationMixin._get_logits_processor`) wherever it has the processor. What was
+# set to -inf stays so, hence it does not matter to the result whether a mask comes before a penalty or after it.
+# These run in every search: greedy, sampling, beam and contrastive.
+PROCESSORS = (
+    # FlagAI starts from log-probabilities; the order after it is the same.
+    LogitsProcessor(
+        lambda p: p.log_probabilities, lambda scores, p, history: scores.log_softmax(-1), keeps_argmax=True
+    ),
+    # transformers: sequence_bias
+    LogitsProcessor(lambda p: bool(p.logit_bias), lambda scores, p, history: add_bias(scores, p.logit_bias)),
+    # transformers: repetition_penalty (CTRL), of prompt and output
+    LogitsProcessor(
+        lambda p: p.repetition_penalty != 1,
+        lambda scores, p, history: penalize_repetition(scores, history.distinct(), p.repetition_penalty),
+    ),
+    # transformers: bad_words_ids of one token
+    LogitsProcessor(lambda p: bool(p.banned_tokens), lambda scores, p, history: mask_tokens(scores, p.banned_tokens)),
+    # transformers: min_new_tokens; nothing that ends the text
+    LogitsProcessor(
+        lambda p: p.min_new_tokens > 0,
+        lambda scores, p, history: (
+            mask_tokens(scores, _end_tokens(p, history)) if history.num_output_tokens < p.min_new_tokens else scores
+        ),
+    ),
+    # OpenAI and vLLM, of the output
+    LogitsProcessor(
+        lambda p: p.presence_penalty != 0 or p.frequency_penalty != 0,
+        lambda scores, p, history: penalize_counts(
+            scores, *history.output_counts(), p.presence_penalty, p.frequency_penalty
+        ),
+    ),
+    # metaseq, of the prompt (its alpha_presence_src and alpha_frequency_src)
+    LogitsProcessor(
+        lambda p: p.prompt_presence_penalty != 0 or p.prompt_frequency_penalty != 0,
+        lambda scores, p, history: penalize_counts(
+            scores, *history.prompt_counts(), p.prompt_presence_penalty, p.prompt_frequency_penalty
+        ),
+    ),
+)
+
+# These run after PROCESSORS, and only where a token is sampled.
+SAMPLING_PROCESSORS = (
+    # transformers: temperature
+    LogitsProcessor(lambda p: p.temperature > 0, lambda scores, p, history: apply_temperature(scores, p.temperature)),
+    # transformers: top_k; it only selects, because the other tokens would cost time in all that follow
+    LogitsProcessor(lambda p: p.top_k > 0, lambda scores, p, history: top_k_ids(scores, p.top_k), selects=True),
+    # transformers: top_p; metaseq: the factual nucleus
+    LogitsProcessor(
+        lambda p: p.top_p < 1 or p.lambda_decay < 1,
+        lambda scores, p, history: keep_top_p(scores, nucleus_size(p, history)),
+    ),
+    # transformers: min_p
+    LogitsProcessor(lambda p: p.min_p > 0, lambda scores, p, history: keep_min_p(scores, p.min_p)),
+    # transformers: typical_p
+    LogitsProcessor(lambda p: p.typical_p < 1, lambda scores, p, history: keep_typical(scores, p.typical_p)),
+)
+
+
+class ProcessorChain:
+    """The processors that a request's options turn on. Derived once a request, never changed, and free of state: the
+    tokens of a sequence are passed in.
+
+    Attributes:
+        params: the request's options.
+        processors: those of PROCESSORS that are active.
+        sampling_processors: those of SAMPLING_PROCESSORS that are active.
+        is_greedy: the best token is taken after `processors`; nothing is sampled.
+        is_plain_greedy: the best logit is the best token, so that no processor needs to run.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        active = [processor for processor in PROCESSORS if processor.is_active(params)]
+        self.processors = tuple(active)
+        self.is_greedy = params.temperature == 0
+        sampling = () if self.is_greedy else SAMPLING_PROCESSORS
+        self.sampling_processors = tuple(processor for processor in sampling if processor.is_active(params))
+        self.is_plain_greedy = self.is_greedy and all(processor.keeps_argmax for processor in active)

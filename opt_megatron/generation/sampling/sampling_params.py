@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import UserError
 from ...options import check_ranges, convert_kinds, option
-from ..decoding.stop_strings import compile_pattern
+from .stop_regex import compile_stop_regex
 
 MOST_LOGPROBS = 100
 MOST_CONTINUATIONS = 100_000  # of one request
@@ -16,7 +16,7 @@ MOST_ROWS = 1024  # beams or candidates of one request, which run at the same ti
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is continued. What each filter does, and in which order, stands in `sampler.py`.
+    """How one request is continued. The processors and their order are in `logits_processors.py`.
 
     Values may be of numpy, tuples may be given as lists, one string as itself, and `logit_bias` as a dict.
 
@@ -204,53 +204,9 @@ class SamplingParams:
             _check_greedy(self)
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """The choice is the best logit, with nothing applied before and nothing else to report."""
-        return (
-            self.temperature == 0
-            and self.num_beams == 1
-            and self.penalty_alpha == 0
-            and self.logprobs is None
-            and not self.changes_scores
-        )
-
-    @property
-    def changes_scores(self) -> bool:
-        """Something besides temperature and the choice of candidates works on the scores."""
-        return bool(
-            self.logit_bias
-            or self.banned_tokens
-            or self.min_new_tokens
-            or self.repetition_penalty != 1
-            or self.counts_output
-            or self.counts_prompt
-        )
-
-    @property
-    def num_drawn(self) -> int:
-        """Continuations that are generated, of which `n` are returned."""
+    def num_sampled(self) -> int:
+        """Continuations that are sampled, of which the `n` best are returned."""
         return self.n if self.best_of is None else self.best_of
-
-    @property
-    def counts_output(self) -> bool:
-        """The output's presence or frequency penalty is in use."""
-        return self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    @property
-    def counts_prompt(self) -> bool:
-        """The prompt's presence or frequency penalty is in use."""
-        return self.prompt_presence_penalty != 0 or self.prompt_frequency_penalty != 0
-
-    @property
-    def needs_history(self) -> bool:
-        """The distribution depends on the tokens so far other than through the logits."""
-        return bool(
-            self.repetition_penalty != 1
-            or self.counts_output
-            or self.counts_prompt
-            or self.min_new_tokens
-            or self.lambda_decay < 1
-        )
 
 
 # Options of sampling that are refused where nothing is sampled: name -> the value that leaves it out.
@@ -279,7 +235,7 @@ def _check_lengths(params: SamplingParams) -> None:
 
 
 def _check_continuations(params: SamplingParams) -> None:
-    _check(params.num_drawn >= params.n, "best_of", params.best_of, f"at least n, which is {params.n}")
+    _check(params.num_sampled >= params.n, "best_of", params.best_of, f"at least n, which is {params.n}")
 
 
 def _check_biases(params: SamplingParams) -> None:
@@ -293,7 +249,7 @@ def _check_biases(params: SamplingParams) -> None:
 def _check_stops(params: SamplingParams) -> None:
     _check(all(params.stop), "stop", params.stop, "made of strings that are not empty")
     for pattern in params.stop_regex:
-        compile_pattern(pattern)
+        compile_stop_regex(pattern)
 
 
 def _check_beams(params: SamplingParams) -> None:

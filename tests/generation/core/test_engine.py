@@ -7,15 +7,12 @@ import pytest
 import rank_jobs
 import torch
 from factory import oracle_greedy
-from hypothesis import given
-from hypothesis import strategies as st
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Request, check_request
-from opt_megatron.generation.sampling.sampler import SamplingParams
-from opt_megatron.generation.step import Extent, Output, Row, Step
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.tokenizer import OPTTokenizer
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
@@ -246,17 +243,3 @@ def test_a_bad_request_ends_no_rank_and_hangs_none(models, ranks):
 def test_a_caller_may_stop_listening(models, ranks):
     first, second = ranks(2).run(rank_jobs.abandoned_stream, models["pre-norm"][0], 2)
     assert len(first) == 2 and second == []
-
-
-ROWS = st.builds(
-    Row,
-    st.builds(Extent, st.integers(0, 10**6), st.integers(1, 2048)),
-    st.integers(0, 2047),
-    st.lists(st.integers(0, 60000), min_size=1, max_size=5).map(tuple),
-    st.integers(0, 5),
-)
-
-
-@given(st.lists(ROWS).map(tuple), st.sampled_from(Output))
-def test_plans_survive_the_wire(rows, output):
-    assert Step.from_numbers(Step(rows, output).to_numbers()) == Step(rows, output)

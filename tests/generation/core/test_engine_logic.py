@@ -1,4 +1,4 @@
-"""The engine with a rule in the place of the model: batches, plans, choices, and nothing of tensors."""
+"""The engine with a rule in the place of the model: batches, commands, choices, and nothing of tensors."""
 
 from dataclasses import replace
 
@@ -9,12 +9,13 @@ from rule_model import RuleModel, rule_engine
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
+from opt_megatron.generation.core.command_loop import STOP
 from opt_megatron.generation.core.engine import Engine
-from opt_megatron.generation.core.model_runner import carry_out
-from opt_megatron.generation.decoding.sequences import seed_of_choice
+from opt_megatron.generation.core.executor import Command, Executor
+from opt_megatron.generation.decoding.sampling_group import seed_of_choice
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
-from opt_megatron.generation.step import BLOCK, Kind
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
+from opt_megatron.generation.step import BLOCK_SIZE
 
 VOCABULARY = 12
 BASE = tuple(n * n % 11 for n in range(60))  # prompts begin with it, so that they share prefixes
@@ -42,7 +43,7 @@ def make(models, alone):
         return rule_engine(made, rule or RuleModel(VOCABULARY), draft)
 
     per_token = Engine(model, alone)._runners[0].cache_bytes_per_token
-    engine.memory = lambda blocks: blocks * BLOCK * per_token
+    engine.memory = lambda blocks: blocks * BLOCK_SIZE * per_token
     return engine
 
 
@@ -108,20 +109,23 @@ def test_tokens_are_those_of_the_rule(make, kind, chunk):
 def test_a_step_computes_no_more_of_prompts_than_a_chunk(make):
     rule = RuleModel(VOCABULARY)
     make(rule, prefill_chunk_size=10).complete([request(BASE[:45], 1, temperature=0), request((9, *BASE[:44]), 1)])
-    assert (rule.steps, rule.fed) == (9, 90)
+    assert (rule.steps, rule.computed) == (9, 90)
 
 
-def test_plans_are_all_that_a_follower_needs(make):
-    """What is sent, carried out by another rank's runners, leaves the same in the caches."""
+def test_commands_are_all_that_a_follower_needs(make, alone):
+    """What is sent, executed by another rank's runners, leaves the same in the caches."""
     rule, draft, other, other_draft = (RuleModel(VOCABULARY, blend=blend) for blend in (0, 0.5, 0, 0.5))
     engine = make(rule, draft, prefill_chunk_size=20, max_batch_size=4, kv_cache_memory=2 * make.memory(3))
     sent = []
-    engine._channel.send = lambda kind, numbers: sent.append((kind, [int(number) for number in numbers]))
+    commands = engine._executor.commands
+    commands.has_followers = True
+    commands.send = lambda command, numbers=(): sent.append((command, [int(number) for number in numbers]))
     engine.complete([request(BASE[: 30 + 3 * n], 6, **options) for n, options in enumerate(KINDS.values())])
-    kinds = [kind for kind, _ in sent]
-    assert kinds[0] is Kind.ALLOCATE and kinds[-1] is Kind.STOP and set(kinds[1:-1]) == {Kind.FORWARD, Kind.COPY}
-    for kind, numbers in sent:
-        carry_out([other, other_draft], kind, numbers)
+    first, *middle, last = [command for command, _ in sent]
+    assert first is Command.ALLOCATE and last is STOP and set(middle) == {Command.FORWARD, Command.COPY}
+    follower = Executor(alone, [other, other_draft])
+    for command, numbers in sent[:-1]:
+        follower.execute(command, numbers)
     assert (other.cells, other_draft.cells) == (rule.cells, draft.cells)
 
 
@@ -153,7 +157,7 @@ def test_requests_wait_for_memory_and_refused_is_what_can_never_run(make):
     engine = make(rule, kv_cache_memory=make.memory(2) + 999)
     requests = [request((n, *BASE[:19]), 9, temperature=0) for n in range(5)]
     assert [c.tokens for c in engine.complete(requests)] == [rule.continued(r.prompt, r.params) for r in requests]
-    assert rule.rows == 2
+    assert rule.sequences == 2
     message = "prompt 2 needs 192 tokens of KV cache and 128 fit into kv_cache_memory"
     with pytest.raises(UserError, match=message) as error:
         engine.complete([requests[0], request(BASE[:50], 80)])
@@ -200,7 +204,7 @@ def test_options_out_of_range(make, option):
         ({"logprobs": 1, "num_beams": 2}, "logprobs is 1, but has no meaning in a beam search"),
     ],
 )
-def test_options_that_no_branch_could_serve(options, message):
+def test_options_that_no_search_could_serve(options, message):
     with pytest.raises(UserError, match=message):
         SamplingParams(**options)
 

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_megatron.generation.core.kv_cache import KVCache
-from opt_megatron.generation.step import BLOCK, Extent, Row
+from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence
 
 LAYERS, CPU = 2, torch.device("cpu")
-SIZES = [BLOCK, 3 * BLOCK, BLOCK, 2 * BLOCK, 5 * BLOCK]
+SIZES = [BLOCK_SIZE, 3 * BLOCK_SIZE, BLOCK_SIZE, 2 * BLOCK_SIZE, 5 * BLOCK_SIZE]
 COUNTS = [1, 1, 2, 5, 8, 9, 16, 17, 60, 130]  # on both sides of where another way of computing begins
-EXTENTS = [Extent(sum(SIZES[:n]), size) for n, size in enumerate(SIZES)]
+BLOCKS = [KVCacheBlocks(sum(SIZES[:n]), size) for n, size in enumerate(SIZES)]
 
 
 class Reference:
@@ -28,9 +28,9 @@ class Reference:
         return len(self.held[0][sequence])
 
     def step(self, parts: list[tuple[int, int, int]]) -> None:
-        """(sequence, position, tokens) of every row."""
-        rows = tuple(Row(EXTENTS[s], position, (0,) * count, 0) for s, position, count in parts)
-        positions = self.cache.begin(rows)
+        """(sequence, position, tokens) of every sequence."""
+        scheduled = tuple(ScheduledSequence(BLOCKS[s], position, (0,) * count, 0) for s, position, count in parts)
+        positions = self.cache.prepare_step(scheduled)
         assert positions.tolist() == [p + i for _, p, count in parts for i in range(count)]
         for layer in range(LAYERS):
             shape = (len(positions), self.heads, 3, self.head_dim)
@@ -53,7 +53,7 @@ class Reference:
         return torch.einsum("nt,tnd->nd", scores.softmax(-1), values).flatten()
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
-        self.cache.copy(EXTENTS[source], EXTENTS[target], begin, end)
+        self.cache.copy(BLOCKS[source], BLOCKS[target], begin, end)
         for held in self.held:
             held[target] = torch.cat((held[target][:begin], held[source][begin:end]))
 
@@ -80,20 +80,20 @@ def test_every_token_sees_its_own_sequence_and_no_more(heads, dtype, data):
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_many_rows_alike_and_unlike(count):
-    """Decoding: rows of one length and of others, in the order of their extents and not."""
+def test_many_sequences_alike_and_unlike(count):
+    """Decoding: sequences of one length and of others, in the order of their blocks and not."""
     reference = Reference(3, 20, torch.float32)
     reference.step([(n, 0, 20) for n in range(5)])
     reference.step([(n, 20, count) for n in (4, 2, 0, 1, 3)])
     reference.step([(0, 20 + count, 1), (3, 5, 1), (1, 20 + count, 1), (2, 0, 1)])
 
 
-def test_a_sequence_fills_its_extent():
+def test_a_sequence_fills_its_blocks():
     reference = Reference(2, 64, torch.float32)
     reference.step([(n, 0, size - 1) for n, size in enumerate(SIZES)])
     reference.step([(n, size - 1, 1) for n, size in enumerate(SIZES)])
 
 
 def test_bytes():
-    cache = KVCache(3, 4, 8, 2 * BLOCK, dtype=torch.float32, device=CPU)
-    assert cache.nbytes == 2 * BLOCK * KVCache.bytes_per_token(3, 4, 8, torch.float32)
+    cache = KVCache(3, 4, 8, 2 * BLOCK_SIZE, dtype=torch.float32, device=CPU)
+    assert cache.nbytes == 2 * BLOCK_SIZE * KVCache.bytes_per_token(3, 4, 8, torch.float32)

@@ -9,12 +9,15 @@ from rule_model import RuleModel, rule_engine
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation.core import engine as engine_module
+from opt_megatron.generation.core.command_loop import KEEP_ALIVE, STOP
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.core.request_queue import RequestQueue
-from opt_megatron.generation.decoding.sequences import SamplingBranch
+from opt_megatron.generation.decoding.sampling_group import SamplingGroup
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams, choose
-from opt_megatron.generation.step import BLOCK, Kind
+from opt_megatron.generation.sampling import sampler
+from opt_megatron.generation.sampling.sampler import choose_token
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
+from opt_megatron.generation.step import BLOCK_SIZE
 
 VOCABULARY = 12
 
@@ -46,7 +49,7 @@ def wanted(one: Request) -> tuple[int, ...]:
 
 
 def used(engine: Engine) -> int:
-    return engine._scheduler.memory.used_tokens
+    return engine._scheduler.allocator.num_used_tokens
 
 
 def test_another_thread_puts_requests_while_the_engine_runs(engine):
@@ -99,13 +102,13 @@ def test_cancelled_requests_end_and_leave_the_others_alone(engine):
 
 def test_what_a_cancelled_request_held_is_free_at_the_next_step(model, alone):
     per_token = Engine(model, alone)._runners[0].cache_bytes_per_token
-    engine = Engine(model, alone, num_tokens=VOCABULARY, kv_cache_memory=BLOCK * per_token)
+    engine = Engine(model, alone, num_tokens=VOCABULARY, kv_cache_memory=BLOCK_SIZE * per_token)
     rule_engine(engine, RuleModel(VOCABULARY))
     queue, events = RequestQueue([request(0, new=50), request(1, new=50)]), []
     for event in engine.generate(queue):
         events.append(event)
         if len(events) == 3:
-            assert used(engine) == BLOCK and {e.request for e in events} == {0}
+            assert used(engine) == BLOCK_SIZE and {e.request for e in events} == {0}
             queue.cancel(0)
             queue.close()
     assert [event.request for event in events] == [0] * 4 + [1] * 50
@@ -130,14 +133,14 @@ def test_each_continuation_of_a_cancelled_request_ends_once(engine, options, cho
     seen += events
     assert sorted(e.choice for e in seen if e.finish_reason == "cancelled" and e.request == 1) == choices
     assert tokens_of(e for e in seen if e.request == 0)[0] == wanted(request(0, new=5))
-    assert used(engine) == 0 and not engine._best_of
+    assert used(engine) == 0 and not engine._outputs.best_of
 
 
 def test_best_of_forgets_what_has_ended(engine):
     queue = RequestQueue([request(0, temperature=1, best_of=2), request(1)])
     queue.close()
     events = list(engine.generate(queue))
-    assert len(events) == 20 and not engine._best_of
+    assert len(events) == 20 and not engine._outputs.best_of
 
 
 def test_a_request_that_cannot_run_is_refused_and_the_others_go_on(engine):
@@ -155,15 +158,15 @@ def test_a_request_that_cannot_run_is_refused_and_the_others_go_on(engine):
 
 
 def test_while_nothing_comes_the_followers_hear_so(engine, monkeypatch):
-    monkeypatch.setattr(engine_module, "_SECONDS_OF_SILENCE", 0.01)
+    monkeypatch.setattr(engine_module, "_KEEP_ALIVE_SECONDS", 0.01)
     queue, heard, sent = RequestQueue(), threading.Event(), []
 
-    def send(kind, numbers):
-        sent.append(kind)
-        if kind is Kind.WAIT:
+    def send(command, numbers=()):
+        sent.append(command)
+        if command is KEEP_ALIVE:
             heard.set()
 
-    engine._channel.send = send
+    engine._executor.commands.send = send
 
     def put():
         assert heard.wait(30)
@@ -174,7 +177,7 @@ def test_while_nothing_comes_the_followers_hear_so(engine, monkeypatch):
     thread.start()
     assert tokens_of(engine.generate(queue)) == {0: wanted(request(0))}
     thread.join()
-    assert Kind.WAIT in sent and sent[-1] is Kind.STOP
+    assert KEEP_ALIVE in sent and sent[-1] is STOP
 
 
 def test_two_ranks_serve_a_queue(models, ranks):
@@ -184,21 +187,21 @@ def test_two_ranks_serve_a_queue(models, ranks):
 
 
 def test_a_request_that_fails_through_our_own_error_ends_alone(engine, monkeypatch):
-    """Wherever it happens: when the branch is made, when its token is chosen, when its text is scanned."""
-    accept, made = SamplingBranch.accept, SamplingBranch.__init__
+    """Wherever it happens: when the group is made, when its token is chosen, when its text is scanned."""
+    accept, made = SamplingGroup.accept_token, SamplingGroup.__init__
 
-    def failing_init(branch, number, *arguments):
-        if number == 1:
+    def failing_init(group, request_id, *arguments):
+        if request_id == 1:
             raise ZeroDivisionError("made")
-        made(branch, number, *arguments)
+        made(group, request_id, *arguments)
 
-    def failing_accept(branch, token, logits=None):
-        if branch.number == 2 and branch.history.output:
+    def failing_accept(group, token, logits=None):
+        if group.request_id == 2 and group.history.output:
             raise ZeroDivisionError("accepted")
-        return accept(branch, token, logits)
+        return accept(group, token, logits)
 
-    monkeypatch.setattr(SamplingBranch, "__init__", failing_init)
-    monkeypatch.setattr(SamplingBranch, "accept", failing_accept)
+    monkeypatch.setattr(SamplingGroup, "__init__", failing_init)
+    monkeypatch.setattr(SamplingGroup, "accept_token", failing_accept)
     queue = RequestQueue([request(0), request(1), request(2, temperature=1), request(3)])
     queue.close()
     events = list(engine.generate(queue))
@@ -210,14 +213,14 @@ def test_a_request_that_fails_through_our_own_error_ends_alone(engine, monkeypat
 
 
 def test_an_error_of_one_sampled_request_leaves_the_others_their_numbers(engine, monkeypatch):
-    def failing(logits, rows):
-        if any(params.seed == 7 for params, *_ in rows):
+    def failing(logits, state):
+        if state.chain.params.seed == 7:
             raise ZeroDivisionError("chosen")
-        return choose(logits, rows)
+        return choose_token(logits, state)
 
     requests = [request(n, temperature=1, seed=seed) for n, seed in enumerate((5, 7, 9))]
     expected = tokens_of(engine.generate([requests[0], requests[2]]))
-    monkeypatch.setattr(engine_module, "choose", failing)
+    monkeypatch.setattr(sampler, "choose_token", failing)
     queue = RequestQueue(requests)
     queue.close()
     tokens = tokens_of(engine.generate(queue))

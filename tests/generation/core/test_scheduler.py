@@ -1,68 +1,68 @@
-"""The scheduler with branches and a rule in the place of the model."""
+"""The scheduler with sequence groups, and a rule in the place of the model."""
 
 import pytest
 from rule_model import RuleModel
 
-from opt_megatron.generation.core.kv_cache_allocator import CacheMemory
+from opt_megatron.generation.core.kv_cache_allocator import KVCacheAllocator
 from opt_megatron.generation.core.scheduler import Scheduler
-from opt_megatron.generation.decoding.beam_search import BeamBranch
-from opt_megatron.generation.decoding.sequences import SamplingBranch
+from opt_megatron.generation.decoding.beam_search import BeamSearchGroup
+from opt_megatron.generation.decoding.sampling_group import SamplingGroup
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
-from opt_megatron.generation.step import Row, Step
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
+from opt_megatron.generation.step import StepInput
 
 
 class Loop:
-    """The engine's loop without the engine: every step as the scheduler plans it."""
+    """The engine's loop without the engine: every step as the scheduler makes it."""
 
     def __init__(self, tokens: int, max_batch_size: int = 8, chunk: int = 256) -> None:
         self.model = RuleModel(50)
         self.model.allocate(tokens)
-        self.scheduler = Scheduler(CacheMemory(tokens), max_batch_size, chunk)
+        self.scheduler = Scheduler(KVCacheAllocator(tokens), max_batch_size, chunk)
         self.ended = []
 
-    def add(self, *branches):
-        self.scheduler.waiting.extend(branches)
+    def add(self, *groups):
+        self.scheduler.waiting.extend(groups)
 
     def step(self) -> list[tuple[int, int]]:
-        """(request, tokens fed) of every part of the step."""
+        """(request, tokens computed) of every part of the step."""
         scheduler = self.scheduler
         scheduler.admit(self._copy)
-        planned, fed = scheduler.plan(), []
-        for plan in planned:
-            rows = tuple(Row(f.sequence.extent, f.sequence.cached, f.tokens, f.asked) for f in plan.feeds)
-            fed.append((plan.branch.number, sum(len(row.tokens) for row in rows)))
-            outputs = self.model.forward(Step(rows, plan.branch.output)).split([row.asked for row in rows])
-            plan.branch.take(plan.feeds, outputs, self._copy)
-        self.ended += [branch for branch in scheduler.running if branch.is_finished]
+        computed = []
+        for group, sequences in scheduler.schedule():
+            computed.append((group.request_id, sum(len(sequence.tokens) for sequence in sequences)))
+            output = self.model.forward(StepInput(tuple(sequences), group.output_kind))
+            outputs = output.split([sequence.num_logits for sequence in sequences])
+            group.process_outputs(sequences, outputs, self._copy)
+        self.ended += [group for group in scheduler.running if group.is_finished]
         scheduler.release_finished()
-        return fed
+        return computed
 
     def run(self) -> list[list[tuple[int, int]]]:
         steps = []
         while self.scheduler.waiting or self.scheduler.running:
             steps.append(self.step())
             assert steps[-1]
-        assert self.scheduler.memory.used_tokens == 0
-        for branch in self.ended:
-            if isinstance(branch, SamplingBranch):
-                new = tuple(branch.lead.tokens[len(branch.request.prompt) :])
-                assert new == self.model.continued(branch.request.prompt, branch.request.params)
+        assert self.scheduler.allocator.num_used_tokens == 0
+        for group in self.ended:
+            if isinstance(group, SamplingGroup):
+                new = tuple(group.lead.tokens[len(group.request.prompt) :])
+                assert new == self.model.continued(group.request.prompt, group.request.params)
         return steps
 
     def _copy(self, source, target, begin, end):
         if begin < end:
-            self.model.copy([*source.extent, *target.extent, begin, end])
+            self.model.copy(source.blocks, target.blocks, begin, end)
 
 
-def branch(number: int, prompt, new: int = 5, **options) -> SamplingBranch:
+def group_of(number: int, prompt, new: int = 5, **options) -> SamplingGroup:
     params = SamplingParams(max_new_tokens=new, **({"temperature": 0} | options))
-    return SamplingBranch(number, Request(tuple(prompt), params), None)
+    return SamplingGroup(number, Request(tuple(prompt), params), None)
 
 
-def numbered(number: int, length: int, new: int = 5, **options) -> SamplingBranch:
+def numbered(number: int, length: int, new: int = 5, **options) -> SamplingGroup:
     """A prompt unlike all others'."""
-    return branch(number, [number, *range(length - 1)], new, **options)
+    return group_of(number, [number, *range(length - 1)], new, **options)
 
 
 def test_requests_begin_in_their_order_and_never_more_than_the_batch_size():
@@ -77,11 +77,11 @@ def test_requests_begin_in_their_order_and_never_more_than_the_batch_size():
 def test_a_beam_search_counts_with_all_its_rows():
     loop = Loop(1000, max_batch_size=4)
     search = Request((7, 8), SamplingParams(max_new_tokens=4, num_beams=3))
-    loop.add(numbered(0, 4, new=3), numbered(1, 4, new=3), BeamBranch(2, search, None), numbered(3, 4))
+    loop.add(numbered(0, 4, new=3), numbered(1, 4, new=3), BeamSearchGroup(2, search, None), numbered(3, 4))
     steps = loop.run()
     assert [{number for number, _ in step} for step in steps[:3]] == [{0, 1}] * 3  # 3 waits behind 2
     assert {number for number, _ in steps[3]} == {2, 3}
-    assert max(sum(fed for _, fed in step) for step in steps[4:]) == 4
+    assert max(sum(count for _, count in step) for step in steps[4:]) == 4
 
 
 def test_requests_wait_for_memory():
@@ -109,90 +109,90 @@ def test_prompts_come_in_pieces_while_others_decode():
 
 def test_samples_of_one_prompt_compute_it_once():
     loop = Loop(1000, chunk=40)
-    loop.add(*(branch(n, range(100), temperature=1.0, seed=n) for n in range(4)))
+    loop.add(*(group_of(n, range(100), temperature=1.0, seed=n) for n in range(4)))
     steps = loop.run()
     of_prompt = [step for step in steps if len(step) == 1]
-    assert sum(fed for step in of_prompt for _, fed in step) == 100
+    assert sum(count for step in of_prompt for _, count in step) == 100
     assert steps[3] == [(0, 1), (1, 1), (2, 1), (3, 1)]  # the last token of the prompt, and 0's first new one
-    assert loop.model.fed == 100 + 3 * 1 + 4 * 4
+    assert loop.model.computed == 100 + 3 * 1 + 4 * 4
 
 
 def test_one_that_waits_for_a_prefix_lets_others_pass():
     loop = Loop(1000, chunk=20)
-    loop.add(branch(0, range(50)), branch(1, range(50)), numbered(2, 10))
+    loop.add(group_of(0, range(50)), group_of(1, range(50)), numbered(2, 10))
     first = loop.step()
     assert [number for number, _ in first] == [0]
-    assert [b.number for b in loop.scheduler.running] == [0, 2]
-    assert [b.number for b in loop.scheduler.waiting] == [1]
+    assert [g.request_id for g in loop.scheduler.running] == [0, 2]
+    assert [g.request_id for g in loop.scheduler.waiting] == [1]
     loop.run()
-    assert loop.model.fed == 50 + 1 + 10 + 3 * 4
+    assert loop.model.computed == 50 + 1 + 10 + 3 * 4
 
 
 def test_one_waits_no_longer_than_until_its_prefix_is_computed():
     loop = Loop(1000, chunk=40)
-    loop.add(branch(0, range(100)), branch(1, [*range(30), 7, 7]))
+    loop.add(group_of(0, range(100)), group_of(1, [*range(30), 7, 7]))
     assert [loop.step(), loop.step()] == [[(0, 40)], [(0, 40)]]
-    assert [b.number for b in loop.scheduler.running] == [0, 1]
+    assert [g.request_id for g in loop.scheduler.running] == [0, 1]
     loop.run()
-    assert loop.model.fed == 100 + 2 + 2 * 4
+    assert loop.model.computed == 100 + 2 + 2 * 4
 
 
 def test_the_prefix_of_an_ended_request_is_copied_as_long_as_it_is_there():
     loop = Loop(200)
-    loop.add(branch(0, range(60)))
+    loop.add(group_of(0, range(60)))
     loop.run()
-    begun = loop.model.fed
-    loop.add(branch(1, [*range(40), 3, 3]))
+    begun = loop.model.computed
+    loop.add(group_of(1, [*range(40), 3, 3]))
     loop.run()
-    assert loop.model.fed - begun == 2 + 4
+    assert loop.model.computed - begun == 2 + 4
     loop.add(numbered(2, 190))  # takes all memory
     loop.run()
-    begun = loop.model.fed
-    loop.add(branch(3, [*range(40), 3, 3]))
+    begun = loop.model.computed
+    loop.add(group_of(3, [*range(40), 3, 3]))
     loop.run()
-    assert loop.model.fed - begun == 42 + 4
+    assert loop.model.computed - begun == 42 + 4
 
 
 def test_a_prefix_that_must_give_way_to_its_own_copy_is_computed():
     loop = Loop(70)
-    loop.add(branch(0, range(60)))
+    loop.add(group_of(0, range(60)))
     loop.run()
-    loop.add(branch(1, [*range(40), 3, 3]))
+    loop.add(group_of(1, [*range(40), 3, 3]))
     loop.run()
-    assert loop.model.fed == 60 + 4 + 42 + 4
+    assert loop.model.computed == 60 + 4 + 42 + 4
 
 
 def test_short_prefixes_are_computed_and_an_echoed_prompt_too():
     loop = Loop(1000)
-    loop.add(branch(0, range(15)), branch(1, range(15)))
+    loop.add(group_of(0, range(15)), group_of(1, range(15)))
     assert loop.step() == [(0, 15), (1, 15)]
     loop.run()
-    loop.add(branch(2, range(30)))
+    loop.add(group_of(2, range(30)))
     loop.run()
-    loop.add(branch(3, range(30), echo=True))
+    loop.add(group_of(3, range(30), echo=True))
     assert loop.step() == [(3, 30)]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_removed_requests_leave_no_memory_behind(steps):
     loop = Loop(100, chunk=10)
-    loop.add(numbered(0, 8, new=12), branch(1, range(25)), branch(1, range(25), seed=3), numbered(2, 60))
+    loop.add(numbered(0, 8, new=12), group_of(1, range(25)), group_of(1, range(25), seed=3), numbered(2, 60))
     for _ in range(steps):
         loop.step()
-    assert [b.number for b in loop.scheduler.remove(1)] == [1, 1]
-    assert not any(b.number == 1 for b in [*loop.scheduler.waiting, *loop.scheduler.running])
-    assert loop.scheduler.memory.used_tokens == sum(b.size for b in loop.scheduler.running)
+    assert [g.request_id for g in loop.scheduler.remove(1)] == [1, 1]
+    assert not any(g.request_id == 1 for g in [*loop.scheduler.waiting, *loop.scheduler.running])
+    assert loop.scheduler.allocator.num_used_tokens == sum(g.max_length for g in loop.scheduler.running)
     assert loop.scheduler.remove(1) == []
     loop.run()
-    assert sorted(b.number for b in loop.ended) == [0, 2]
+    assert sorted(g.request_id for g in loop.ended) == [0, 2]
 
 
-def test_a_step_asks_for_an_output_only_where_a_token_is_chosen():
+def test_a_step_asks_for_logits_only_where_a_token_is_chosen():
     loop = Loop(100, chunk=10)
     loop.add(numbered(0, 25))
-    asked = []
+    num_logits = []
     while loop.scheduler.waiting or loop.scheduler.running:
         loop.scheduler.admit(loop._copy)
-        asked.append(loop.scheduler.plan()[0].feeds[0].asked)
+        num_logits.append(loop.scheduler.schedule()[0].sequences[0].num_logits)
         loop.step()
-    assert asked == [0, 0, 1, 1, 1, 1, 1]
+    assert num_logits == [0, 0, 1, 1, 1, 1, 1]

@@ -11,7 +11,7 @@ from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.decoding.beam_search import BeamSearch
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.tokenizer import OPTTokenizer
 
 EOS = 2

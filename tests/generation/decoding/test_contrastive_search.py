@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Request
-from opt_megatron.generation.sampling.sampler import SamplingParams
+from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.tokenizer import OPTTokenizer
 
 

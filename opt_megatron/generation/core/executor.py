@@ -1,0 +1,86 @@
+"""The executor: what the leader wants of the models is done on all ranks."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+from torch import Tensor
+
+from ...parallel.context import ParallelContext
+from ..decoding.sequences import CachedSequence
+from ..step import KVCacheBlocks, StepInput
+from .command_loop import CommandLoop
+
+
+class Runner(Protocol):
+    """One model on this rank, with its cache (`ModelRunner`); tests use other implementations."""
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of the cache for one token."""
+
+    def allocate(self, num_tokens: int) -> None:
+        """Allocate a cache of at least so many tokens."""
+
+    def forward(self, step: StepInput) -> Tensor:
+        """Run one step. R = tokens that the leader gets an output for.
+
+        Returns:
+            On the leader [R, 2] ids and logits, [R, V] logits, or [R, V + H] (see OutputKind); empty on other ranks.
+        """
+
+    def copy(self, source: KVCacheBlocks, target: KVCacheBlocks, begin: int, end: int) -> None:
+        """Copy the tokens [begin, end) of one sequence's blocks to another's."""
+
+
+class Command(IntEnum):
+    """What the leader's calls are on the wire, with the numbers that follow."""
+
+    ALLOCATE = 0  # tokens of the cache, for each runner
+    FORWARD = 1  # which runner, and a StepInput
+    COPY = 2  # which runner, source and target blocks (start, size), begin, end
+
+
+class Executor:
+    """The leader's calls are executed by all ranks' runners.
+
+    Args:
+        runners: of the model, and of the draft model if there is one.
+
+    Attributes:
+        commands: the loop in which the other ranks follow.
+    """
+
+    def __init__(self, parallel: ParallelContext, runners: list[Runner]) -> None:
+        self.commands = CommandLoop(parallel, self.execute)
+        self._runners = runners
+
+    def allocate(self, num_tokens: int) -> None:
+        """Allocate caches of at least so many tokens."""
+        self.commands.send(Command.ALLOCATE, [num_tokens] * len(self._runners))
+        for runner in self._runners:
+            runner.allocate(num_tokens)
+
+    def forward(self, step: StepInput, runner: int = 0) -> Tensor:
+        """Run a step of one of the models."""
+        if self.commands.has_followers:
+            self.commands.send(Command.FORWARD, [runner, *step.to_numbers()])
+        return self._runners[runner].forward(step)
+
+    def copy(self, source: CachedSequence, target: CachedSequence, begin: int, end: int) -> None:
+        """Copy the tokens [begin, end) of a sequence's keys and values in the model's cache to another's."""
+        if begin < end:
+            self.commands.send(Command.COPY, [0, *source.blocks, *target.blocks, begin, end])
+            self._runners[0].copy(source.blocks, target.blocks, begin, end)
+
+    def execute(self, command: int, numbers: list[int]) -> None:
+        """On a follower: do what one of the calls above does on the leader."""
+        if command == Command.ALLOCATE:
+            for runner, num_tokens in zip(self._runners, numbers, strict=True):
+                runner.allocate(num_tokens)
+        elif command == Command.FORWARD:
+            self._runners[numbers[0]].forward(StepInput.from_numbers(numbers[1:]))
+        else:
+            runner_index, *blocks, begin, end = numbers
+            self._runners[runner_index].copy(KVCacheBlocks(*blocks[:2]), KVCacheBlocks(*blocks[2:]), begin, end)

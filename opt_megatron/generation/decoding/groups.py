@@ -1,0 +1,28 @@
+"""Which kind of search continues a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..request import Request
+from .beam_search import BeamSearchGroup
+from .contrastive_search import ContrastiveSearchGroup
+from .sampling_group import SamplingGroup
+from .sequences import SequenceGroup
+
+
+def make_groups(request_id: int, request: Request, eos_token_id: int, num_tokens: int) -> Iterator[SequenceGroup]:
+    """The groups of a request, one after the other: what they have in common can be read off the first.
+
+    Args:
+        num_tokens: width of the logits.
+    """
+    params = request.params
+    eos = None if params.ignore_eos else eos_token_id
+    if params.num_beams > 1:
+        yield BeamSearchGroup(request_id, request, eos)
+    elif params.penalty_alpha > 0:
+        yield ContrastiveSearchGroup(request_id, request, eos, num_tokens)
+    else:
+        for choice in range(params.num_sampled):
+            yield SamplingGroup(request_id, request, eos, choice)
