@@ -88,8 +88,6 @@ _SPLITS = {
     for kind, split in (("weight", module.weight), ("bias", module.bias))
     if split is not None
 }
-# What metaseq calls modules whose canonical name differs; it also fuses k, v and q into qkv_proj.
-METASEQ_NAMES = {"layer_norm": "final_layer_norm", "project_in_dim": "project_in", "project_out_dim": "project_out"}
 
 
 def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: bool) -> list[Parameter]:

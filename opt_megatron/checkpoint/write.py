@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .checkpoint import Checkpoint
-from .formats.writers import OutputFile, StoredTensor
+from .output_files import OutputFile, StoredTensor
 from .storage.blocks import Block, whole
 from .storage.torch_writer import TensorPlaceholder, create_torch_file
 
@@ -62,9 +62,9 @@ def create_files(directory: Path, files: list[OutputFile]) -> tuple[Destinations
         for stored, offset in zip(file.tensors, offsets, strict=True):
             if stored.constant is not None:
                 _write_at(path, offset, stored.constant)
-            for part in stored.parts:
-                start = offset + part.start * stored.dtype.itemsize
-                places[part.name].append(Destination(path, start, part.block, stored.dtype))
+            for source in stored.blocks:
+                start = offset + source.start * stored.dtype.itemsize
+                places[source.name].append(Destination(path, start, source.block, stored.dtype))
         complete &= path.stat().st_size == size_before
     return places, complete
 

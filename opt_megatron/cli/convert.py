@@ -12,7 +12,7 @@ from ..errors import UserError
 from .arguments import add_config, add_layout, add_load, config_argument, say_derived, size_in_bytes
 
 if TYPE_CHECKING:
-    from ..checkpoint.convert import ConversionOptions
+    from ..checkpoint.conversion_options import ConversionOptions
 
 HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - started
     files = f"{summary.num_files} file" + ("s" if summary.num_files > 1 else "")
     print(
-        f"wrote {args.save}: {_layout(options)} from {summary.source_format}, {files}, "
+        f"wrote {args.save}: {summary.target_format} from {summary.source_format}, {files}, "
         f"{summary.num_bytes / 1e6:,.1f} MB in {seconds:.1f} s"
     )
 
@@ -105,25 +105,14 @@ def _save_path(text: str) -> Path:
 
 
 def _options(args: argparse.Namespace) -> ConversionOptions:
-    from ..checkpoint.convert import ConversionOptions
+    from ..checkpoint.conversion_options import ConversionOptions
 
     return ConversionOptions(
         to=args.to,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        first_stage_layers=args.decoder_first_pipeline_num_layers,
-        last_stage_layers=args.decoder_last_pipeline_num_layers,
+        decoder_first_pipeline_num_layers=args.decoder_first_pipeline_num_layers,
+        decoder_last_pipeline_num_layers=args.decoder_last_pipeline_num_layers,
         dtype=args.dtype,
         max_shard_bytes=size_in_bytes(args.max_shard_size),
-    )
-
-
-def _layout(options: ConversionOptions) -> str:
-    if options.to == "megatron":
-        return f"Megatron TP{options.tensor_model_parallel_size} x PP{options.pipeline_model_parallel_size}"
-    if options.to == "hf":
-        return "Hugging Face"
-    name = {"metaseq": "metaseq", "flagai": "FlagAI"}[options.to]
-    return f"{name}, {options.tensor_model_parallel_size} part" + (
-        "s" if options.tensor_model_parallel_size > 1 else ""
     )

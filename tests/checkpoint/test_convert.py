@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from opt_megatron.checkpoint.convert import ConversionOptions, convert
+from opt_megatron.checkpoint.formats.megatron_ranks import pipeline_stages
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
-from opt_megatron.checkpoint.formats.writers import pipeline_stages
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.checkpoint.manifest import MANIFEST, read_manifest
@@ -231,7 +231,7 @@ def test_uneven_pipeline_stages(tmp_path):
     config = hf_config(num_hidden_layers=7)
     tensors = random_tensors(config)
     write_hf(tmp_path / "source", config, tensors)
-    options = megatron(2, 3, first_stage_layers=1, last_stage_layers=2)
+    options = megatron(2, 3, decoder_first_pipeline_num_layers=1, decoder_last_pipeline_num_layers=2)
     convert(tmp_path / "source", tmp_path / "uneven", options, fsync=False)
     assert_same(tensors, contents(tmp_path / "uneven"))
     with pytest.raises(UserError, match="7 layers cannot be divided into 3 pipeline stages: 7 % 3 = 1"):
@@ -394,7 +394,11 @@ def test_values_that_are_no_numbers_survive(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"to": "hf", "first_stage_layers": 2}, {"to": "gguf"}, {"to": "flagai", "pipeline_model_parallel_size": 2}],
+    [
+        {"to": "hf", "decoder_first_pipeline_num_layers": 2},
+        {"to": "gguf"},
+        {"to": "flagai", "pipeline_model_parallel_size": 2},
+    ],
 )
 def test_options_that_do_not_belong_together(options):
     with pytest.raises(UserError):

@@ -1,8 +1,8 @@
-"""Reader of FlagAI's model-parallel files, pytorch_model_00.bin to pytorch_model_{N-1}.bin.
+"""FlagAI's files: model-parallel parts pytorch_model_00.bin to pytorch_model_{N-1}.bin, or one pytorch_model.bin.
 
-Each holds {"module": {Hugging Face's name: this rank's slice}}, and every name may stand beside it once
-more with the value None. `lm_head.weight` is whole in every file. One file that is called
-pytorch_model.bin is read as Hugging Face's.
+A part holds {"module": {Hugging Face's name: this part's slice}}, and every name may occur a second time
+beside "module" with the value None. `lm_head.weight` is whole in every part. The one file pytorch_model.bin is
+recognised and read as Hugging Face's.
 """
 
 from __future__ import annotations
@@ -13,39 +13,77 @@ from pathlib import Path
 from ...config import OPTConfig
 from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
-from ..parameter_mapping import EMBEDDING, canonical_shapes
+from ..conversion_options import ConversionOptions
+from ..output_files import DtypeOf, OutputFile, StoredTensor
+from ..parameter_mapping import EMBEDDING, Split, canonical_shapes, rank_block, split_of
+from ..storage.blocks import whole
 from ..storage.lazy_tensor import LazyTensor, Replicated, Tied
+from .format import OutputFormat
 from .huggingface import canonical_names, pickled_tensors
 from .model_parallel_parts import join_parts, missing_from_grid
 
 _PART = re.compile(r"pytorch_model_(\d+)\.bin")
 
 
-def is_flagai(directory: Path) -> bool:
-    """Whether the directory holds FlagAI's numbered files."""
-    return any(_PART.fullmatch(file.name) for file in directory.glob("pytorch_model_*.bin"))
+class FlagAIFormat(OutputFormat):
+    """Hugging Face's names, with the tensors split into model-parallel parts."""
+
+    title = "FlagAI"
+    detection_rank = 30  # before Hugging Face's, whose pytorch_model.bin may be there too
+    file_names = r"pytorch_model.*\.bin"
+
+    def detect(self, directory: Path) -> bool:
+        """Whether the directory holds numbered parts."""
+        return any(_PART.fullmatch(file.name) for file in directory.glob("pytorch_model_*.bin"))
+
+    def open(self, path: Path, config: OPTConfig | None = None) -> Checkpoint:
+        """Open a directory lazily.
+
+        Raises:
+            CheckpointError: a part is missing, the parts do not fit each other, or biases were split wrongly.
+        """
+        config = config or OPTConfig.from_directory(path)
+        parts = [pickled_tensors(file) for file in _part_files(path)]
+        heads = [head for part in parts if (head := _pop_head(part)) is not None]
+        tensors = join_parts([canonical_names(path, part) for part in parts], path)
+        _check_complete(path, tensors, config, len(parts))
+        if len(heads) == len(parts):  # the head is whole in every part, and repeats the embedding, which is split
+            head = Replicated(heads, "lm_head.weight")
+            what = f"{path}: embed_tokens.weight and lm_head.weight"
+            tensors[EMBEDDING] = Tied(tensors[EMBEDDING], head, what) if EMBEDDING in tensors else head
+        return Checkpoint(path, f"FlagAI parts, {len(parts)}", config, tensors, [])
+
+    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+        """pytorch_model.bin, or a numbered file for each part, with the whole output head in every file."""
+        parts = options.tensor_model_parallel_size
+        if parts == 1:
+            return [OutputFile(Path("pytorch_model.bin"), "torch", _part_tensors(config, dtype_of, 0, 1))]
+        return [
+            OutputFile(
+                Path(f"pytorch_model_{part:02d}.bin"),
+                "torch",
+                _part_tensors(config, dtype_of, part, parts),
+                wrap=lambda tensors: {"module": tensors},
+            )
+            for part in range(parts)
+        ]
 
 
-def open_flagai(directory: Path, config: OPTConfig | None = None) -> Checkpoint:
-    """Open a directory lazily.
-
-    Raises:
-        CheckpointError: a part is missing, the parts do not fit each other, or biases were cut wrongly.
-    """
-    config = config or OPTConfig.from_directory(directory)
-    files = _files(directory)
-    stored = [pickled_tensors(file) for file in files]
-    heads = [_pop_head(part) for part in stored]
-    tensors = join_parts([canonical_names(directory, part) for part in stored], directory)
-    _check_complete(directory, tensors, config, len(files))
-    if None not in heads:  # the head is whole in every file, and repeats the embedding that is sliced
-        head = Replicated(heads, "lm_head.weight")
-        what = f"{directory}: embed_tokens.weight and lm_head.weight"
-        tensors[EMBEDDING] = Tied(tensors[EMBEDDING], head, what) if EMBEDDING in tensors else head
-    return Checkpoint(directory, f"FlagAI parts, {len(files)}", config, tensors, [])
+FORMAT = FlagAIFormat()
 
 
-def _files(directory: Path) -> list[Path]:
+def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int) -> tuple[StoredTensor, ...]:
+    tensors = []
+    for name, shape in canonical_shapes(config).items():
+        block = rank_block(shape, split_of(name) if parts > 1 else Split.REPLICATED, part, parts)
+        tensors.append(StoredTensor.of_block(name, name, block, dtype_of(name)))
+    head = whole(canonical_shapes(config)[EMBEDDING])
+    tensors.append(StoredTensor.of_block("lm_head.weight", EMBEDDING, head, dtype_of(EMBEDDING)))
+    return tuple(tensors)
+
+
+def _part_files(directory: Path) -> list[Path]:
+    """The parts in their order, with none missing."""
     found: dict[int, Path] = {}
     for file in sorted(directory.glob("pytorch_model_*.bin")):
         match = _PART.fullmatch(file.name)
@@ -67,7 +105,7 @@ def _pop_head(part: dict[str, LazyTensor]) -> LazyTensor | None:
 
 def _check_complete(directory: Path, tensors: dict[str, LazyTensor], config: OPTConfig, parts: int) -> None:
     wanted = canonical_shapes(config)
-    wrong = [name for name, source in tensors.items() if name in wanted and source.shape != wanted[name]]
+    wrong = [name for name, tensor in tensors.items() if name in wanted and tensor.shape != wanted[name]]
     if not wrong:
         return
     if all(name.endswith("bias") for name in wrong):
@@ -75,7 +113,7 @@ def _check_complete(directory: Path, tensors: dict[str, LazyTensor], config: OPT
             f"{directory}: {len(wrong)} biases have wrong shapes ({shorten(wrong, 3)}), as FlagAI's converter cuts "
             "them when its source lists biases before weights: convert from the original files instead"
         )
-    embedding = next((s for name, s in tensors.items() if name.endswith("embed_tokens.weight")), None)
+    embedding = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)
     if embedding is not None and embedding.shape[0] < config.vocab_size:
         raise CheckpointError(
             f"{directory}: the {parts} parts that are here hold {embedding.shape[0]} of {config.vocab_size} "

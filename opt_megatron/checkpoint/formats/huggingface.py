@@ -1,7 +1,10 @@
-"""Reader of Hugging Face directories: safetensors or .bin, one file or shards with an index.
+"""Hugging Face directories: safetensors or .bin, one file or shards with an index.
 
-Names come with the prefix `model.decoder.`, `decoder.` or none; the tied tensor under `embed_tokens`, under
-`lm_head`, or under both.
+    config.json, model.safetensors                      or pytorch_model.bin
+    config.json, model-00001-of-00002.safetensors ...   and model.safetensors.index.json (the same with .bin)
+
+Names have the prefix `model.decoder.`, `decoder.` or none; the tied tensor is stored as `embed_tokens`, as
+`lm_head`, or as both. Written are safetensors with the prefix `model.decoder.` and without `lm_head`.
 """
 
 from __future__ import annotations
@@ -12,49 +15,101 @@ from pathlib import Path
 from ...config import OPTConfig
 from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
-from ..parameter_mapping import EMBEDDING, PREFIX
+from ..conversion_options import ConversionOptions
+from ..output_files import DtypeOf, OutputFile, StoredTensor
+from ..parameter_mapping import EMBEDDING, PREFIX, canonical_shapes
+from ..storage.blocks import whole
 from ..storage.lazy_tensor import LazyTensor, Tied
 from ..storage.mmap import map_safetensors
-from ..storage.torch_reader import FileTensor, TorchFile
+from ..storage.torch_reader import TorchFile
+from .format import OutputFormat
 from .infer_config import StoredMetadata, config_beside, infer_config
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def is_huggingface(directory: Path) -> bool:
-    """Whether the directory holds weights under one of Hugging Face's file names."""
-    return any((directory / name).is_file() for name in SINGLE_FILES + INDEX_FILES)
+class HuggingFaceFormat(OutputFormat):
+    """Whole tensors under Hugging Face's names, which are the canonical ones."""
+
+    title = "Hugging Face"
+    detection_rank = 40
+    file_names = r".*\.safetensors|.*\.index\.json|pytorch_model.*\.bin"
+    model_file_suffixes = (".safetensors", ".bin")
+    has_tensor_parts = False
+
+    def detect(self, directory: Path) -> bool:
+        """Whether the directory holds weights, or an index of them, under one of Hugging Face's file names."""
+        return any((directory / name).is_file() for name in SINGLE_FILES + INDEX_FILES)
+
+    def open(self, path: Path, config: OPTConfig | None = None) -> Checkpoint:
+        """Open a directory lazily, or one weight file. Safetensors are preferred to .bin where there are both.
+
+        Args:
+            config: instead of the directory's; where there is neither, one is inferred from the shapes.
+
+        Raises:
+            CheckpointError: a shard is missing or damaged, or two tensors have one name.
+        """
+        directory, files = (path.parent, [path]) if path.is_file() else (path, _weight_files(path))
+        stored: dict[str, LazyTensor] = {}
+        for file in files:
+            tensors = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
+            twice = sorted(tensors.keys() & stored.keys())
+            if twice:
+                raise CheckpointError(f"{file}: {shorten(twice)} stands in another shard too")
+            stored |= tensors
+        kind = "safetensors" if files[0].suffix == ".safetensors" else "pytorch .bin"
+        shards = f", {len(files)} shards" if len(files) > 1 else ""
+        canonical = canonical_names(directory, stored)
+        notes: list[str] = []
+        config = config or config_beside(directory)
+        if config is None:
+            config, notes = infer_config(canonical, StoredMetadata("nowhere"))
+        return Checkpoint(path, f"Hugging Face {kind}{shards}", config, canonical, notes)
+
+    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+        """Safetensors as transformers writes them: one file, or shards of at most `options.max_shard_bytes`."""
+        tensors = [
+            StoredTensor.of_block(name, name, whole(shape), dtype_of(name))
+            for name, shape in canonical_shapes(config).items()
+        ]
+        shards = _shards(tensors, options.max_shard_bytes)
+        if len(shards) == 1:
+            return [OutputFile(Path("model.safetensors"), "safetensors", tuple(tensors))]
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        return [OutputFile(Path(n), "safetensors", tuple(shard)) for n, shard in zip(names, shards, strict=True)]
+
+    def text_files(self, files: list[OutputFile]) -> dict[str, str]:
+        """The index, if there are several shards."""
+        if len(files) == 1:
+            return {}
+        weight_map = {stored.name: file.path.name for file in files for stored in file.tensors}
+        index = {"metadata": {"total_size": sum(file.num_bytes for file in files)}, "weight_map": weight_map}
+        return {INDEX_FILES[0]: json.dumps(index, indent=2) + "\n"}
+
+    def describe_output(self, options: ConversionOptions) -> str:
+        """The format's name; there is nothing to count."""
+        return self.title
 
 
-def open_huggingface(path: Path, config: OPTConfig | None = None) -> Checkpoint:
-    """Open a directory lazily, or one weight file. Safetensors are preferred where both kinds are there.
-
-    Args:
-        config: instead of the directory's; where both are missing, one is derived from the shapes.
-
-    Raises:
-        CheckpointError: a shard is missing or damaged, or a name stands for two tensors.
-    """
-    directory, files = (path.parent, [path]) if path.is_file() else (path, weight_files(path))
-    stored: dict[str, LazyTensor] = {}
-    for file in files:
-        sources = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
-        twice = sorted(sources.keys() & stored.keys())
-        if twice:
-            raise CheckpointError(f"{file}: {shorten(twice)} stands in another shard too")
-        stored |= sources
-    kind = "safetensors" if files[0].suffix == ".safetensors" else "pytorch .bin"
-    shards = f", {len(files)} shards" if len(files) > 1 else ""
-    tensors = canonical_names(directory, stored)
-    derived: list[str] = []
-    config = config or config_beside(directory)
-    if config is None:
-        config, derived = infer_config(tensors, StoredMetadata("nowhere"))
-    return Checkpoint(path, f"Hugging Face {kind}{shards}", config, tensors, derived)
+FORMAT = HuggingFaceFormat()
 
 
-def weight_files(directory: Path) -> list[Path]:
+def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
+    """The tensors in their order, in groups of at most `max_bytes` (or of one tensor that is larger)."""
+    shards: list[list[StoredTensor]] = [[]]
+    room = max_bytes
+    for tensor in tensors:
+        if tensor.num_bytes > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    return shards
+
+
+def _weight_files(directory: Path) -> list[Path]:
     """The files that hold the weights, from the index where there is one.
 
     Raises:
@@ -86,33 +141,33 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def pickled_tensors(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of a .bin file by name, those under FlagAI's 'module' where it has one."""
-    mapped = TorchFile(file)
-    state = mapped.content
+def pickled_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a .bin file by name; those under FlagAI's "module" if it has that key."""
+    file = TorchFile(path)
+    state = file.content
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
         state = state["module"]
     if not isinstance(state, dict):
-        raise CheckpointError(f"{file}: holds a {type(state).__name__}, not tensors by name")
-    return {name: mapped.source(tensor) for name, tensor in state.items() if isinstance(tensor, FileTensor)}
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not tensors by name")
+    return file.tensors(state)
 
 
 def canonical_names(directory: Path, stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Hugging Face's names in any of their forms to canonical ones; the tied tensor becomes one.
+    """Replace each form of Hugging Face's names by the canonical one, and join the tied tensor.
 
     Raises:
-        CheckpointError: a name stands for two tensors.
+        CheckpointError: two tensors have one name.
     """
     tensors: dict[str, LazyTensor] = {}
     head = None
-    for name, source in stored.items():
+    for name, tensor in stored.items():
         if name.removeprefix("model.") == "lm_head.weight":
-            head = source
+            head = tensor
             continue
         short = name.removeprefix("model.").removeprefix("decoder.")
         if PREFIX + short in tensors:
             raise CheckpointError(f"{directory}: {short} is stored twice under different prefixes")
-        tensors[PREFIX + short] = source
+        tensors[PREFIX + short] = tensor
     if head is not None:
         embedding = tensors.get(EMBEDDING)
         tensors[EMBEDDING] = (

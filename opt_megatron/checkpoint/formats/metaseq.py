@@ -1,62 +1,107 @@
-"""Reader of metaseq's files: raw FSDP shards, model-parallel parts flat and unflattened, and singletons.
+"""metaseq's files: raw FSDP shards, model-parallel parts flat and unflattened, and singletons.
 
-    checkpoint_last-model_part-{p}-shard{s}.pt      part p, FSDP piece s of it
+    checkpoint_last-model_part-{p}-shard{s}.pt      part p, FSDP shard s of it
     reshard-model_part-{p}.pt                       a part, flat (with shard_metadata) or unflattened
     checkpoint_1_4000.pt-model_part-{p}.pt          the same, as OPT-IML is released
     restored.pt, reshard.pt                         the whole model, with qkv fused or separate
 
-A part's fused attention input is [K; V; Q]. (Format: facebookresearch/metaseq, metaseq/scripts.)
+A part's fused attention input is [K; V; Q]. Written are unflattened parts, or the one file of a post-norm model
+as Meta released 350m. (Format: facebookresearch/metaseq, metaseq/scripts.)
 """
 
 from __future__ import annotations
 
-import math
+import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...config import OPTConfig
-from ...errors import CheckpointError, shorten
+from ...errors import CheckpointError, UserError, shorten
 from ..checkpoint import Checkpoint
-from ..parameter_mapping import EMBEDDING, METASEQ_NAMES, PREFIX
-from ..storage.lazy_tensor import LazyTensor, RowRange, Tied, split_flat_vector
+from ..conversion_options import ConversionOptions
+from ..output_files import DtypeOf, OutputFile, SourceBlock, StoredTensor
+from ..parameter_mapping import EMBEDDING, PREFIX, canonical_shapes, rank_block, split_of
+from ..storage.blocks import Block, block_shape
+from ..storage.lazy_tensor import LazyTensor, RowRange, Tied
 from ..storage.torch_reader import TorchFile
+from .format import OutputFormat
 from .infer_config import StoredMetadata, config_beside, infer_config, integer, namespace_values
+from .metaseq_fsdp import FLAT_PARAMETER, read_part
 from .model_parallel_parts import join_parts, missing_from_grid
 
 _PART_OR_SHARD = re.compile(r"(?P<stem>.+?)(?:\.pt)?(?:-(?:model_)?part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
-_FLAT = "flat_param_0"
+# metaseq's names of modules whose canonical names differ; it also fuses k, v and q into qkv_proj.
+_CANONICAL_NAMES = {"layer_norm": "final_layer_norm", "project_in_dim": "project_in", "project_out_dim": "project_out"}
+_METASEQ_NAMES = {canonical: metaseq for metaseq, canonical in _CANONICAL_NAMES.items()}
 
 
-def is_metaseq(directory: Path) -> bool:
-    """Whether the directory holds .pt files (other formats are recognised before this one)."""
-    return any(directory.glob("*.pt"))
+class MetaseqFormat(OutputFormat):
+    """Meta's own training and release format."""
+
+    title = "metaseq"
+    detection_rank = 50  # last: any .pt file may be metaseq's
+    file_names = r".*\.pt"
+    model_file_suffixes = (".pt",)
+
+    def detect(self, directory: Path) -> bool:
+        """Whether the directory holds .pt files."""
+        return any(directory.glob("*.pt"))
+
+    def open(self, path: Path, config: OPTConfig | None = None) -> Checkpoint:
+        """Open a directory lazily, or one file that is a whole model.
+
+        Args:
+            config: by default that of a config.json, or one inferred from the shapes and metaseq's `cfg`.
+
+        Raises:
+            CheckpointError: a part or shard is missing or doubled, the files are of several models, or a group
+                of parameters is flat and nothing says what is in it.
+        """
+        grid = _part_grid(path)
+        opened = [[TorchFile(file) for file in shards] for shards in grid]
+        first = opened[0][0]
+        parts = [_canonical(read_part(shards)) for shards in opened]
+        metadata = _stored_metadata(first.content)
+        tensors = join_parts(parts, path)
+        _check_part_count(first.content, tensors, len(grid), path)
+        notes: list[str] = []
+        config = config or config_beside(path)  # as this project's conversions write it
+        if config is None:
+            config, notes = infer_config(tensors, metadata)
+        return Checkpoint(path, _describe(grid, first), config, tensors, notes)
+
+    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+        """Unflattened parts with the fused [K; V; Q]; 350m as the one file that Meta released.
+
+        Raises:
+            UserError: 350m in several parts, which metaseq has no form for.
+        """
+        parts = options.tensor_model_parallel_size
+        is_fused = config.do_layer_norm_before and not config.has_embedding_projection
+        if not is_fused and parts > 1:
+            raise UserError(f"metaseq has post-norm OPT as one file only; ask for 1 part instead of {parts}")
+        return [
+            OutputFile(
+                Path(f"reshard-model_part-{part}.pt" if is_fused else "reshard.pt"),
+                "torch",
+                tuple(_part_tensors(config, dtype_of, part, parts, fused=is_fused)),
+                _wrap_part(config, parts),
+            )
+            for part in range(parts)
+        ]
 
 
-def open_metaseq(path: Path, config: OPTConfig | None = None) -> Checkpoint:
-    """Open a directory, or one file that is a whole model, lazily.
-
-    Args:
-        config: what the model is; by default it is derived from the shapes and metaseq's `cfg`.
-
-    Raises:
-        CheckpointError: a part or shard is missing or doubled, the files are of several models, or a group
-            of parameters is flat and nothing says what is in it.
-    """
-    grid = _grid(path)
-    opened = [[TorchFile(file) for file in row] for row in grid]
-    parts = [_canonical(_part(files, opened_files)) for files, opened_files in zip(grid, opened, strict=True)]
-    hints = _hints(opened[0][0].content)
-    tensors = join_parts(parts, path)
-    _check_part_count(opened[0][0].content, tensors, len(parts), path)
-    derived: list[str] = []
-    config = config or config_beside(path)  # as this project's conversions write it
-    if config is None:
-        config, derived = infer_config(tensors, hints)
-    return Checkpoint(path, _describe(grid, opened[0][0]), config, tensors, derived)
+FORMAT = MetaseqFormat()
 
 
-def _grid(path: Path) -> list[list[Path]]:
+# Reading
+
+
+def _part_grid(path: Path) -> list[list[Path]]:
     """[part][shard] -> file, none missing and none doubled."""
     files = [path] if path.is_file() else sorted(path.glob("*.pt"))
     found: dict[tuple[int, int], Path] = {}
@@ -66,14 +111,14 @@ def _grid(path: Path) -> list[list[Path]]:
         if match is None:
             raise CheckpointError(f"{file}: is not named as metaseq's files are")
         stems.add(match["stem"])
-        place = int(match["part"] or 0), int(match["shard"] or 0)
-        if place in found and len(stems) == 1:
-            raise CheckpointError(f"{path}: {found[place].name} and {file.name} are the same part and shard")
-        found[place] = file
+        cell = int(match["part"] or 0), int(match["shard"] or 0)
+        if cell in found and len(stems) == 1:
+            raise CheckpointError(f"{path}: {found[cell].name} and {file.name} are the same part and shard")
+        found[cell] = file
     if len(stems) > 1:
         names = shorten([file.name for file in files])
         raise CheckpointError(f"{path}: holds files of {len(stems)} checkpoints ({names}); leave those of one")
-    if path.is_file():  # one part of several is found incomplete by its cfg
+    if path.is_file():  # whether it is one part of several is checked later, from its shapes
         return [list(found.values())]
     parts, shards, missing = missing_from_grid(found)
     if missing:
@@ -85,80 +130,19 @@ def _grid(path: Path) -> list[list[Path]]:
     return [[found[p, s] for s in range(shards)] for p in range(parts)]
 
 
-def _part(files: list[Path], opened: list[TorchFile]) -> dict[str, LazyTensor]:
-    """One part's tensors under metaseq's names."""
-    models = [_model(mapped) for mapped in opened]
-    is_flat = [name.endswith(_FLAT) for name in models[0]]
-    if not any(is_flat):
-        if len(files) > 1:
-            raise CheckpointError(f"{files[0]}: is one of {len(files)} shards, but its tensors are not flat")
-        return models[0]
-    return _unflattened(files, opened, models)
-
-
-def _model(mapped: TorchFile) -> dict[str, LazyTensor]:
-    return {name: source for name, source in mapped.model("metaseq").items() if name != "decoder.version"}
-
-
-def _unflattened(
-    files: list[Path], opened: list[TorchFile], models: list[dict[str, LazyTensor]]
-) -> dict[str, LazyTensor]:
-    groups = [_groups(file, mapped) for file, mapped in zip(files, opened, strict=True)]
-    tensors: dict[str, LazyTensor] = {}
-    for path, (shapes, _) in groups[0].items():
-        key = f"{path}.{_FLAT}" if path else _FLAT
-        pieces = []
-        for file, model, group in zip(files, models, groups, strict=True):
-            if key not in model or path not in group:
-                raise CheckpointError(f"{file}: has no {key}, which the first shard has")
-            pieces.append(RowRange(model[key], 0, model[key].shape[0] - group[path][1]))
-        have, want = sum(p.shape[0] for p in pieces), sum(map(math.prod, shapes.values()))
-        if have != want:
-            raise CheckpointError(
-                f"{files[0].parent}: the {len(files)} shards that are here hold {have:,} of the {want:,} elements "
-                f"of {key}; shards are missing or of another checkpoint"
-            )
-        prefix = f"{path}." if path else ""
-        tensors |= split_flat_vector(
-            pieces, {prefix + name.removeprefix(prefix): shape for name, shape in shapes.items()}
-        )
-    return tensors | {name: source for name, source in models[0].items() if not name.endswith(_FLAT)}
-
-
-def _groups(file: Path, mapped: TorchFile) -> dict[str, tuple[dict[str, tuple[int, ...]], int]]:
-    """FSDP path -> (names and shapes in order, padding of this shard)."""
-    try:
-        entries = mapped.content["shard_metadata"]["param_metadata"]
-        groups = {}
-        for entry in entries:
-            flat = entry["params"][_FLAT]
-            shapes = {name: tuple(shape) for name, shape in zip(flat["names"], flat["shapes"], strict=True)}
-            padding = flat["padding"]
-            numbers = [padding, *(size for shape in shapes.values() for size in shape)]
-            if any(type(number) is not int or number < 0 for number in numbers):
-                raise TypeError("sizes that are not numbers")
-            groups[str(entry["fsdp_path"])] = shapes, padding
-        return groups
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file}: holds flat parameters, and its shard_metadata does not say what is in them "
-            f"({type(error).__name__})"
-        ) from None
-
-
 def _canonical(part: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """metaseq's names to canonical ones, with the fused [K; V; Q] taken apart."""
+    """A part's tensors under canonical names, with the fused [K; V; Q] separated."""
     tensors: dict[str, LazyTensor] = {}
-    for name, source in part.items():
+    for name, tensor in part.items():
         short = name.removeprefix("decoder.")
         module, _, kind = short.rpartition(".")
-        if module.endswith("self_attn.qkv_proj") and source.shape and source.shape[0] % 3 == 0:
-            third = source.shape[0] // 3
+        if module.endswith("self_attn.qkv_proj") and tensor.shape and tensor.shape[0] % 3 == 0:
+            third = tensor.shape[0] // 3
             for number, letter in enumerate("kvq"):
                 renamed = f"{PREFIX}{module.removesuffix('qkv_proj')}{letter}_proj.{kind}"
-                tensors[renamed] = RowRange(source, number * third, (number + 1) * third)
+                tensors[renamed] = RowRange(tensor, number * third, (number + 1) * third)
         else:
-            tensors[f"{PREFIX}{METASEQ_NAMES.get(module, module)}.{kind}"] = source
+            tensors[f"{PREFIX}{_CANONICAL_NAMES.get(module, module)}.{kind}"] = tensor
     head = tensors.pop(f"{PREFIX}output_projection.weight", None)  # tied, and usually not stored
     if head is not None:
         embedding = tensors.get(EMBEDDING)
@@ -172,26 +156,26 @@ def _arguments(content: Any) -> dict[str, Any]:
     return namespace_values(model) or namespace_values(content.get("args"))
 
 
-def _hints(content: Any) -> StoredMetadata:
+def _stored_metadata(content: Any) -> StoredMetadata:
     values = _arguments(content)
-    hints = StoredMetadata("cfg.model", integer(values, "decoder_attention_heads"))
-    hints.dropout, hints.attention_dropout = values.get("dropout"), values.get("attention_dropout")
+    metadata = StoredMetadata("cfg.model", integer(values, "decoder_attention_heads"))
+    metadata.dropout, metadata.attention_dropout = values.get("dropout"), values.get("attention_dropout")
     before = values.get("decoder_normalize_before")
-    hints.do_layer_norm_before = before if type(before) is bool else None
+    metadata.do_layer_norm_before = before if type(before) is bool else None
     activation = values.get("activation_fn", "relu")
     if type(activation) is str and activation != "relu":
         raise CheckpointError(f"cfg.model says activation_fn {activation[:20]!r}; OPT's is 'relu'")
     separator = integer(values, "self_attn_doc_sep")
     if separator is not None and separator >= 0:
-        hints.notes.append(
+        metadata.notes.append(
             f"self_attn_doc_sep is {separator}: the model was trained with positions restarting and attention cut "
             f"after every token {separator}, which generation here does not do within a prompt"
         )
-    return hints
+    return metadata
 
 
 def _check_part_count(content: Any, tensors: dict[str, LazyTensor], parts: int, path: Path) -> None:
-    # A whole model may still carry the number of parts that it was trained in, so its shapes decide.
+    # A merged model may still carry the number of parts that it was trained in, so the shapes decide.
     projection = tensors.get(f"{PREFIX}layers.0.self_attn.out_proj.weight")
     if projection is not None and projection.shape[0] != projection.shape[-1]:
         stated = integer(_arguments(content), "model_parallel_size")
@@ -202,9 +186,58 @@ def _check_part_count(content: Any, tensors: dict[str, LazyTensor], parts: int, 
 
 
 def _describe(grid: list[list[Path]], first: TorchFile) -> str:
-    flat = any(str(name).endswith(_FLAT) for name in first.content["model"])
+    flat = any(str(name).endswith(FLAT_PARAMETER) for name in first.content["model"])
     if len(grid[0]) > 1:
         return f"metaseq FSDP shards, {len(grid)} parts x {len(grid[0])} shards"
     if len(grid) == 1 and not flat:
         return "metaseq singleton"
     return f"metaseq {'flat' if flat else 'unflattened'} parts, {len(grid)}"
+
+
+# Writing
+
+
+def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int, *, fused: bool) -> list[StoredTensor]:
+    # Older loaders dropped the final norm of files without a version.
+    stored = [StoredTensor("decoder.version", (1,), torch.float32, (), torch.tensor([3.0]))]
+    for name, shape in canonical_shapes(config).items():
+        module, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        block = rank_block(shape, split_of(name), part, parts)
+        if fused and module.endswith("q_proj"):
+            stored.append(_fused_qkv(module.removesuffix("q_proj"), kind, block, dtype_of(name)))
+        elif not fused or not module.endswith(("k_proj", "v_proj")):
+            stored_name = f"decoder.{_METASEQ_NAMES.get(module, module)}.{kind}"
+            stored.append(StoredTensor.of_block(stored_name, name, block, dtype_of(name)))
+    return stored
+
+
+def _fused_qkv(attention: str, kind: str, block: Block, dtype: torch.dtype) -> StoredTensor:
+    rows, *columns = block_shape(block)
+    size = torch.Size((rows, *columns)).numel()
+    blocks = tuple(
+        SourceBlock(f"{PREFIX}{attention}{letter}_proj.{kind}", block, number * size)
+        for number, letter in enumerate("kvq")
+    )
+    return StoredTensor(f"decoder.{attention}qkv_proj.{kind}", (3 * rows, *columns), dtype, blocks)
+
+
+def _wrap_part(config: OPTConfig, parts: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    model = argparse.Namespace(
+        arch="transformer_lm_megatron",
+        model_parallel_size=parts,
+        decoder_layers=config.num_layers,
+        decoder_embed_dim=config.hidden_size,
+        decoder_ffn_embed_dim=config.ffn_hidden_size,
+        decoder_attention_heads=config.num_attention_heads,
+        decoder_input_dim=config.word_embed_proj_dim,
+        decoder_output_dim=config.word_embed_proj_dim,
+        decoder_learned_pos=True,
+        decoder_normalize_before=config.do_layer_norm_before,
+        max_target_positions=config.max_position_embeddings,
+        activation_fn="relu",
+        share_decoder_input_output_embed=True,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+    )
+    rest = {"cfg": {"_name": None, "model": model}, "args": None, "criterion": None, "extra_state": {}}
+    return lambda tensors: rest | {"optimizer_history": [], "task_state": {}, "model": tensors}

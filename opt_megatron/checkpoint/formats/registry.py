@@ -1,35 +1,72 @@
-"""Which format a checkpoint is in, told by its files and never by a flag."""
+"""The checkpoint formats. A checkpoint's format is recognised from its file names, never from a flag.
+
+Imports no torch and none of the formats before one is needed, so that `--help` can list their names at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ...config import OPTConfig
 from ...errors import CheckpointError, UserError, shorten
-from ..checkpoint import Checkpoint
-from .flagai import is_flagai, open_flagai
-from .huggingface import is_huggingface, open_huggingface
-from .megatron import is_megatron, open_megatron
-from .metaseq import is_metaseq, open_metaseq
-from .torch_dist import is_torch_dist, open_torch_dist
 
-# In this order: a training run has Megatron-LM's tracker file too, a Megatron directory may hold Hugging Face's
-# files beside its own, FlagAI's names are more special than Hugging Face's, and metaseq's are any .pt.
-_FORMATS = (
-    (is_torch_dist, open_torch_dist),
-    (is_megatron, open_megatron),
-    (is_flagai, open_flagai),
-    (is_huggingface, open_huggingface),
-    (is_metaseq, open_metaseq),
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from .format import Format, OutputFormat
+
+
+class _Entry(NamedTuple):
+    """A format: the module of this package whose `FORMAT` it is, and its name for `--to` (None: it is only read)."""
+
+    module: str
+    to: str | None = None
+
+
+_ENTRIES = (  # in the order in which messages list them
+    _Entry("megatron", to="megatron"),
+    _Entry("huggingface", to="hf"),
+    _Entry("metaseq", to="metaseq"),
+    _Entry("flagai", to="flagai"),
+    _Entry("torch_dist"),
 )
+
+
+def output_format_names() -> list[str]:
+    """The formats that can be written, by the names that `--to` takes."""
+    return [entry.to for entry in _ENTRIES if entry.to is not None]
+
+
+def output_format(name: str) -> OutputFormat:
+    """The format that `--to` calls `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    for entry in _ENTRIES:
+        if entry.to is not None and entry.to == name:
+            return cast("OutputFormat", _load(entry.module))
+    raise UserError(f"--to {name} is not one of {', '.join(output_format_names())}")
+
+
+@functools.cache
+def all_formats() -> tuple[Format, ...]:
+    """Every format, in the order in which they are asked whether a directory is theirs."""
+    return tuple(sorted((_load(entry.module) for entry in _ENTRIES), key=lambda found: found.detection_rank))
+
+
+def _load(module: str) -> Format:
+    return importlib.import_module(f".{module}", __package__).FORMAT
 
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether the directory holds weights in a format that can be read."""
-    return any(recognise(directory) for recognise, _ in _FORMATS)
+    return any(known.detect(directory) for known in all_formats())
 
 
 def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
@@ -37,7 +74,7 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
 
     Args:
         path: a directory, or one file that is a whole model.
-        config: instead of the one that the files carry or that is derived from them.
+        config: used instead of the one that the files hold or that is inferred from them.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is incomplete, damaged or not what its config says.
@@ -45,7 +82,7 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     path = Path(path)
     try:
         with _without_garbage_collection():
-            checkpoint = _open(path, config)
+            checkpoint = _detect(path).open(path, config)
         checkpoint.check_tensors()
     except CheckpointError:
         raise
@@ -54,14 +91,14 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        # The readers check what they can think of; what else a damaged or hostile file may hold ends here.
+        # The formats check what they expect of their files; anything else in a damaged or hostile file ends here.
         raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from error
     return checkpoint
 
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """The raw files of 175B become millions of objects, none of them garbage; looking for it takes half the time."""
+    """The raw files of 175B become millions of objects that all stay; collecting garbage would double the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -71,19 +108,19 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _open(path: Path, config: OPTConfig | None) -> Checkpoint:
-    if path.is_file() and path.suffix == ".pt":
-        return open_metaseq(path, config)
-    if path.is_file() and path.suffix in (".safetensors", ".bin"):
-        return open_huggingface(path, config)
+def _detect(path: Path) -> Format:
+    if path.is_file():
+        for known in all_formats():
+            if path.suffix in known.model_file_suffixes:
+                return known
     if path.is_dir():
-        for recognise, open_format in _FORMATS:
-            if recognise(path):
-                return open_format(path, config)
-    raise CheckpointError(f"{path}: {_what_is_there(path)}")
+        for known in all_formats():
+            if known.detect(path):
+                return known
+    raise CheckpointError(f"{path}: {_describe_contents(path)}")
 
 
-def _what_is_there(path: Path) -> str:
+def _describe_contents(path: Path) -> str:
     if not path.exists():
         return "there is no such directory; give a checkpoint directory or a model name"
     if path.is_file():

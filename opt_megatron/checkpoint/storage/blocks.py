@@ -1,4 +1,4 @@
-"""Blocks: rectangular parts of tensors. Apart from torch, so that planning with them takes no time to import."""
+"""Blocks: rectangular parts of tensors. Imports no torch, so that estimates that use them start at once."""
 
 from __future__ import annotations
 
@@ -6,5 +6,10 @@ Block = tuple[slice, ...]  # one slice with a start and a stop per dimension, st
 
 
 def whole(shape: tuple[int, ...]) -> Block:
-    """The block that is all of a tensor."""
+    """The block that covers a tensor of this shape."""
     return tuple(slice(0, size) for size in shape)
+
+
+def block_shape(block: Block) -> tuple[int, ...]:
+    """The sizes of a block."""
+    return tuple(s.stop - s.start for s in block)

@@ -121,7 +121,7 @@ class RemappedTensor(LazyTensor):
         self._source = source
 
     @abstractmethod
-    def _translate(self, block: Block) -> Block:
+    def _remap(self, block: Block) -> Block:
         """The block of the other source that holds this one's."""
 
     def _arrange(self, values: Tensor, block: Block) -> Tensor:
@@ -130,11 +130,11 @@ class RemappedTensor(LazyTensor):
 
     def read(self, block: Block) -> Tensor:
         """A view where the other source gives one and its elements lie as they should."""
-        return self._arrange(self._source.read(self._translate(block)), block)
+        return self._arrange(self._source.read(self._remap(block)), block)
 
     def release(self, block: Block) -> None:
         """The translated block."""
-        self._source.release(self._translate(block))
+        self._source.release(self._remap(block))
 
 
 class RowRange(RemappedTensor):
@@ -144,7 +144,7 @@ class RowRange(RemappedTensor):
         super().__init__(source, (stop - start, *source.shape[1:]))
         self._start = start
 
-    def _translate(self, block: Block) -> Block:
+    def _remap(self, block: Block) -> Block:
         return (slice(block[0].start + self._start, block[0].stop + self._start), *block[1:])
 
 
@@ -156,7 +156,7 @@ class FlatSlice(RemappedTensor):
         self._start = start
         self._row_size = torch.Size(self.shape[1:]).numel()
 
-    def _translate(self, block: Block) -> Block:
+    def _remap(self, block: Block) -> Block:
         first, stop = (self._start + row * self._row_size for row in (block[0].start, block[0].stop))
         return (slice(first, stop),)
 

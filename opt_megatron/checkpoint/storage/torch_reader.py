@@ -93,6 +93,7 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, part: FileSpan | None = None) -> None:
+        self.path = path
         self._file = MappedFile(path) if part is None else part.file
         try:
             with contextlib.nullcontext(path) if part is None else _SpanFile(path, part) as source:
@@ -108,8 +109,7 @@ class TorchFile:
         except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from None
 
-    def source(self, tensor: FileTensor) -> LazyTensor:
-        """A source over one of the content's tensors."""
+    def _lazy_tensor(self, tensor: FileTensor) -> LazyTensor:
         return WrappedTensor(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
 
     def model(self, whose: str) -> dict[str, LazyTensor]:
@@ -121,8 +121,12 @@ class TorchFile:
         model = self.content.get("model") if isinstance(self.content, dict) else None
         if not isinstance(model, dict):
             raise CheckpointError(f"{self._file.path}: has no 'model' dictionary, so it is not a {whose} checkpoint")
-        named = {name: value for name, value in model.items() if isinstance(name, str)}
-        return {name: self.source(value) for name, value in named.items() if isinstance(value, FileTensor)}
+        return self.tensors(model)
+
+    def tensors(self, values: dict[Any, Any]) -> dict[str, LazyTensor]:
+        """The tensors in one of the content's dictionaries by name; other values are left out."""
+        named = {name: value for name, value in values.items() if isinstance(name, str)}
+        return {name: self._lazy_tensor(value) for name, value in named.items() if isinstance(value, FileTensor)}
 
 
 @dataclass(eq=False)
