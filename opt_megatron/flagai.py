@@ -1,10 +1,10 @@
-"""FlagAI's interface to OPT, so that its scripts run with their imports changed and nothing else.
+"""FlagAI's interface to OPT: its scripts run after a change of their imports alone.
 
     from opt_megatron.flagai import AutoLoader, Predictor, mpu
 
-The semantics are FlagAI's (one prompt, the continuation alone is returned, the filters in its order), but
-for what were defects there: an integer or zero temperature, a sequence longer than the positions, ranks
-that sample each for itself, and a first token that was lost.
+The semantics are FlagAI's (one prompt, only the continuation is returned, the filters in its order), except for
+defects: integer and zero temperatures, sequences longer than the model's positions, ranks that sampled
+independently, and a lost first token.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ __all__ = ["AutoLoader", "Predictor", "mpu"]
 
 
 class mpu:
-    """The functions of FlagAI's `mpu` that its OPT scripts call, over Megatron-core's parallel state."""
+    """The functions of FlagAI's `mpu` that its OPT scripts call, implemented by Megatron-core's parallel state."""
 
     @staticmethod
     def initialize_model_parallel(model_parallel_size: int) -> None:
-        """Make tensor parallel groups of this size in a torch.distributed that is already running."""
+        """Make tensor parallel groups of this size; torch.distributed must have been initialised.
+
+        Raises:
+            UserError: it has not.
+        """
         if not dist.is_initialized():
             raise UserError("call torch.distributed.init_process_group before mpu.initialize_model_parallel")
         prepare_megatron(device_in_use())
@@ -60,12 +64,12 @@ class mpu:
 
     @staticmethod
     def get_model_parallel_rank() -> int:
-        """This process's rank in it."""
+        """This process's rank in its tensor parallel group."""
         return _parallel_state().get_tensor_model_parallel_rank()
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
-        """The size of it."""
+        """The size of the tensor parallel group."""
         return _parallel_state().get_tensor_model_parallel_world_size()
 
 
@@ -97,7 +101,7 @@ class AutoLoader:
         return self._opt.model
 
     def get_tokenizer(self) -> OPTTokenizer:
-        """The tokenizer that lies beside the weights.
+        """The tokenizer that was found with the weights.
 
         Raises:
             CheckpointError: there is none.
@@ -127,8 +131,11 @@ class Predictor:
         The random numbers come from torch's generator, so `torch.manual_seed` repeats a result.
 
         Args:
-            input_max_length: tokens of the text that are used; what is beyond is dropped at its end.
-            out_max_length: new tokens at the most, fewer where the model has no more positions.
+            input_max_length: tokens of the text that are used; the others are dropped at its end.
+            out_max_length: new tokens at most, and fewer where the model has no more positions.
+
+        Raises:
+            UserError: a length is below 1, or the text leaves no position for a new token.
         """
         if input_max_length < 1 or out_max_length < 1:
             raise UserError(
@@ -169,7 +176,7 @@ def _parallel_state() -> Any:
 
 
 def _context() -> ParallelContext:
-    """The groups that the script made, or a group of one."""
+    """The context of the groups that the script made, or else of a single process."""
     if _parallel_state().model_parallel_is_initialized():
         return current_context()
     return init_parallel()

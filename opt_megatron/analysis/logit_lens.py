@@ -28,8 +28,8 @@ class Lens:
 
     Attributes:
         tokens: [s] the ids that were read.
-        best: for each layer, the embedding being the first, the likeliest next id after each token.
-        probabilities: of these.
+        best: [num_layers + 1, s] the likeliest next id after each token; the first row is the embedding's.
+        probabilities: [num_layers + 1, s] of these ids.
     """
 
     tokens: tuple[int, ...]
@@ -38,7 +38,7 @@ class Lens:
 
 
 def logit_lens(opt: OPT, tokens: Tokens) -> Lens:
-    """Look through the lens at one sequence; called on every rank. The last row is the model's own prediction.
+    """The logit lens of one sequence; called on every rank. The last row is the model's own prediction.
 
     Raises:
         UserError: the tokens do not fit the model, or are more than one sequence.
@@ -48,7 +48,7 @@ def logit_lens(opt: OPT, tokens: Tokens) -> Lens:
     if hidden[0].size(0) != 1:
         raise UserError(f"the lens looks at one sequence, not at {hidden[0].size(0)}")
     best, probabilities = [], []
-    for number in range(last + 1):  # one at a time: all of them would be num_layers times the vocabulary
+    for number in range(last + 1):  # not all at once: logits are as wide as the vocabulary
         logits = opt.unembed(hidden[number]) if number < last else opt.logits(tokens)
         scores = logits[0, :, : opt.config.num_tokens].float().softmax(-1)
         value, index = scores.max(-1)
@@ -61,7 +61,7 @@ def draw(lens: Lens, opt: OPT, path: Path, *, last: int | None = None, title: st
     """Write a PNG: a row for each layer, the embedding at the bottom, and a column for each token that was read.
 
     Args:
-        last: only the columns of the last so many tokens.
+        last: number of tokens that are shown, the last ones; None for all.
 
     Raises:
         UserError: matplotlib is missing, the file cannot be written, or `last` is below 1.
@@ -98,7 +98,7 @@ def draw(lens: Lens, opt: OPT, path: Path, *, last: int | None = None, title: st
 
 
 def label(opt: OPT, token: int) -> str:
-    """A token to be seen: spaces and line ends are visible, the end of sequence is `</s>`; at most ten characters."""
+    """A token's text with visible spaces and line ends, `</s>` for the end of sequence; at most ten characters."""
     text = opt.tokenizer.decode([token], skip_special_tokens=False)
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return text if len(text) <= 10 else text[:9] + "…"
