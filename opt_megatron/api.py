@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint.convert import ConversionOptions
 from .checkpoint.load import load_model, locate_on_all_ranks
 from .config import OPTConfig
 from .errors import UserError
@@ -36,7 +38,9 @@ from .model.opt_model import OPTModel
 from .model.scoring import Item, Score, score
 from .parallel.context import ParallelContext
 from .pretrained import Pretrained, open_pretrained, start_parallel
+from .saving import save_weights
 from .tokenizer import OPTTokenizer
+from .weights import Weights
 
 
 class OPT:
@@ -352,6 +356,42 @@ class OPT:
             got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise UserError(f"hidden states must be [b, s, {self.config.hidden_size}], not {got}")
         return self._inspector.unembed(hidden)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The weights, to be read and written as whole tensors: `opt.weights["model.decoder.layers.0.fc1.weight"]`."""
+        return Weights(self.model, self.parallel)
+
+    def save(
+        self,
+        directory: str | Path,
+        to: str = "hf",
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> None:
+        """Write the weights as they are now, with config and tokenizer, as `opt-megatron convert` writes checkpoints.
+
+        Args:
+            to: "hf", "megatron", "metaseq" or "flagai".
+            tensor_model_parallel_size, pipeline_model_parallel_size: of Megatron's directory (metaseq's and FlagAI's
+                parts), whatever the layout of this object.
+            dtype: cast to it; by default the weights' own.
+            force: replace a directory that is a checkpoint already.
+
+        Raises:
+            UserError: the weights are quantised, an option is wrong, or the directory cannot be written; the same one
+                on every rank.
+        """
+        options = ConversionOptions(
+            to=to,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            dtype=dtype,
+        )
+        save_weights(self.weights, self.pretrained, Path(directory), options, force=force)
 
     @cached_property
     def _inspector(self) -> Inspector:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -38,6 +38,7 @@ class Pretrained:
         tokenizer: None where there is none.
         checkpoint: opened; None for a model that was not read from one.
         tokenizer_error: why there is no tokenizer.
+        tokenizer_directory: where its files are, if not beside the weights.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Pretrained:
     tokenizer: OPTTokenizer | None
     checkpoint: Checkpoint | None = None
     tokenizer_error: CheckpointError | None = None
+    tokenizer_directory: Path | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -117,27 +119,28 @@ def open_pretrained(
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(checkpoint.config, tp, pp, parallel.world_size)
 
-    def read() -> tuple[OPTTokenizer | None, CheckpointError | None]:
+    def read() -> Pretrained:
+        own_directory = None if tokenizer is None else locate(tokenizer)
+        opened = Pretrained(name, parallel, checkpoint.config, None, checkpoint, None, own_directory)
         try:
             # Of a training run, `checkpoint.path` is the newest checkpoint.
-            return read_tokenizer(tokenizer, checkpoint.path, checkpoint.config), None
+            return replace(opened, tokenizer=_read_tokenizer(own_directory or checkpoint.path, checkpoint.config))
         except CheckpointError as error:
             if needs_tokenizer or tokenizer is not None:
                 raise
-            return None, error  # the model can still be run with ids
+            return replace(opened, tokenizer_error=error)  # the model can still be run with ids
 
-    found, error = on_all_ranks(parallel, read)
-    return Pretrained(name, parallel, checkpoint.config, found, checkpoint, error)
+    return on_all_ranks(parallel, read)
 
 
-def read_tokenizer(name: str | None, directory: Path, config: OPTConfig) -> OPTTokenizer:
-    """The tokenizer of --tokenizer, or the one beside the weights.
+def _read_tokenizer(directory: Path, config: OPTConfig) -> OPTTokenizer:
+    """The tokenizer of a directory.
 
     Raises:
         CheckpointError: there is none.
         UserError: it has more entries than the model has rows.
     """
-    tokenizer = OPTTokenizer.from_directory(directory if name is None else locate(name))
+    tokenizer = OPTTokenizer.from_directory(directory)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size} rows: "

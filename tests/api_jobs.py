@@ -134,6 +134,85 @@ def lens(directory: Path, tp: int, pp: int, tokens: Tensor) -> Lens:
     return logit_lens(_load(directory, tp, pp), tokens)
 
 
+def weights_before_and_after_generating(
+    directory: Path, tp: int, pp: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All weights by name, and again once an engine has packed them."""
+    opt = _load(directory, tp, pp)
+    before = {name: opt.weights[name] for name in (*opt.weights, "lm_head.weight")}
+    opt.generate([[2, 9, 30]], max_new_tokens=3)
+    return before, {name: opt.weights[name] for name in (*opt.weights, "lm_head.weight")}
+
+
+def pruned(directory: Path, tp: int, pp: int, target: Path, generate_first: bool) -> None:
+    """Magnitude pruning: half of every layer's matrices become zero."""
+    opt = _load(directory, tp, pp)
+    if generate_first:
+        opt.generate([[2, 9, 30]], max_new_tokens=3)
+    for name in opt.weights:
+        if ".layers." in name and name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
+            weight = opt.weights[name]
+            threshold = weight.abs().flatten().kthvalue(weight.numel() // 2).values
+            opt.weights[name] = weight.where(weight.abs() > threshold, 0)
+    opt.save(target)
+
+
+def edited_and_reloaded(directory: Path, tp: int, pp: int, target: Path) -> dict[str, bool]:
+    """Whether a model edited in the middle of its use is one that is loaded with the edited weights."""
+    opt = _load(directory, tp, pp)
+    generator = torch.Generator().manual_seed(3)
+    names = list(opt.weights)
+    noisy = {name: opt.weights[name] + torch.randn(opt.weights.shape(name), generator=generator) for name in names}
+    for name in names[::2]:
+        opt.weights[name] = noisy[name]
+    opt.generate([[2, 9, 30]], max_new_tokens=3)
+    for name in names[1::2]:
+        opt.weights[name] = noisy[name]
+    opt.weights["lm_head.weight"] = noisy["model.decoder.embed_tokens.weight"] * 2
+    opt.save(target, force=True)
+    other = _load(target, tp, pp)
+    options = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+    tokens = [one.generate([[2, 9, 30]], **options)[0].tokens for one in (opt, other)]
+    return {
+        "weights": all(torch.equal(opt.weights[name], other.weights[name]) for name in names),
+        "logits": torch.equal(opt.logits([2, 9, 30]), other.logits([2, 9, 30])),
+        "tokens": tokens[0] == tokens[1],
+    }
+
+
+def saved(directory: Path, tp: int, target: Path, options: dict[str, Any]) -> None:
+    """Load and save."""
+    _load(directory, tp, 1).save(target, **options)
+
+
+def weight_errors(directory: Path, tp: int, target: Path) -> list[str]:
+    """The messages of mistakes with weights, on this rank."""
+    opt = _load(directory, tp, 1)
+    name = "model.decoder.layers.0.fc1.weight"
+    before, messages = opt.weights[name], []
+    infinite = before.clone()
+    infinite[0, 0] = torch.inf
+    opt.save(target / "saved")
+    for mistake in (
+        lambda: opt.weights["model.decoder.layers.0.fc1.weigth"],
+        lambda: opt.weights["layer"],
+        lambda: opt.weights.__setitem__(name, 1.0),
+        lambda: opt.weights.__setitem__(name, before.t()),
+        lambda: opt.weights.__setitem__(name, before.long()),
+        lambda: opt.weights.__setitem__(name, infinite),
+        lambda: opt.weights.__setitem__(name, before + opt.parallel.rank),
+        lambda: opt.save(target / "saved"),
+        lambda: opt.save(target / "other", to="nonsense"),
+    ):
+        try:
+            mistake()
+            messages.append("nothing was raised")
+        except UserError as error:
+            messages.append(str(error))
+    assert torch.equal(opt.weights[name], before)
+    return messages
+
+
 def _with(opt: OPT, name: str, hook: Any) -> None:
     with opt.hooks({name: hook}):
         opt.logits([2, 5])

@@ -40,7 +40,7 @@ class ConversionSummary:
 
 
 def convert(
-    source: Path,
+    source: Path | Checkpoint,
     target: Path,
     options: ConversionOptions,
     *,
@@ -56,7 +56,8 @@ def convert(
     """Convert.
 
     Args:
-        config: instead of the source's own.
+        source: where a checkpoint is, or one that is open.
+        config: instead of the source's own; not for an open one.
         tokenizer: directory of tokenizer files to copy beside the weights; by default the source's.
         force: replace a target that is a checkpoint already.
         resume: go on from what an interrupted run with the same source and options has written.
@@ -69,10 +70,10 @@ def convert(
     """
     target = resolve_target(target)
     restore_replaced(target)
-    check_target(source, target, force)
+    check_target(source.path if isinstance(source, Checkpoint) else source, target, force)
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # says what is wrong with it before the work begins
-    checkpoint = open_checkpoint(source, config)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, config)
     dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint.config, options, lambda name: getattr(torch, dtypes[name]))
     total = sum(file.num_bytes for file in files)

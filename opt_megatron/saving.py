@@ -1,0 +1,91 @@
+"""Writing a model's weights as a checkpoint, from any layout, with the writer of `opt-megatron convert`.
+
+The leader writes. It asks for one tensor after the other, which all ranks then gather, so that no rank holds more
+than one whole tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.convert import ConversionOptions, convert
+from .checkpoint.storage.blocks import Block
+from .checkpoint.storage.lazy_tensor import LazyTensor
+from .errors import UserError
+from .parallel.context import ParallelContext, on_all_ranks
+from .pretrained import Pretrained
+from .weights import Weights
+
+
+def save_weights(
+    weights: Weights, pretrained: Pretrained, directory: Path, options: ConversionOptions, *, force: bool
+) -> None:
+    """Write all weights, the config and the tokenizer; called on every rank.
+
+    Raises:
+        UserError: the weights are quantised, the model does not divide by the options' sizes, or the directory cannot
+            be written; the same one on every rank.
+    """
+    parallel, source = pretrained.parallel, pretrained.checkpoint
+    if source is None:
+        raise UserError(f"{pretrained.name} was not opened from a checkpoint, whose tokenizer is saved with it")
+    weights.check_all_float()
+    gathering = _Gathering(weights, parallel)
+
+    def write() -> None:
+        checkpoint = Checkpoint(source.path, "OPT", pretrained.config, gathering.lazy_tensors())
+        try:
+            convert(checkpoint, directory, options, tokenizer=pretrained.tokenizer_directory, force=force, workers=1)
+        finally:
+            gathering.stop()
+
+    on_all_ranks(parallel, write if parallel.is_leader else gathering.follow)
+
+
+class _Gathering:
+    """Whole tensors for the leader; the other ranks take part in gathering the ones that it names."""
+
+    def __init__(self, weights: Weights, parallel: ParallelContext) -> None:
+        self._weights = weights
+        self._parallel = parallel
+        self._name: str | None = None
+        self._tensor: Tensor | None = None
+
+    def lazy_tensors(self) -> dict[str, LazyTensor]:
+        """On the leader: every weight, to be read tensor by tensor in one thread."""
+        return {name: _GatheredTensor(self, name, self._weights) for name in self._weights}
+
+    def read(self, name: str) -> Tensor:
+        """On the leader: the whole tensor on the CPU, gathered unless it was the latest one."""
+        if self._tensor is None or self._name != name:
+            self._parallel.broadcast_object(name)
+            self._tensor = None  # freed before the next one is made
+            self._name, self._tensor = name, self._weights[name].cpu()
+        return self._tensor
+
+    def stop(self) -> None:
+        """On the leader: let the other ranks go."""
+        self._parallel.broadcast_object(None)
+
+    def follow(self) -> None:
+        """On another rank: gather what the leader names, until it stops."""
+        while (name := self._parallel.broadcast_object(None)) is not None:
+            _ = self._weights[name]
+
+
+class _GatheredTensor(LazyTensor):
+    """A weight that is gathered when it is read."""
+
+    def __init__(self, gathering: _Gathering, name: str, weights: Weights) -> None:
+        super().__init__(weights.shape(name), weights.dtype)
+        self._gathering, self._name = gathering, name
+
+    def read(self, block: Block) -> Tensor:
+        """A view of the whole tensor."""
+        return self._gathering.read(self._name)[block]
+
+    def release(self, block: Block) -> None:
+        """Nothing: the tensor is freed when another one is read."""
