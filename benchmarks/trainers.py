@@ -43,21 +43,21 @@ class OptMegatronTrainer:
         import torch
 
         from opt_megatron.parallel.context import init_parallel
+        from opt_megatron.training.options import TrainerOptions
         from opt_megatron.training.schedule import Schedule
-        from opt_megatron.training.session import TrainingSettings, build
-        from opt_megatron.training.trainer import TrainerOptions
+        from opt_megatron.training.session import TrainingOptions, build
 
         self._parallel = init_parallel(1, 1, seed=1, device=setup.device)
         directory = huggingface_directory(setup.model)
-        settings = TrainingSettings(
-            OPTConfig.from_directory(directory).replace(dropout=0.0, attention_dropout=0.0),
-            Schedule(_LR, _LR, 0, 1),
-            TrainerOptions(1, 1, 1, 1),
+        options = TrainingOptions(
+            config=OPTConfig.from_directory(directory).replace(dropout=0.0, attention_dropout=0.0),
+            schedule=Schedule(_LR, _LR, 0, 1),
+            trainer=TrainerOptions(1, 1, 1, 1),
             load=str(directory),
             dtype=getattr(torch, setup.dtype),
-            recompute=self.RECOMPUTE,
+            recompute_granularity=self.RECOMPUTE,
         )
-        self._model, self._optimizer = build(settings, self._parallel)
+        self._model, self._optimizer = build(options, self._parallel)
         self._model.train()
 
     def step(self, rows: Rows) -> tuple[float, float]:

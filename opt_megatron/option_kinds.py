@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import UserError
 
-Size = str  # a number of bytes as people write it: 500MB, 2GiB
+Size = int  # bytes, which may be given as people write them: 500MB, 2GiB
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,9 @@ def _text(name: str, value: Any) -> str:
     return str(value)
 
 
-def _size(name: str, value: Any) -> str:
-    text = str(value) if _is_whole(value) else value
-    _require(isinstance(text, str), name, value, "a size, as 500MB, 5GB or 2GiB")
-    size_in_bytes(text)
-    return str(text)
+def _size(name: str, value: Any) -> int:
+    _require(_is_whole(value) or isinstance(value, str), name, value, "a size, as 500MB, 5GB or 2GiB")
+    return size_in_bytes(str(value))
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

@@ -4,7 +4,7 @@
     class SamplingParams:
         top_p: float = option(1.0, help="keep the best until ...", above=0, maximum=1, api_name="top_p")
 
-From such a field come the argument `--top-p` (`add_arguments`, `from_arguments`), the checks of kind and range
+From such a field come the argument `--top-p` (`add_argument`, `from_arguments`), the checks of kind and range
 (`convert_kinds`, `check_ranges`), the key `top_p` of a YAML file (`options_file.py`), the field of an HTTP body
 (`serving/protocol.py`) and the row of the reference pages. No module that declares options imports torch, so that
 `--help` is instant.
@@ -16,8 +16,8 @@ import argparse
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
@@ -43,11 +43,13 @@ class Option:
         argument: the name of the argument and of the YAML key, where it is not the field's.
         nargs: "+" takes several words after one flag; a list without it is a flag that may be repeated.
         required: there must be one on the command line (or in the YAML file).
+        positional: the argument has no flag.
         cli: there is an argument, and a prompt may set it; False is for what the package sets.
         is_path: a file or a directory, or a name where there is none; relative to the working directory.
         api_name: the field of the completions API, which has this option if there is a name.
         api_minimum, api_maximum: the range over HTTP, where it is another one.
         name, annotation, default: of the field (NO_DEFAULT where a value must be given).
+        named_by_flag: a command's messages name it as the command line does: declared in a subclass of `Options`.
     """
 
     help: str
@@ -63,6 +65,7 @@ class Option:
     argument: str = ""
     nargs: str | None = None
     required: bool = False
+    positional: bool = False
     cli: bool = True
     is_path: bool = False
     api_name: str | None = None
@@ -71,6 +74,7 @@ class Option:
     name: str = ""
     annotation: str = ""
     default: Any = NO_DEFAULT
+    named_by_flag: bool = False
 
     @functools.cached_property
     def kind(self) -> Kind:
@@ -85,7 +89,14 @@ class Option:
     @property
     def flag(self) -> str:
         """The name on a command line, the first if there are several."""
+        if self.positional:
+            return self.argument
         return self.flags[0] if self.flags else "--" + self.argument.replace("_", "-")
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        """Every name on a command line."""
+        return self.flags or (self.flag,)
 
     @functools.cached_property
     def has_range(self) -> bool:
@@ -103,12 +114,14 @@ class Option:
         return {name: bound for name, bound in named.items() if bound is not None}
 
     def convert(self, value: Any, label: str) -> Any:
-        """The value in its own type.
+        """The value in its own type; a path becomes a text.
 
         Raises:
             UserError: it is of another kind; `label` is the name that the message begins with.
         """
-        return None if value is None and self.is_optional else self.kind.convert(label, value)
+        if value is None and self.is_optional:
+            return None
+        return self.kind.convert(label, str(value) if self.is_path and isinstance(value, Path) else value)
 
     def check_range(self, value: Any, label: str) -> None:
         """Check a value of the right kind.
@@ -172,11 +185,11 @@ _DECLARED: dict[type, dict[str, Option]] = {}
 def options_of(cls: type) -> dict[str, Option]:
     """The options that a dataclass declares, by the fields' names; fields of another sort are left out."""
     if cls not in _DECLARED:
-        _DECLARED[cls] = {item.name: _complete(item) for item in fields(cls) if _KEY in item.metadata}
+        _DECLARED[cls] = {item.name: _complete(item, cls) for item in fields(cls) if _KEY in item.metadata}
     return _DECLARED[cls]
 
 
-def _complete(item: Field[Any]) -> Option:
+def _complete(item: Field[Any], cls: type) -> Option:
     """The option with what the field says of it."""
     declared: Option = item.metadata[_KEY]
     return dataclasses.replace(
@@ -185,72 +198,74 @@ def _complete(item: Field[Any]) -> Option:
         annotation=str(item.type),
         default=NO_DEFAULT if item.default is MISSING else item.default,
         argument=declared.argument or item.name,
+        named_by_flag=issubclass(cls, Options),
     )
 
 
-def convert_kinds(values: Any, *, with_flags: bool = False) -> None:
+def convert_kinds(values: Any) -> None:
     """Give every option of a new dataclass its own type, frozen or not.
-
-    Args:
-        with_flags: messages name the options as a command line does.
 
     Raises:
         UserError: a value is of the wrong kind.
     """
     for name, declared in options_of(type(values)).items():
-        label = declared.flag if with_flags else name
-        object.__setattr__(values, name, declared.convert(getattr(values, name), label))
+        object.__setattr__(values, name, declared.convert(getattr(values, name), name))
 
 
-def check_ranges(values: Any, *, with_flags: bool = False) -> None:
+def check_ranges(values: Any) -> None:
     """Check every option of a dataclass against its range.
 
     Raises:
         UserError: a value is out of its range.
     """
     for name, declared in options_of(type(values)).items():
-        declared.check_range(getattr(values, name), declared.flag if with_flags else name)
+        declared.check_range(getattr(values, name), name)
 
 
-class CommandOptions:
-    """Base of dataclasses whose options are a command's alone: they are checked under the names of the arguments."""
+class Options:
+    """Base of dataclasses of options: kinds and ranges are checked when one is made.
+
+    A command checks them before, under the names of the arguments.
+    """
 
     def __post_init__(self) -> None:
-        convert_kinds(self, with_flags=True)
-        check_ranges(self, with_flags=True)
+        convert_kinds(self)
+        check_ranges(self)
 
 
-def add_arguments(group: argparse._ActionsContainer, cls: type, *, leave_out: Collection[str] = ()) -> None:
-    """Declare an argument for every option of a dataclass.
+def add_argument(group: argparse._ActionsContainer, declared: Option) -> None:
+    """Declare the argument of an option. The namespace has it only where it was given: defaults are filled in later.
 
-    Args:
-        leave_out: fields whose arguments are declared elsewhere.
+    A switch that a file of options turns on is turned off again by the opposite of its flag, which is not shown.
     """
-    for name, declared in options_of(cls).items():
-        if declared.cli and name not in leave_out:
-            flags = declared.flags or (declared.flag,)
-            group.add_argument(*flags, dest=declared.argument, **_argparse_words(declared))
+    words: dict[str, Any] = {"help": declared.help_with_default().replace("%", "%%"), "default": argparse.SUPPRESS}
+    if declared.positional:
+        group.add_argument(declared.argument, **words | _words_of_values(declared))
+    elif declared.kind.word is None:
+        group.add_argument(*declared.all_flags, dest=declared.argument, action="store_true", **words)
+        words["help"] = argparse.SUPPRESS
+        group.add_argument(_opposite(declared.flag), dest=declared.argument, action="store_false", **words)
+    else:
+        words["required"] = declared.required
+        group.add_argument(*declared.all_flags, dest=declared.argument, **words | _words_of_values(declared))
 
 
-def _argparse_words(declared: Option) -> dict[str, Any]:
-    words: dict[str, Any] = {"help": declared.help_with_default().replace("%", "%%")}
-    if declared.kind.word is None:
-        return words | {"action": "store_true"}
-    words["type"] = declared.kind.word
-    default = None if declared.default is NO_DEFAULT else declared.default
-    words["default"] = list(default) if isinstance(default, tuple) else default
-    if declared.required:
-        words["required"] = True
+def _words_of_values(declared: Option) -> dict[str, Any]:
+    words: dict[str, Any] = {"type": declared.kind.word}
+    metavar = declared.metavar or {"int": "N", "float": "X"}.get(declared.annotation.removesuffix(" | None"))
     if declared.choices:
         words["choices"] = declared.choices
-    metavar = declared.metavar or {int: "N", float: "X"}.get(declared.kind.word)  # type: ignore[call-overload]
-    if metavar and not declared.choices:
+    elif metavar:
         words["metavar"] = metavar
     if declared.nargs:
         words["nargs"] = declared.nargs
     elif declared.kind.is_list:
         words["action"] = "append"
     return words
+
+
+def _opposite(flag: str) -> str:
+    return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else "--no-" + flag.removeprefix("--")
 
 
 AnyOptions = TypeVar("AnyOptions")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from opt_megatron.data.dataloader import Batches
-from opt_megatron.data.pretraining_dataset import DataOptions, build_datasets
+from opt_megatron.data.options import DataOptions
+from opt_megatron.data.pretraining_dataset import build_datasets
 from opt_megatron.errors import UserError
 from opt_megatron.parallel.context import init_parallel
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
+from opt_megatron.cli.option_groups import add_groups, complete
 from opt_megatron.errors import UserError
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.option_kinds import Size
-from opt_megatron.options import CommandOptions, add_arguments, from_arguments, option, options_of
+from opt_megatron.options import Options, from_arguments, option, options_of
 
 
 @dataclass(frozen=True)
-class Options(CommandOptions):
+class Command(Options):
     """One option of each sort."""
 
     count: int = option(3, help="how many", minimum=1)
@@ -31,22 +32,22 @@ class Options(CommandOptions):
     made: int = option(7, help="set by the package", cli=False)
 
 
-def parse(*words: str) -> Options:
+def parse(*words: str) -> Command:
     """The options of a command line."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser, Options)
-    return from_arguments(Options, parser.parse_args(words))
+    add_groups(parser, {"": (Command,)})
+    return from_arguments(Command, complete(parser.parse_args(words)))
 
 
 def test_a_command_line_gives_the_dataclass() -> None:
-    assert parse() == Options()
+    assert parse() == Command()
     words = "--count 4 --share 0.25 --names a b --ids 1 --ids 2 --memory 2GB --style b --loud --lora-rank 8"
-    assert parse(*words.split()) == Options(4, 0.25, ("a", "b"), (1, 2), "2GB", "b", True, 8)
+    assert parse(*words.split()) == Command(4, 0.25, ("a", "b"), (1, 2), 2_000_000_000, "b", True, 8)
 
 
 def test_help_has_metavars_and_defaults() -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(parser, Options)
+    add_groups(parser, {"": (Command,)})
     text = " ".join(parser.format_help().split())
     for part in ("--count N how many; default: 3", "100% is 1; default: 0.5", "at the most; default: what is needed"):
         assert part in text
@@ -56,22 +57,22 @@ def test_help_has_metavars_and_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "--count is 0, but must be at least 1"),
-        ({"count": 1.5}, "--count is 1.5, but must be a whole number"),
-        ({"count": None}, "--count is None, but must be a whole number"),
-        ({"share": 1.0}, "--share is 1.0, but must be above 0 and below 1"),
-        ({"share": float("nan")}, "--share is nan"),
-        ({"ids": [3, -1]}, "--ids is (3, -1), but must be at least 0"),
+        ({"count": 0}, "count is 0, but must be at least 1"),
+        ({"count": 1.5}, "count is 1.5, but must be a whole number"),
+        ({"count": None}, "count is None, but must be a whole number"),
+        ({"share": 1.0}, "share is 1.0, but must be above 0 and below 1"),
+        ({"share": float("nan")}, "share is nan"),
+        ({"ids": [3, -1]}, "ids is (3, -1), but must be at least 0"),
         ({"memory": "2 parsecs"}, "'2 parsecs' is not a size"),
-        ({"memory": True}, "--memory is True, but must be a size"),
-        ({"style": "c"}, "--style is c, but must be one of a, b"),
-        ({"rank": -1}, "--lora-rank is -1, but must not be negative"),
-        ({"loud": 1}, "--loud is 1, but must be true or false"),
+        ({"memory": True}, "memory is True, but must be a size"),
+        ({"style": "c"}, "style is c, but must be one of a, b"),
+        ({"rank": -1}, "rank is -1, but must not be negative"),
+        ({"loud": 1}, "loud is 1, but must be true or false"),
     ],
 )
 def test_kinds_and_ranges_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        Options(**options)
+        Command(**options)
     assert message in str(caught.value)
 
 

@@ -13,10 +13,11 @@ from opt_megatron.data.dataloader import Batches
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing import Checkpoints, TrainingState
 from opt_megatron.training.objective import forward_backward
+from opt_megatron.training.options import TrainerOptions
 from opt_megatron.training.saved import newest_whole
 from opt_megatron.training.schedule import Schedule
-from opt_megatron.training.session import TrainingSettings, build, seed_dropout, train
-from opt_megatron.training.trainer import Trainer, TrainerOptions
+from opt_megatron.training.session import TrainingOptions, build, seed_dropout, train
+from opt_megatron.training.trainer import Trainer
 
 SEQ, GLOBAL = 32, 8
 
@@ -38,13 +39,13 @@ class RandomTokens(torch.utils.data.Dataset):
         return {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "position_ids": torch.arange(len(row) - 1)}
 
 
-def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes: Any) -> TrainingSettings:
+def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes: Any) -> TrainingOptions:
     """Settings of a short run that begins with a checkpoint's weights, without dropout."""
     config = open_checkpoint(directory).config.replace(dropout=0.0, attention_dropout=0.0)
-    settings = TrainingSettings(
-        config,
-        Schedule(3e-3, 3e-4, 5, max(iterations, 5)),
-        TrainerOptions(iterations, GLOBAL, micro, SEQ),
+    settings = TrainingOptions(
+        config=config,
+        schedule=Schedule(3e-3, 3e-4, 5, max(iterations, 5)),
+        trainer=TrainerOptions(iterations, GLOBAL, SEQ, micro, log_interval=1),
         load=str(directory),
     )
     return replace(settings, **changes)
@@ -55,7 +56,7 @@ def start(tp: int, pp: int) -> ParallelContext:
     return init_parallel(tp, pp, seed=1)
 
 
-def _batches(settings: TrainingSettings, parallel: ParallelContext, num_samples: int) -> Batches:
+def _batches(settings: TrainingOptions, parallel: ParallelContext, num_samples: int) -> Batches:
     options = settings.trainer
     data = RandomTokens(num_samples, settings.config.vocab_size, options.seq_length)
     place = (parallel.data_parallel_rank, parallel.data_parallel_size)
@@ -100,7 +101,7 @@ def loss_curve(directory: Path, tp: int, pp: int, iterations: int, changes: dict
     return seen
 
 
-def whole_run(save: Path, tp: int, pp: int, settings: TrainingSettings, exit_iters: int = 0) -> list[str]:
+def whole_run(save: Path, tp: int, pp: int, settings: TrainingOptions, exit_iters: int = 0) -> list[str]:
     """`train` from beginning, or from what `save` holds, to the end or to `exit_iters`; what the leader said."""
     parallel = start(tp, pp)
     trainer = replace(settings.trainer, exit_iters=exit_iters)
@@ -150,7 +151,7 @@ def initial_parameters(directory: Path, tp: int, pp: int) -> dict[str, torch.Ten
     return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
 
-def adapted_logits(save: Path, tp: int, pp: int, settings: TrainingSettings) -> tuple[list[str], torch.Tensor]:
+def adapted_logits(save: Path, tp: int, pp: int, settings: TrainingOptions) -> tuple[list[str], torch.Tensor]:
     """Logits of a saved LoRA run by its unmerged layers, and the factors that are not zero."""
     parallel = start(tp, pp)
     model, optimizer = build(settings, parallel)

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from ..errors import UserError
 from ..version import __version__
+from .option_groups import complete
 
 # Each is a module of this package (with _ for -) with HELP, add_arguments and run.
 COMMANDS = (
@@ -83,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser.parse_args(argv)
+    return complete(parser.parse_args(argv))
 
 
 def _report(program: str, message: str, code: int) -> int:

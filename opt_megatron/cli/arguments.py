@@ -1,78 +1,111 @@
-"""Arguments that several subcommands share, under Megatron-LM's names."""
+"""Options that several subcommands share, under Megatron-LM's names."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..option_kinds import size_in_bytes as size_in_bytes
+from ..model.linear_methods.registry import quantizations
+from ..options import Options, option
 
 if TYPE_CHECKING:
     from ..config import OPTConfig
 
+_FORMATS = (
+    "a checkpoint in any format (Hugging Face, Megatron, metaseq, FlagAI, a training run), a name (opt-125m ... story) "
+    "or a Hub repository (owner/name)"
+)
+_REVISION = "branch, tag or commit of a Hub repository"
 
-def add_load(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """--load and --revision."""
-    parser.add_argument(
-        "--load",
-        required=required,
-        metavar="CHECKPOINT",
-        help="a checkpoint in any format (Hugging Face, Megatron, metaseq, FlagAI, a training run), a name "
-        "(opt-125m ... story) or a Hub repository (owner/name)"
-        + ("" if required else "; default: the embedded toy model, story"),
+
+@dataclass(frozen=True, kw_only=True)
+class RevisionOptions(Options):
+    """Of a repository."""
+
+    revision: str | None = option(None, help=_REVISION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(Options):
+    """Which checkpoint a command reads."""
+
+    load: str | None = option(
+        None, help=_FORMATS, metavar="CHECKPOINT", default_text="the embedded toy model, story", is_path=True
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    revision: str | None = option(None, help=_REVISION)
 
 
-def add_json_lines(parser: argparse.ArgumentParser) -> None:
-    """--input, --json-key and --strict of commands that read texts."""
-    parser.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="JSON lines, one object a line; also .gz"
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="the text's key in each object; default: text"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first bad line; default: skip and report them"
-    )
+@dataclass(frozen=True, kw_only=True)
+class RequiredLoadOptions(LoadOptions):
+    """The same where the embedded model would be of no use."""
+
+    load: str = option(help=_FORMATS, metavar="CHECKPOINT", required=True, is_path=True)
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """Tensor and pipeline parallel sizes."""
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="T", help="default: 1")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="P", help="default: 1")
+@dataclass(frozen=True, kw_only=True)
+class ModelConfigOptions(Options):
+    """The architecture, given by hand."""
 
-
-def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Where and how a model runs."""
-    add_layout(parser)
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="float32, float16, bfloat16 or auto (float32 on a CPU, the checkpoint's on a GPU); default: auto",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
-
-
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """--config."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
+    model_config: str | None = option(
+        None,
         help="a config.json (or its directory) instead of what the checkpoint says of itself",
+        metavar="FILE",
+        is_path=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ModelConfigOptions, LoadOptions):
+    """Which model runs."""
+
+    tokenizer: str | None = option(
+        None, help="where the tokenizer's files are", metavar="DIR", default_text="--load", is_path=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions(Options):
+    """Over how many ranks a model is divided."""
+
+    tensor_model_parallel_size: int = option(1, help="ranks that share each layer", metavar="T")
+    pipeline_model_parallel_size: int = option(1, help="stages, each with a part of the layers", metavar="P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(LayoutOptions):
+    """Where and how a model runs."""
+
+    dtype: str = option("auto", help="float32, float16, bfloat16 or auto (float32 on a CPU, the checkpoint's on a GPU)")
+    device: str | None = option(
+        None, help="where it runs", choices=("cpu", "cuda"), default_text="cuda where there is one"
+    )
+    seed: int = option(1234, help="of all that is drawn")
+    quantization: str | None = option(
+        None, help="8-bit weights, quantised while loading; a quarter of float32's memory", choices=quantizations()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLinesOptions(Options):
+    """The texts that a command reads."""
+
+    input: tuple[str, ...] = option(
+        help="JSON lines, one object a line; also .gz", nargs="+", metavar="FILE", required=True, is_path=True
+    )
+    json_key: str = option("text", help="the text's key in each object", metavar="KEY")
+    strict: bool = option(False, help="stop at the first bad line; default: skip and report them")
 
 
 def config_argument(args: argparse.Namespace) -> OPTConfig | None:
-    """The config that --config names, or None."""
-    if args.config is None:
+    """The config that --model-config names, or None."""
+    if args.model_config is None:
         return None
     from ..config import OPTConfig
 
-    path = Path(args.config).expanduser()
+    path = Path(args.model_config).expanduser()
     return OPTConfig.from_file(path if path.is_file() else path / "config.json")
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .arguments import add_config, add_layout, add_load, config_argument, say_derived, size_in_bytes
+from ..option_kinds import Size
+from ..options import Options, option
+from .arguments import LayoutOptions, ModelConfigOptions, RequiredLoadOptions, config_argument, say_derived
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     from ..checkpoint.conversion_options import ConversionOptions
@@ -17,38 +21,33 @@ if TYPE_CHECKING:
 HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """What is written, and how."""
+
+    save: str = option(help="the directory to write", metavar="DIR", required=True, is_path=True)
+    to: str = option("megatron", help="megatron, hf, metaseq or flagai", metavar="FORMAT")
+    decoder_first_pipeline_num_layers: int | None = option(None, help="layers of the first stage, if not as the others")
+    decoder_last_pipeline_num_layers: int | None = option(None, help="layers of the last stage, if not as the others")
+    dtype: str | None = option(
+        None, help="float32, float16 or bfloat16", default_text="every tensor stays as it is stored"
+    )
+    max_shard_size: Size = option("5GB", help="of a file with --to hf", metavar="SIZE")
+    tokenizer: str | None = option(
+        None, help="tokenizer files to copy beside", metavar="DIR", default_text="the source's", is_path=True
+    )
+    force: bool = option(False, help="replace --save where it is a checkpoint already")
+    resume: bool = option(False, help="go on where an interrupted run of the same command stopped")
+    workers: int = option(2, help="threads that copy", minimum=1)
+    no_fsync: bool = option(False, help="do not wait for the disk; a power failure may then leave holes")
+
+
+OPTIONS: Groups = {"": (RequiredLoadOptions, ConvertOptions, LayoutOptions, ModelConfigOptions)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    add_load(parser, required=True)
-    parser.add_argument("--save", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument(
-        "--to", default="megatron", metavar="FORMAT", help="megatron, hf, metaseq or flagai; default: megatron"
-    )
-    add_layout(parser)
-    parser.add_argument(
-        "--decoder-first-pipeline-num-layers",
-        type=int,
-        metavar="N",
-        help="layers of the first stage, if not as the others",
-    )
-    parser.add_argument(
-        "--decoder-last-pipeline-num-layers",
-        type=int,
-        metavar="N",
-        help="layers of the last stage, if not as the others",
-    )
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: every tensor stays as it is stored")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with --to hf; default: 5GB")
-    add_config(parser)
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer files to copy beside; default: the source's")
-    parser.add_argument("--force", action="store_true", help="replace --save where it is a checkpoint already")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted run of the same command stopped"
-    )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that copy; default: 2")
-    parser.add_argument(
-        "--no-fsync", action="store_true", help="do not wait for the disk; a power failure may then leave holes"
-    )
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,8 +61,6 @@ def run(args: argparse.Namespace) -> None:
     from ..files import progress_bar
 
     options = _options(args)
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, but must be at least 1")
     started = time.monotonic()
     with progress_bar("writing", unit="B", unit_scale=True, leave=True) as bar:
 
@@ -114,5 +111,5 @@ def _options(args: argparse.Namespace) -> ConversionOptions:
         decoder_first_pipeline_num_layers=args.decoder_first_pipeline_num_layers,
         decoder_last_pipeline_num_layers=args.decoder_last_pipeline_num_layers,
         dtype=args.dtype,
-        max_shard_bytes=size_in_bytes(args.max_shard_size),
+        max_shard_bytes=args.max_shard_size,
     )

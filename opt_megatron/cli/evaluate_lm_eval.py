@@ -6,11 +6,15 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .loading import add_model, open_model, print_notices, start_ranks
+from ..options import Options, option
+from .arguments import ModelOptions, RuntimeOptions
+from .loading import open_model, print_notices, start_ranks
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     from ..api import OPT
@@ -20,31 +24,33 @@ HELP = 'tasks of lm-eval (pip install -e ".[eval]"), and two small ones that nee
 _FILES = {"results.json", "results.md"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add_model(parser)
-    parser.add_argument(
-        "--tasks",
-        required=True,
-        nargs="+",
-        metavar="NAME",
+@dataclass(frozen=True, kw_only=True)
+class LmEvalOptions(Options):
+    """Which tasks run, and what becomes of the results."""
+
+    tasks: tuple[str, ...] = option(
         help="lm-eval's, your own (--include-path), or fairy_last_word and fairy_minimal_pairs, which come with this "
         "package; separated by spaces or commas",
+        nargs="+",
+        metavar="NAME",
+        required=True,
     )
-    parser.add_argument("--include-path", metavar="DIR", help="a directory with YAML files of tasks")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each; default: the task's")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first so many items of each task")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a pass; default: 8")
-    parser.add_argument(
-        "--bootstrap-iters",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="resamples for errors that have no closed form; default: 1000",
-    )
-    parser.add_argument("--output", metavar="DIR", help="write results.json and results.md there")
-    parser.add_argument("--force", action="store_true", help="replace the results that are in --output")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of Markdown")
+    include_path: str | None = option(None, help="a directory with YAML files of tasks", metavar="DIR", is_path=True)
+    num_fewshot: int | None = option(None, help="examples before each", minimum=0, default_text="the task's")
+    limit: int | None = option(None, help="only the first so many items of each task", minimum=1)
+    batch_size: int = option(8, help="sequences in a pass", minimum=1)
+    bootstrap_iters: int = option(1000, help="resamples for errors that have no closed form", minimum=0)
+    output: str | None = option(None, help="write results.json and results.md there", metavar="DIR", is_path=True)
+    force: bool = option(False, help="replace the results that are in --output")
+    json: bool = option(False, help="print one JSON object instead of Markdown")
+
+
+OPTIONS: Groups = {"": (ModelOptions, RuntimeOptions, LmEvalOptions)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,8 +63,6 @@ def run(args: argparse.Namespace) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars ask for nothing else, and that once
     from ..evaluation.run_tasks import TaskOptions, check_installed
 
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}, but must be at least 1")
     check_installed()
     options = TaskOptions(
         tuple(name for word in args.tasks for name in word.split(",") if name),

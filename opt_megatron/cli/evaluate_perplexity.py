@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
 from ..files import progress_bar
-from .loading import add_model, open_model, print_notices, start_ranks
+from ..options import Options, option
+from .arguments import ModelOptions, RuntimeOptions
+from .loading import open_model, print_notices, start_ranks
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Documents, Perplexity
@@ -18,31 +21,39 @@ if TYPE_CHECKING:
 HELP = "perplexity, nats a token and bits a byte of texts"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add_model(parser)
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help=".jsonl: a text a line under --json-key; else one text"
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions(Options):
+    """Which texts are scored, and how they are cut into windows."""
+
+    data: str = option(
+        help=".jsonl: a text a line under --json-key; else one text", metavar="FILE", required=True, is_path=True
     )
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="default: text")
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="positions of a window, BOS included; default: all that the model has"
+    json_key: str = option("text", help="the text's key in each object", metavar="KEY")
+    context: int | None = option(
+        None, help="positions of a window, BOS included", minimum=1, default_text="all that the model has"
     )
-    parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="S",
+    stride: int | None = option(
+        None,
         help="tokens that a window adds; below the context windows overlap and a token has at least context - S "
-        "before it; default: the context (consecutive windows)",
+        "before it",
+        minimum=1,
+        metavar="S",
+        default_text="the context (consecutive windows)",
     )
-    parser.add_argument(
-        "--per-document",
-        action="store_true",
-        help="score each text by itself; default: all concatenated, as the training loss has it",
+    per_document: bool = option(
+        False, help="score each text by itself; default: all concatenated, as the training loss has it"
     )
-    parser.add_argument("--no-eos", action="store_true", help="without the end of sequence behind each text")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows in a pass; default: 8")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    no_eos: bool = option(False, help="without the end of sequence behind each text")
+    batch_size: int = option(8, help="windows in a pass", minimum=1)
+    json: bool = option(False, help="print one JSON object instead")
+
+
+OPTIONS: Groups = {"": (ModelOptions, RuntimeOptions, PerplexityOptions)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,7 +62,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    _check_options(args)
     parallel = start_ranks(args)
     from ..evaluation.perplexity import perplexity
     from ..parallel.context import on_all_ranks
@@ -80,13 +90,6 @@ def run(args: argparse.Namespace) -> None:
         )
     if parallel.is_leader:
         print(_as_json(args, result) if args.json else _as_text(args, result))
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    for name in ("batch_size", "context", "stride"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
 
 
 def _read(args: argparse.Namespace) -> list[str]:

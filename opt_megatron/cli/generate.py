@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..model.linear_methods.registry import quantizations
-from .arguments import add_config, add_load, add_runtime
-from .engine_options import add_engine, check_engine_options, engine_options
+from ..generation.engine_options import EngineOptions
+from ..generation.sampling.sampling_params import SamplingParams
+from ..options import Options, option
+from .arguments import ModelOptions, RuntimeOptions
+from .engine_options import check_engine_options, engine_options
 from .loading import open_model, print_notices, start_ranks
+from .option_groups import Groups, add_groups
 from .prompts import Prompt, read_prompts
-from .sampling import add_sampling, sampling_params, with_options
+from .sampling import sampling_params, with_options
 
 if TYPE_CHECKING:
     from ..api import OPT
     from ..generation.request import Request
-    from ..generation.sampling.sampling_params import SamplingParams
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
 
 
+@dataclass(frozen=True)
+class PromptOptions(Options):
+    """What is continued."""
+
+    prompt: tuple[str, ...] | None = option(None, help="a prompt; repeatable", metavar="TEXT")
+    prompt_file: str | None = option(
+        None, help="a prompt a line, or JSON lines with 'prompt'", metavar="FILE", is_path=True
+    )
+    prompt_tokens: tuple[str, ...] | None = option(
+        None, help="token ids, used as they are; repeatable; needs no tokenizer", metavar='"2 15 7"'
+    )
+
+
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """How the continuations are printed."""
+
+    json: bool = option(False, help="one JSON object a line for each prompt, nothing else")
+    stream: bool = option(False, help="print as it is generated")
+
+
+OPTIONS: Groups = {
+    "": (ModelOptions, RuntimeOptions),
+    "prompts (default: standard input, read like --prompt-file)": (PromptOptions,),
+    "sampling and search": (SamplingParams,),
+    "engine": (EngineOptions,),
+    "output": (OutputOptions,),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    add_load(parser, required=False)
-    add_config(parser)
-    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer's files are; default: --load")
-    source = parser.add_argument_group("prompts (default: standard input, read like --prompt-file)")
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
-    source.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, or JSON lines with 'prompt'")
-    source.add_argument(
-        "--prompt-tokens",
-        action="append",
-        metavar='"2 15 7"',
-        help="token ids, used as they are; repeatable; needs no tokenizer",
-    )
-    add_sampling(parser)
-    engine = parser.add_argument_group("how it runs")
-    engine.add_argument(
-        "--quantization",
-        choices=quantizations(),
-        help="8-bit weights, quantised while loading; a quarter of float32's memory",
-    )
-    add_engine(engine)
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object a line for each prompt, nothing else")
-    output.add_argument("--stream", action="store_true", help="print as it is generated")
-    add_runtime(parser)
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:

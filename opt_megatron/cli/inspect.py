@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .arguments import add_config, config_argument, say_derived
+from ..options import Options, option
+from .arguments import ModelConfigOptions, config_argument, say_derived
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     from ..config import OPTConfig
@@ -14,10 +17,19 @@ if TYPE_CHECKING:
 HELP = "print a checkpoint's format, layout, config, dtype, parameter count and size per rank"
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(Options):
+    """What is looked at."""
+
+    checkpoint: str = option(help="a checkpoint in any format, or a name as --load takes it", positional=True)
+
+
+OPTIONS: Groups = {"": (InspectOptions, ModelConfigOptions)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("checkpoint", help="a checkpoint in any format, or a name as --load takes it")
-    add_config(parser)
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,8 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..model.linear_methods.registry import quantizations
-from .arguments import add_config, add_load, add_runtime, config_argument, say_derived
+from .arguments import config_argument, say_derived
 
 if TYPE_CHECKING:
     from ..api import OPT
@@ -18,15 +17,6 @@ TOY_NOTICE = (
     "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
     "tales (not one of Meta's; good for trying things out)"
 )
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where and how it runs."""
-    add_load(parser, required=False)
-    add_config(parser)
-    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer's files are; default: --load")
-    add_runtime(parser)
-    parser.add_argument("--quantization", choices=quantizations(), help="8-bit weights, quantised while loading")
 
 
 def start_ranks(args: argparse.Namespace) -> ParallelContext:

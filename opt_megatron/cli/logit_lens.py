@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from .loading import add_model, open_model, print_notices, start_ranks
+from ..options import Options, option
+from .arguments import ModelOptions, RuntimeOptions
+from .loading import open_model, print_notices, start_ranks
+from .option_groups import Groups, add_groups
 
 HELP = 'draw which token each layer predicts, as a PNG (pip install -e ".[plot]")'
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogitLensOptions(Options):
+    """What is drawn."""
+
+    prompt: str = option(help="what the model reads", metavar="TEXT", required=True)
+    output: str = option(help="the picture", metavar="FILE.png", required=True, is_path=True)
+    last: int = option(24, help="show so many of its tokens", minimum=1)
+    force: bool = option(False, help="replace the file")
+
+
+OPTIONS: Groups = {"": (ModelOptions, RuntimeOptions, LogitLensOptions)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    add_model(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the model reads")
-    parser.add_argument("--output", required=True, metavar="FILE.png", help="the picture")
-    parser.add_argument("--last", type=int, default=24, metavar="N", help="show so many of its tokens; default: 24")
-    parser.add_argument("--force", action="store_true", help="replace the file")
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,8 +55,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, output: Path) -> None:
-    if args.last < 1:
-        raise UserError(f"--last is {args.last}, but must be at least 1")
     if not args.prompt:
         raise UserError("--prompt is empty; give the text that the model reads")
     if output.suffix.lower() != ".png":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .arguments import size_in_bytes
+from ..option_kinds import Size
+from ..options import Options, option
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     from ..checkpoint.memory_estimate import RankMemory
@@ -16,26 +19,34 @@ if TYPE_CHECKING:
 HELP = "print the memory that a model needs per rank on a layout, and which layouts fit"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Options):
+    """What is estimated."""
+
+    model: str = option(
+        help="a released size (opt-125m ... opt-175b), or a config.json or its directory", required=True, is_path=True
+    )
+    tensor_model_parallel_size: int | None = option(
+        None, help="ranks that share each layer", metavar="T", default_text="1, or with neither the smallest that fit"
+    )
+    pipeline_model_parallel_size: int | None = option(
+        None,
+        help="stages, each with a part of the layers",
+        metavar="P",
+        default_text="1, or with neither the smallest that fit",
+    )
+    dtype: str = option("float16", help="float32, float16 or bfloat16")
+    batch: int = option(1, help="rows that run at the same time")
+    context: int | None = option(None, help="tokens of a row", default_text="all of the model's positions")
+    device_memory: Size = option("80GB", help="of one device", metavar="SIZE")
+
+
+OPTIONS: Groups = {"": (PlanOptions,)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "--model", required=True, help="a released size (opt-125m ... opt-175b), or a config.json or its directory"
-    )
-    parser.add_argument(
-        "--tensor-model-parallel-size", type=int, metavar="T", help="default: 1, or with neither the smallest that fit"
-    )
-    parser.add_argument(
-        "--pipeline-model-parallel-size",
-        type=int,
-        metavar="P",
-        help="default: 1, or with neither the smallest that fit",
-    )
-    parser.add_argument("--dtype", default="float16", help="float32, float16 or bfloat16; default: float16")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows that run at the same time; default: 1")
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of a row; default: all of the model's positions"
-    )
-    parser.add_argument("--device-memory", default="80GB", metavar="SIZE", help="of one device; default: 80GB")
+    add_groups(parser, OPTIONS)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     workload = Workload(
         args.batch, config.max_position_embeddings if args.context is None else args.context, args.dtype
     )
-    stored, memory = config.dtype, size_in_bytes(args.device_memory)
+    stored, memory = config.dtype, args.device_memory
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     header = f"{config.name or args.model}: {config.num_parameters:,} parameters, {args.dtype}, "
     header += f"batch {workload.batch}, context {workload.context}"

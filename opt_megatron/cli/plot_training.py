@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..options import Options, option
+from .option_groups import Groups, add_groups
 
 HELP = "draw loss curves (or another measure) of training runs to PNG"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(Options):
+    """What is drawn."""
+
+    runs: tuple[str, ...] = option(
+        help="directories that train --save has written", positional=True, nargs="+", metavar="RUN"
+    )
+    output: str = option(help="the picture", metavar="FILE.png", required=True, is_path=True)
+    measure: str = option(
+        "loss",
+        help="what is drawn",
+        choices=("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale"),
+    )
+    force: bool = option(False, help="replace the file")
+
+
+OPTIONS: Groups = {"": (PlotOptions,)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories that train --save has written")
-    parser.add_argument("--output", required=True, metavar="FILE.png")
-    parser.add_argument(
-        "--measure",
-        default="loss",
-        choices=("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale"),
-        help="default: loss",
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file")
+    add_groups(parser, OPTIONS)
 
 
 def run(args: argparse.Namespace) -> None:

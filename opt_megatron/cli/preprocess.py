@@ -5,28 +5,37 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import add_json_lines
+from ..options import Options, option
+from .arguments import JsonLinesOptions
+from .option_groups import Groups, add_groups
 
 HELP = "turn JSON lines into the indexed token files (.bin, .idx) that training reads"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the subcommand's arguments, under Megatron-LM's names."""
-    add_json_lines(parser)
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="DIR",
-        help="a tokenizer's directory, or a model's name as --load takes it",
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions(Options):
+    """How the texts become tokens, under Megatron-LM's names."""
+
+    tokenizer: str = option(
+        help="a tokenizer's directory, or a model's name as --load takes it", metavar="DIR", required=True, is_path=True
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with </s>, as OPT's recipe does")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one for each CPU")
-    parser.add_argument("--force", action="store_true", help="replace the output files where they exist already")
+    revision: str | None = option(None, help="branch, tag or commit of a Hub repository")
+    output_prefix: str = option(help="writes P_KEY_document.bin and .idx", metavar="P", required=True, is_path=True)
+    append_eod: bool = option(False, help="end each document with </s>, as OPT's recipe does")
+    workers: int | None = option(None, help="processes that tokenise", minimum=1, default_text="one for each CPU")
+    force: bool = option(False, help="replace the output files where they exist already")
+
+
+OPTIONS: Groups = {"": (JsonLinesOptions, PreprocessOptions)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    add_groups(parser, OPTIONS)
 
 
 def run(args: argparse.Namespace) -> None:

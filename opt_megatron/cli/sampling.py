@@ -8,12 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..generation.sampling.sampling_params import SamplingParams
-from ..options import add_arguments, from_arguments, options_of
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Declare an argument for every option; --seed is one of the runtime's."""
-    add_arguments(parser.add_argument_group("sampling and search"), SamplingParams, leave_out={"seed"})
+from ..options import from_arguments, options_of
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import ipaddress
-import math
 import os
 import resource
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
-from .engine_options import add_engine, check_engine_options, engine_options
-from .loading import add_model, open_model, print_notices, start_ranks
+from ..generation.engine_options import EngineOptions
+from ..option_kinds import Size
+from ..options import Options, option
+from .arguments import ModelOptions, RuntimeOptions
+from .engine_options import check_engine_options, engine_options
+from .loading import open_model, print_notices, start_ranks
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     import socket
@@ -32,36 +37,54 @@ _OTHER_FILES = 256  # checkpoints, pipes, other ranks
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
+@dataclass(frozen=True)
+class ServerOptions(Options):
+    """Where the server listens, and under which names."""
+
+    host: str = option("127.0.0.1", help="address to listen on", default_text="127.0.0.1, this machine alone")
+    port: int = option(5000, help="0 takes a free one", minimum=0, maximum=2**16 - 1)
+    served_model_name: tuple[str, ...] | None = option(
+        None, help="what clients call the model; repeatable", metavar="NAME"
+    )
+    api_key: str | None = option(
+        None, help=f"clients must show it; better given in {_KEY_VARIABLE}, which nobody sees", metavar="KEY"
+    )
+
+
+@dataclass(frozen=True)
+class LimitOptions(Options):
+    """How much a server accepts, and how long it waits."""
+
+    max_queue_length: int = option(1024, help="continuations that may wait", minimum=1)
+    # More than may wait and run, so that too many requests get 429 and its Retry-After, and not uvicorn's 503.
+    max_connections: int = option(2048, help="at a time", minimum=1)
+    max_body_size: Size = option("2MiB", help="of a request", metavar="SIZE")
+    request_timeout: float = option(600.0, help="seconds for a request, waiting included", above=0, metavar="S")
+    step_timeout: float = option(
+        300.0,
+        help="seconds for a step of the engine, after which a rank counts as lost and the server ends",
+        above=0,
+        metavar="S",
+    )
+    shutdown_timeout: float = option(
+        20.0,
+        help="seconds for what runs when the server is told to end (torchrun allows 30 in all)",
+        above=0,
+        metavar="S",
+    )
+
+
+OPTIONS: Groups = {
+    "": (ModelOptions, RuntimeOptions),
+    "server": (ServerOptions,),
+    "limits": (LimitOptions,),
+    "engine": (EngineOptions,),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    add_model(parser)
-    server = parser.add_argument_group("server")
-    server.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine alone"
-    )
-    server.add_argument("--port", type=int, default=5000, help="0 takes a free one; default: 5000")
-    server.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="what clients call the model; repeatable"
-    )
-    server.add_argument(
-        "--api-key", metavar="KEY", help=f"clients must show it; better given in {_KEY_VARIABLE}, which nobody sees"
-    )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-queue-length", type=int, default=1024, metavar="N", help="continuations that may wait; default: 1024"
-    )
-    # More than may wait and run, so that too many requests get 429 and its Retry-After, and not uvicorn's 503.
-    limits.add_argument("--max-connections", type=int, default=2048, metavar="N", help="at a time; default: 2048")
-    limits.add_argument("--max-body-size", default="2MiB", metavar="SIZE", help="of a request; default: 2MiB")
-    for name, seconds, text in (
-        ("request-timeout", 600, "for a request, waiting included"),
-        ("step-timeout", 300, "for a step of the engine, after which a rank counts as lost and the server ends"),
-        ("shutdown-timeout", 20, "for what runs when the server is told to end (torchrun allows 30 in all)"),
-    ):
-        limits.add_argument(
-            f"--{name}", type=float, default=float(seconds), metavar="S", help=f"seconds {text}; default: {seconds}"
-        )
-    add_engine(parser.add_argument_group("engine"))
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -155,19 +178,10 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _limits(args: argparse.Namespace) -> Limits:
     from ..serving.limits import Limits
-    from .arguments import size_in_bytes
 
-    for name in ("max_queue_length", "max_connections"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
-    for name in ("request_timeout", "step_timeout", "shutdown_timeout"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name):g}, but must be above 0")
-    if not 0 <= args.port < 2**16:
-        raise UserError(f"--port is {args.port}, but ports go from 0 to 65535")
     return Limits(
         queue_length=args.max_queue_length,
-        body_bytes=size_in_bytes(args.max_body_size),
+        body_bytes=args.max_body_size,
         request_seconds=args.request_timeout,
         step_seconds=args.step_timeout,
         drain_seconds=args.shutdown_timeout,

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import add_json_lines
+from ..options import Options, option
+from .arguments import JsonLinesOptions
+from .option_groups import Groups, add_groups
 
 HELP = "train a byte-level BPE tokenizer with OPT's special ids on JSON lines"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainingOptions(Options):
+    """How many entries, and where they are written."""
+
+    vocab_size: int = option(help="entries, 256 bytes and 4 special tokens included", required=True)
+    output: str = option(
+        help="the directory to write the tokenizer's files to", metavar="DIR", required=True, is_path=True
+    )
+    force: bool = option(False, help="replace a tokenizer that is in the directory already")
+
+
+OPTIONS: Groups = {"": (JsonLinesOptions, TokenizerTrainingOptions)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    add_json_lines(parser)
-    parser.add_argument(
-        "--vocab-size", required=True, type=int, metavar="N", help="entries, 256 bytes and 4 special tokens included"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="the directory to write the tokenizer's files to"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a tokenizer that is in the directory already")
+    add_groups(parser, OPTIONS)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, shorten
-from .arguments import add_config, config_argument
+from ..options import Options, option
+from .arguments import ModelConfigOptions, config_argument
+from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -15,13 +18,26 @@ if TYPE_CHECKING:
 HELP = "compare a converted checkpoint with its manifest, or two checkpoints of any formats tensor by tensor"
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """What is compared."""
+
+    checkpoint: str = option(
+        help="a checkpoint in any format, or a name as --load takes it", positional=True, metavar="A"
+    )
+    other: str | None = option(
+        None, help="another; without it, A is compared with its manifest", positional=True, nargs="?", metavar="B"
+    )
+    logits: bool = option(False, help="compare the logits of a forward pass as well (needs B)")
+    workers: int = option(2, help="threads that read", minimum=1)
+
+
+OPTIONS: Groups = {"": (VerifyOptions, ModelConfigOptions)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("checkpoint", metavar="A", help="a checkpoint in any format, or a name as --load takes it")
-    parser.add_argument("other", metavar="B", nargs="?", help="another; without it, A is compared with its manifest")
-    parser.add_argument("--logits", action="store_true", help="compare the logits of a forward pass as well (needs B)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read; default: 2")
-    add_config(parser)
+    add_groups(parser, OPTIONS, file=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,8 +52,6 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
     from ..files import progress_bar
 
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, but must be at least 1")
     if args.logits and args.other is None:
         raise UserError("--logits compares two checkpoints; name a second one")
     first = open_checkpoint(locate(args.checkpoint), config_argument(args))

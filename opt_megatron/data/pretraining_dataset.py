@@ -28,29 +28,10 @@ from ..files import staging_directory
 from ..parallel.context import ParallelContext, check_seed, on_all_ranks
 from ..parallel.core_compat import import_core
 from .indexed_dataset import IndexedFile, beyond, check_tokens, exists, open_indexed
+from .options import DataOptions
 
 _PARTS = ("training", "validation")  # the first two of core's splits, in its order
 _WHOLE = ("1,0,0", "0,1,0")  # the split that gives every document to that part
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which files to read, under the names of Megatron-LM's arguments.
-
-    Attributes:
-        data_path: prefixes of .bin/.idx pairs: one, several, or weight prefix weight prefix ...
-            Without weights, several corpora are mixed by their numbers of tokens.
-        split: shares of the documents for training, validation and testing, as "969,30,1".
-        train_data_path, valid_data_path: instead of data_path and split, each like data_path.
-        data_cache_path: directory for the shuffled indices; default: PREFIX/cache beside the first corpus,
-            or a temporary one where that cannot be written.
-    """
-
-    data_path: Sequence[str] | None = None
-    split: str = "969,30,1"
-    train_data_path: Sequence[str] | None = None
-    valid_data_path: Sequence[str] | None = None
-    data_cache_path: str | None = None
 
 
 class PretrainingDataset(torch.utils.data.Dataset):

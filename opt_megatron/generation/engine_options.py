@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..option_kinds import Size
+from ..options import Options, option
+
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """Options of `Engine` (`generation/core/engine.py`), with the draft model by name.
+class EngineOptions(Options):
+    """Options of `Engine` (`generation/core/engine.py`), with the draft model by name."""
 
-    Attributes:
-        max_batch_size: sequences that run at the same time.
-        kv_cache_memory: bytes of a rank's cache at most; None for what the requests need.
-        prefill_chunk_size: tokens of prompts in a step.
-        draft_model: a smaller OPT with the same tokenizer, for speculative decoding.
-        prompt_lookup: speculate with what followed the newest tokens earlier in the sequence.
-        num_speculative_tokens: proposed at a time.
-    """
-
-    max_batch_size: int = 16
-    kv_cache_memory: int | None = None
-    prefill_chunk_size: int = 256
-    draft_model: str | None = None
-    prompt_lookup: bool = False
-    num_speculative_tokens: int = 4
+    max_batch_size: int = option(16, help="sequences at a time", minimum=1)
+    kv_cache_memory: Size | None = option(
+        None,
+        help="of a rank at the most, as 2GB",
+        metavar="SIZE",
+        default_text="what the prompts need, in a server what --max-batch-size of the longest sequences need",
+    )
+    prefill_chunk_size: int = option(256, help="tokens of prompts in a step", minimum=1)
+    draft_model: str | None = option(
+        None,
+        help="a smaller OPT with the same tokenizer that proposes tokens (speculation)",
+        metavar="CHECKPOINT",
+        is_path=True,
+    )
+    prompt_lookup: bool = option(False, help="propose what followed the newest tokens earlier (speculation)")
+    num_speculative_tokens: int = option(4, help="proposed at a time", minimum=1)

@@ -11,9 +11,7 @@ With TP = 2 a row-parallel layer therefore all-reduces `rank` numbers a token be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,44 +25,12 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from ..errors import UserError
 from .differentiable_linear import differentiable_linear
 from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, PackableLinear
 from .linear_methods.base import LinearMethod
+from .lora_options import LoRAOptions
 
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FACTORS = ("lora_a", "lora_b")
-
-
-@dataclass(frozen=True)
-class LoRAOptions:
-    """What to adapt and how much.
-
-    Attributes:
-        rank: of the two factors.
-        alpha: the product is scaled by alpha / rank.
-        target_modules: of LORA_TARGETS. Megatron's `linear_qkv` is q, k and v in one: they share A.
-    """
-
-    rank: int
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] = LORA_TARGETS
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"--lora-rank is {self.rank}, but must be at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UserError(f"--lora-alpha is {self.alpha}, but must be a positive number")
-        unknown = [name for name in self.target_modules if name not in LORA_TARGETS]
-        if unknown or not self.target_modules:
-            raise UserError(
-                f"--lora-target-modules has {', '.join(unknown) or 'nothing'}: choose from {', '.join(LORA_TARGETS)}"
-            )
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank"""
-        return self.alpha / self.rank
 
 
 class _LoRA(PackableLinear):

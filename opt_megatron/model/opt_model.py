@@ -18,7 +18,8 @@ from .attention import padding_mask_to_inputs
 from .embedding import OPTEmbedding, ProjectedOutputLayer
 from .linear import DeferredWeight, OPTOutputLayer, PackableLinear
 from .linear_methods.registry import select_method
-from .lora import LoRAOptions, freeze_all_but_factors
+from .lora import freeze_all_but_factors
+from .lora_options import LoRAOptions
 from .megatron_config import transformer_config
 from .spec import block_spec
 

@@ -31,7 +31,8 @@ from ..config import OPTConfig
 from .attention import OPTCoreAttention
 from .linear import OPTColumnParallelLinear, OPTRowParallelLinear
 from .linear_methods.base import LinearMethod
-from .lora import LoRAColumnParallelLinear, LoRAOptions, LoRARowParallelLinear
+from .lora import LoRAColumnParallelLinear, LoRARowParallelLinear
+from .lora_options import LoRAOptions
 
 
 class OPTLayerNorm(nn.LayerNorm):

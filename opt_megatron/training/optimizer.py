@@ -21,40 +21,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
-from ..errors import UserError
-
-
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """Adam as in OPT's recipe.
-
-    Attributes:
-        clip_grad: largest L2 norm of all gradients together; 0 does not clip.
-        skip_grad_norm: a step whose gradients' norm is larger is not made; 0 makes all of them.
-        initial_loss_scale, loss_scale_window: of fp16: doubled after so many good steps, halved after a bad one.
-        use_distributed_optimizer: CUDA: divide the optimizer's state over the data-parallel ranks.
-    """
-
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    skip_grad_norm: float = 0.0
-    initial_loss_scale: float = 4.0
-    loss_scale_window: int = 256
-    min_loss_scale: float = 2.0**-14
-    use_distributed_optimizer: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{flag} is {value}, but must be a number from 0 up")
-            if name.startswith("adam_beta") and not value < 1:
-                raise UserError(f"{flag} is {value}, but must be below 1")
-            if name in ("adam_eps", "initial_loss_scale", "min_loss_scale", "loss_scale_window") and not value > 0:
-                raise UserError(f"{flag} is {value}, but must be above 0")
+from .options import OptimizerOptions
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from types import TracebackType
 from ..errors import UserError
 from ..files import cannot_write, created_directory, file_lock
 from .progress import METRICS_FILE
+from .run_file import check_run_file
 
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"iter_\d{7,}")
@@ -52,6 +53,7 @@ class RunDirectory:
         metrics = self.path / METRICS_FILE
         if metrics.exists() and not _is_ours(metrics):
             raise UserError(f"--save {self.path}: holds a {METRICS_FILE} of something else: use another directory")
+        check_run_file(self.path)
 
     def _remove_if_nothing_was_written(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and [child.name for child in self.path.iterdir()] == [_LOCK]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +29,29 @@ from ..checkpoint.load import load_weights, locate_on_all_ranks
 from ..checkpoint.parameter_mapping import layers_of_stage, stage_parameters
 from ..config import OPTConfig
 from ..data.dataloader import SampleDataset, num_micro_batches
-from ..data.pretraining_dataset import DataOptions, build_datasets
+from ..data.options import DataOptions, SupervisedOptions
+from ..data.pretraining_dataset import build_datasets
 from ..errors import UserError
-from ..model.lora import LoRAOptions
+from ..model.lora_options import LoRAOptions
 from ..model.opt_model import build_model
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import prepare_training
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .checkpointing import Checkpoints, TrainingState
 from .initialize import initialize, initialize_factors
-from .optimizer import CPUOptimizer, MegatronOptimizer, OptimizerOptions, TrainingOptimizer
+from .optimizer import CPUOptimizer, MegatronOptimizer, TrainingOptimizer
+from .options import ExecutionOptions, OptimizerOptions, SavingOptions, TrainerOptions
 from .progress import Progress
 from .recipe import INIT_STD
 from .run_directory import RunDirectory
+from .run_file import write_run_file
 from .saved import newest_whole, saved_checkpoints
 from .schedule import Schedule
-from .trainer import SignalFlag, Trainer, TrainerOptions
+from .trainer import SignalFlag, Trainer
 
 
-@dataclass(frozen=True)
-class SupervisedOptions:
-    """JSON lines with `src` and `tgt` (or `text`) instead of an indexed corpus."""
-
-    train: tuple[str, ...]
-    valid: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(SavingOptions, ExecutionOptions):
     """A whole run.
 
     Attributes:
@@ -64,7 +59,7 @@ class TrainingSettings:
         load: a checkpoint whose weights the run begins with; None initialises them.
         tokenizer: directory whose files are put beside the checkpoints (and which supervised data need).
         dtype: of parameters and activations.
-        recompute: None, "full" (every layer's activations) or "selective" (the attention's).
+        run_file: the text of run.yaml, with which the run can be repeated; empty for none.
     """
 
     config: OPTConfig
@@ -79,16 +74,15 @@ class TrainingSettings:
     lora: LoRAOptions | None = None
     dtype: torch.dtype = torch.float32
     init_std: float = INIT_STD
-    seed: int = 1
-    sequence_parallel: bool = False
-    recompute: str | None = None
-    save: Path | None = None
-    keep_last: int = 0
-    background_saving: bool = True
-    tensorboard: Path | None = None
+    run_file: str = ""
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the run is saved."""
+        return None if self.save is None else Path(self.save).expanduser()
 
 
-def train(settings: TrainingSettings, parallel: ParallelContext, say: Callable[[str], None] = print) -> bool:
+def train(settings: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None] = print) -> bool:
     """Run it; returns whether the last iteration was reached (False after a SIGTERM).
 
     Args:
@@ -101,14 +95,14 @@ def train(settings: TrainingSettings, parallel: ParallelContext, say: Callable[[
     _check(settings, parallel)
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(SignalFlag(signal.SIGTERM))
-        if settings.save is not None:
-            directory = RunDirectory(settings.save)
+        if settings.directory is not None:
+            directory = RunDirectory(settings.directory)
             on_all_ranks(parallel, lambda: stack.enter_context(directory) if parallel.is_leader else None)
         return _trainer(settings, parallel, say, terminated, stack).run()
 
 
 def _trainer(
-    settings: TrainingSettings,
+    settings: TrainingOptions,
     parallel: ParallelContext,
     say: Callable[[str], None],
     terminated: SignalFlag,
@@ -119,12 +113,16 @@ def _trainer(
     model, optimizer = build(settings, parallel)
     checkpoints = _checkpoints(settings, parallel)
     state = _resume(settings, model, optimizer, checkpoints, parallel, tell)
+    boards = None if settings.tensorboard_dir is None else Path(settings.tensorboard_dir)
     progress = on_all_ranks(
         parallel,
-        lambda: Progress(settings.save, settings.tensorboard, state.iteration) if parallel.is_leader else None,
+        lambda: Progress(settings.directory, boards, state.iteration) if parallel.is_leader else None,
     )
     if progress:
         stack.callback(progress.close)
+    if settings.directory is not None and settings.run_file:
+        write = partial(write_run_file, settings.directory, settings.run_file)
+        on_all_ranks(parallel, lambda: write() if parallel.is_leader else None)
     return Trainer(
         model,
         settings.config,
@@ -141,7 +139,7 @@ def _trainer(
     )
 
 
-def _check(settings: TrainingSettings, parallel: ParallelContext) -> None:
+def _check(settings: TrainingOptions, parallel: ParallelContext) -> None:
     """Raise UserError for what does not go together, before anything is built."""
     options, config = settings.trainer, settings.config
     num_micro_batches(options.global_batch_size, options.micro_batch_size, parallel.data_parallel_size)
@@ -156,13 +154,11 @@ def _check(settings: TrainingSettings, parallel: ParallelContext) -> None:
         )
     if (settings.data is None) == (settings.supervised is None):
         raise UserError("give --data-path (or --train-data-path), or --supervised-data, and not both")
-    if not (math.isfinite(settings.init_std) and settings.init_std > 0):
-        raise UserError(f"--init-method-std is {settings.init_std}, but must be above 0")
     if settings.tokenizer is not None:
         on_all_ranks(parallel, lambda: _read_tokenizer(settings))
 
 
-def _read_tokenizer(settings: TrainingSettings) -> OPTTokenizer:
+def _read_tokenizer(settings: TrainingOptions) -> OPTTokenizer:
     tokenizer = OPTTokenizer.from_directory(settings.tokenizer)
     if len(tokenizer) > settings.config.vocab_size:
         raise UserError(
@@ -172,15 +168,15 @@ def _read_tokenizer(settings: TrainingSettings) -> OPTTokenizer:
     return tokenizer
 
 
-def build(settings: TrainingSettings, parallel: ParallelContext) -> tuple[nn.Module, TrainingOptimizer]:
+def build(settings: TrainingOptions, parallel: ParallelContext) -> tuple[nn.Module, TrainingOptimizer]:
     """The model in core's DistributedDataParallel with its first weights, and its optimizer."""
     prepare_training(parallel.device)
     seed_dropout(settings.seed, parallel)
     overrides: dict[str, Any] = {"calculate_per_token_loss": True}
     overrides["sequence_parallel"] = settings.sequence_parallel and parallel.tensor_model_parallel_size > 1
-    if settings.recompute == "full":
+    if settings.recompute_granularity == "full":
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif settings.recompute == "selective":
+    elif settings.recompute_granularity == "selective":
         overrides |= {"recompute_granularity": "selective"}
     model = build_model(
         settings.config, parallel, settings.dtype, parallel_output=True, lora=settings.lora, **overrides
@@ -221,7 +217,7 @@ def _mark_divided_parameters(model: nn.Module, config: OPTConfig, parallel: Para
         parameter.partition_dim, parameter.partition_stride = (-1 if dim is None else dim), 1
 
 
-def _fill(model: nn.Module, settings: TrainingSettings, parallel: ParallelContext) -> None:
+def _fill(model: nn.Module, settings: TrainingOptions, parallel: ParallelContext) -> None:
     config = settings.config
     if settings.load is None:
         initialize(model, config, parallel, settings.seed, settings.init_std)
@@ -243,7 +239,7 @@ def seed_dropout(seed: int, parallel: ParallelContext) -> None:
 
 
 def build_data(
-    settings: TrainingSettings, parallel: ParallelContext, say: Callable[[str], None] = print
+    settings: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None] = print
 ) -> tuple[SampleDataset, SampleDataset | None]:
     """Training and validation set, large enough for the whole run."""
     options = settings.trainer
@@ -281,7 +277,7 @@ def _enough_for_validation(
 
 
 def _supervised(
-    settings: TrainingSettings, num_train: int, validates: bool
+    settings: TrainingOptions, num_train: int, validates: bool
 ) -> tuple[SampleDataset, SampleDataset | None]:
     from ..data.supervised_dataset import SupervisedDataset
 
@@ -296,19 +292,19 @@ def _supervised(
     return train_data, valid_data
 
 
-def _checkpoints(settings: TrainingSettings, parallel: ParallelContext) -> Checkpoints | None:
-    if settings.save is None:
+def _checkpoints(settings: TrainingOptions, parallel: ParallelContext) -> Checkpoints | None:
+    if settings.directory is None:
         return None
     return Checkpoints(
-        settings.save,
+        settings.directory,
         parallel,
         keep=settings.keep_last,
         companions=_companions(settings) if parallel.is_leader else {},
-        background=settings.background_saving,
+        background=not settings.no_async_save,
     )
 
 
-def _companions(settings: TrainingSettings) -> dict[str, bytes]:
+def _companions(settings: TrainingOptions) -> dict[str, bytes]:
     dtype = str(settings.dtype).removeprefix("torch.")
     config = settings.config.replace(dtype=dtype).to_hf()
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
@@ -325,7 +321,7 @@ def _companions(settings: TrainingSettings) -> dict[str, bytes]:
 
 
 def _resume(
-    settings: TrainingSettings,
+    settings: TrainingOptions,
     model: nn.Module,
     optimizer: TrainingOptimizer,
     checkpoints: Checkpoints | None,
@@ -335,12 +331,12 @@ def _resume(
     run = _identity(settings)
     if checkpoints:
         checkpoints.remove_unfinished()
-    path = newest_whole(settings.save, parallel, say) if checkpoints else None
+    path = newest_whole(settings.directory, parallel, say) if checkpoints else None
     if path is None:
-        number = parallel.broadcast_object(len(saved_checkpoints(settings.save)) if checkpoints else 0)
+        number = parallel.broadcast_object(len(saved_checkpoints(settings.directory)) if checkpoints else 0)
         if number:
             raise UserError(
-                f"--save {settings.save}: none of its {number} checkpoints is whole; move them away to begin anew"
+                f"--save {settings.directory}: none of its {number} checkpoints is whole; move them away to begin anew"
             )
         return TrainingState(run=run)
     state, same_layout = checkpoints.read_state(path)
@@ -353,7 +349,7 @@ def _resume(
     return state
 
 
-def _identity(settings: TrainingSettings) -> dict[str, Any]:
+def _identity(settings: TrainingOptions) -> dict[str, Any]:
     """What must be the same when a run is resumed: the model, and what the order of the data depends on."""
     options = settings.trainer
     model = settings.config.to_hf()
@@ -369,7 +365,7 @@ def _identity(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _data_identity(settings: TrainingSettings) -> list[Any]:
+def _data_identity(settings: TrainingOptions) -> list[Any]:
     """The sizes of the files, which may have been moved, and how they are mixed."""
     if settings.supervised is not None:
         return [Path(name).stat().st_size for name in settings.supervised.train]

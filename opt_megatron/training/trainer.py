@@ -24,31 +24,9 @@ from ..parallel.context import ParallelContext
 from .checkpointing import Checkpoints, TrainingState
 from .objective import LossSum, forward_backward
 from .optimizer import StepOutcome, TrainingOptimizer
+from .options import TrainerOptions
 from .progress import Progress, perplexity, training_line
 from .schedule import Schedule, flops_per_token
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """When to do what.
-
-    Attributes:
-        train_iters: steps of the whole run, those before a resumption included.
-        eval_interval, save_interval: steps between validations and checkpoints; 0 is never (but at the end).
-        eval_iters: micro-batches of each data-parallel rank in a validation; 0 takes the whole validation set.
-        exit_iters: stop after this step as a SIGTERM would; 0 never.
-    """
-
-    train_iters: int
-    global_batch_size: int
-    micro_batch_size: int
-    seq_length: int
-    log_interval: int = 1
-    eval_interval: int = 0
-    eval_iters: int = 0
-    save_interval: int = 0
-    max_skipped_iters: int = 10
-    exit_iters: int = 0
 
 
 @dataclass(frozen=True)

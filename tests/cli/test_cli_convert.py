@@ -9,7 +9,7 @@ from formats import hf_config, random_tensors, write_metaseq_flat
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
-from opt_megatron.cli.convert import size_in_bytes
+from opt_megatron.option_kinds import size_in_bytes
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

@@ -189,8 +189,8 @@ def test_sigterm_saves_and_exits_with_zero(data: Path, tmp_path: Path, uninterru
 MISTAKES = [
     (("--config", "{data}/config.json"), "--train-iters is missing"),
     (("--preset", "7b"), "there is no recipe for '7b'"),
-    (("--preset", "125m", "--load", "story"), "give one of --preset, --config and --load"),
-    ((), "give one of --preset, --config and --load"),
+    (("--preset", "125m", "--load", "story"), "give one of --preset, --model-config and --load"),
+    ((), "give one of --preset, --model-config and --load"),
     (("--preset", "8m"), "give --data-path"),
     (("--preset", "8m", "--bf16", "--fp16"), "exclude each other"),
     (("--preset", "8m", "--lora-rank", "2"), "--lora-rank adapts a trained model"),

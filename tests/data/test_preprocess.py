@@ -12,6 +12,7 @@ import pytest
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import preprocess as command
+from opt_megatron.cli.option_groups import complete
 from opt_megatron.data import jsonl
 from opt_megatron.data.preprocess import preprocess
 from opt_megatron.errors import UserError
@@ -166,7 +167,7 @@ def test_the_command_says_what_it_wrote_and_skipped(tmp_path: Path, capsys: pyte
     command.add_arguments(parser)
     path = write(tmp_path / "x.jsonl", ["Once upon a time", ""])
     words = ["--input", path, "--tokenizer", "story", "--output-prefix", str(tmp_path / "p"), "--workers", "1"]
-    command.run(parser.parse_args([*words, "--append-eod"]))
+    command.run(complete(parser.parse_args([*words, "--append-eod"])))
     shown = capsys.readouterr()
     last = shown.out.splitlines()[-1]
     assert last.startswith("1 documents, 5 tokens, 16 bytes of text in ") and last.endswith(" MB/s")

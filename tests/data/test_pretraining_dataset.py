@@ -13,7 +13,8 @@ from data_jobs import digest_of_batches
 from ranks import RankPool
 
 from opt_megatron.data import indexed_dataset as indexed_files
-from opt_megatron.data.pretraining_dataset import DataOptions, PretrainingDataset, build_datasets
+from opt_megatron.data.options import DataOptions
+from opt_megatron.data.pretraining_dataset import PretrainingDataset, build_datasets
 from opt_megatron.errors import UserError
 from opt_megatron.parallel.context import ParallelContext
 

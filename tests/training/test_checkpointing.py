@@ -15,26 +15,26 @@ from ranks import RankPool
 
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
 from opt_megatron.checkpoint.load import load_model
-from opt_megatron.data.pretraining_dataset import DataOptions
+from opt_megatron.data.options import DataOptions
 from opt_megatron.errors import CheckpointError
-from opt_megatron.model.lora import LoRAOptions
+from opt_megatron.model.lora_options import LoRAOptions
 from opt_megatron.parallel.context import ParallelContext
 from opt_megatron.training.checkpointing import LATEST_FILE
+from opt_megatron.training.options import TrainerOptions
 from opt_megatron.training.progress import METRICS_FILE
 from opt_megatron.training.saved import damage, saved_checkpoints
 from opt_megatron.training.schedule import Schedule
-from opt_megatron.training.session import TrainingSettings
-from opt_megatron.training.trainer import TrainerOptions
+from opt_megatron.training.session import TrainingOptions
 
 
 @pytest.fixture
-def settings(corpus: str, four_layers: Path) -> TrainingSettings:
+def settings(corpus: str, four_layers: Path) -> TrainingOptions:
     """Twelve steps from scratch with dropout, a checkpoint every four, of OPT's initialisation."""
     base = jobs.settings_for(four_layers)
-    return TrainingSettings(
-        base.config.replace(dropout=0.1, attention_dropout=0.1),
-        Schedule(1e-3, 1e-4, 3, 12),
-        TrainerOptions(12, jobs.GLOBAL, 2, jobs.SEQ, save_interval=4),
+    return TrainingOptions(
+        config=base.config.replace(dropout=0.1, attention_dropout=0.1),
+        schedule=Schedule(1e-3, 1e-4, 3, 12),
+        trainer=TrainerOptions(12, jobs.GLOBAL, jobs.SEQ, 2, log_interval=1, save_interval=4),
         data=DataOptions(train_data_path=[corpus]),
         init_std=0.02,
     )
@@ -47,14 +47,14 @@ def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def without_dropout(settings: TrainingSettings) -> TrainingSettings:
+def without_dropout(settings: TrainingOptions) -> TrainingOptions:
     """Dropout depends on the layout; the rest of a run does not."""
     return replace(settings, config=settings.config.replace(dropout=0.0, attention_dropout=0.0))
 
 
 @pytest.mark.parametrize(("tp", "pp", "world"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 2)])
 def test_a_resumed_run_is_the_same_to_the_bit(
-    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path, tp: int, pp: int, world: int
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path, tp: int, pp: int, world: int
 ) -> None:
     ranks(world).run(jobs.whole_run, tmp_path / "whole", tp, pp, settings)
     ranks(world).run(jobs.whole_run, tmp_path / "cut", tp, pp, settings, 5)
@@ -77,7 +77,7 @@ def same_weights(left: Path, right: Path) -> bool:
 )
 def test_a_run_goes_on_at_another_layout(
     ranks: Callable[[int], RankPool],
-    settings: TrainingSettings,
+    settings: TrainingOptions,
     tmp_path: Path,
     before: tuple[int, int, int],
     after: tuple[int, int, int],
@@ -90,7 +90,7 @@ def test_a_run_goes_on_at_another_layout(
 
 
 def test_350ms_projections_are_saved_too(
-    ranks: Callable[[int], RankPool], settings: TrainingSettings, post_norm: Path, tmp_path: Path
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, post_norm: Path, tmp_path: Path
 ) -> None:
     config = open_checkpoint(post_norm).config.replace(dropout=0.0)
     settings = replace(settings, config=config, load=str(post_norm), schedule=Schedule(1e-4, 1e-5, 0, 12))
@@ -103,7 +103,7 @@ def test_350ms_projections_are_saved_too(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_main_parameters(
-    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path, dtype: torch.dtype
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     settings = replace(settings, dtype=dtype)
     ranks(1).run(jobs.whole_run, tmp_path / "whole", 1, 1, settings)
@@ -114,7 +114,7 @@ def test_half_precision_keeps_its_main_parameters(
 
 
 def test_the_newest_whole_checkpoint_is_taken(
-    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path
 ) -> None:
     ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings)
     whole = losses_of(tmp_path / "run")
@@ -132,14 +132,14 @@ def test_the_newest_whole_checkpoint_is_taken(
     assert not list((tmp_path / "run").glob(".iter*"))
 
 
-def test_only_the_last_are_kept(ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path) -> None:
+def test_only_the_last_are_kept(ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path) -> None:
     ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, replace(settings, keep_last=2))
     assert [iteration for iteration, _ in saved_checkpoints(tmp_path / "run")] == [12, 8]
     assert (tmp_path / "run" / LATEST_FILE).read_text() == "12"
 
 
 def test_other_settings_are_another_run(
-    ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path
 ) -> None:
     ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, settings, 4)
     with pytest.raises(AssertionError, match=r"belongs to another run .seed was 1 and is 2"):
@@ -148,7 +148,7 @@ def test_other_settings_are_another_run(
 
 def test_lora_is_merged_as_it_is_read(
     ranks: Callable[[int], RankPool],
-    settings: TrainingSettings,
+    settings: TrainingOptions,
     four_layers: Path,
     alone: ParallelContext,
     tmp_path: Path,
@@ -165,7 +165,7 @@ def test_lora_is_merged_as_it_is_read(
     assert parameters  # the factors have moved
 
 
-def test_what_is_read_is_checked(ranks: Callable[[int], RankPool], settings: TrainingSettings, tmp_path: Path) -> None:
+def test_what_is_read_is_checked(ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path) -> None:
     ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, settings, 4)
     path = tmp_path / "run" / "iter_0000004"
     index = json.loads((path / "tensors.json").read_text())

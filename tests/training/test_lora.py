@@ -11,15 +11,16 @@ import training_jobs as jobs
 from ranks import RankPool
 
 from opt_megatron.errors import UserError
-from opt_megatron.model.lora import LoRAOptions, is_factor
+from opt_megatron.model.lora import is_factor
+from opt_megatron.model.lora_options import LoRAOptions
 
 LAYOUTS = [
-    pytest.param(1, 1, 1, {"recompute": "full"}, id="recomputed"),
+    pytest.param(1, 1, 1, {"recompute_granularity": "full"}, id="recomputed"),
     pytest.param(2, 1, 2, {}, id="TP2"),
     pytest.param(2, 1, 2, {"sequence_parallel": True}, id="TP2 SP"),
     pytest.param(1, 2, 2, {}, id="PP2"),
     pytest.param(1, 1, 2, {}, id="DP2"),
-    pytest.param(2, 2, 4, {"sequence_parallel": True, "recompute": "full"}, id="TP2xPP2 SP recomputed"),
+    pytest.param(2, 2, 4, {"sequence_parallel": True, "recompute_granularity": "full"}, id="TP2xPP2 SP recomputed"),
 ]
 LORA = {"lora": LoRAOptions(4)}
 

@@ -12,7 +12,8 @@ from ranks import RankPool
 from torch import nn
 
 from opt_megatron.parallel.context import ParallelContext
-from opt_megatron.training.optimizer import CPUOptimizer, LossScale, OptimizerOptions
+from opt_megatron.training.optimizer import CPUOptimizer, LossScale
+from opt_megatron.training.options import OptimizerOptions
 
 
 def parameters(dtype: torch.dtype, gradient: float) -> list[nn.Parameter]:

@@ -21,14 +21,14 @@ from opt_megatron.training.schedule import Schedule
 LAYOUTS = [
     pytest.param(1, 1, 1, {}, id="alone"),
     pytest.param(1, 1, 1, {"micro": 4}, id="micro-batches of 4"),
-    pytest.param(1, 1, 1, {"recompute": "full"}, id="recomputed"),
-    pytest.param(1, 1, 1, {"recompute": "selective"}, id="attention recomputed"),
+    pytest.param(1, 1, 1, {"recompute_granularity": "full"}, id="recomputed"),
+    pytest.param(1, 1, 1, {"recompute_granularity": "selective"}, id="attention recomputed"),
     pytest.param(2, 1, 2, {}, id="TP2"),
     pytest.param(2, 1, 2, {"sequence_parallel": True}, id="TP2 SP"),
     pytest.param(1, 2, 2, {}, id="PP2"),
     pytest.param(1, 1, 2, {}, id="DP2"),
     pytest.param(1, 1, 2, {"micro": 1}, id="DP2, micro-batches of 1"),
-    pytest.param(2, 2, 4, {"sequence_parallel": True, "recompute": "full"}, id="TP2xPP2 SP recomputed"),
+    pytest.param(2, 2, 4, {"sequence_parallel": True, "recompute_granularity": "full"}, id="TP2xPP2 SP recomputed"),
     pytest.param(2, 1, 4, {}, id="TP2xDP2"),
 ]
 

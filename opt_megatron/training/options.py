@@ -1,0 +1,163 @@
+"""The options of training, under Megatron-LM's names; numbers without a default come from a size's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..options import Options, option
+from .recipe import INIT_STD
+from .schedule import DECAY_STYLES
+
+
+@dataclass(frozen=True)
+class StartOptions(Options):
+    """What a run begins with."""
+
+    preset: str | None = option(None, help="a size of OPT's recipe (8m, 125m ... 175b), from scratch", metavar="SIZE")
+    model_config: str | None = option(
+        None, help="a config.json (or its directory), from scratch", metavar="FILE", is_path=True
+    )
+    load: str | None = option(
+        None, help="fine-tune this one: any format, a name, or a repository", metavar="CHECKPOINT", is_path=True
+    )
+    revision: str | None = option(None, help="branch, tag or commit of a Hub repository")
+    tokenizer: str | None = option(
+        None, help="a tokenizer (or a name) to keep beside the checkpoints", metavar="DIR", is_path=True
+    )
+    hidden_dropout: float | None = option(
+        None,
+        help="of the residuals",
+        minimum=0,
+        below=1,
+        must="be from 0 up to 1",
+        metavar="P",
+        default_text="the model's",
+    )
+    attention_dropout: float | None = option(
+        None,
+        help="of the attention's probabilities",
+        minimum=0,
+        below=1,
+        must="be from 0 up to 1",
+        metavar="P",
+        default_text="the model's",
+    )
+    init_method_std: float = option(
+        INIT_STD, help="standard deviation of the first weights", above=0, must="be above 0", metavar="S"
+    )
+
+
+@dataclass(frozen=True)
+class TrainerOptions(Options):
+    """How large a step is, and when to do what."""
+
+    train_iters: int = option(
+        help="steps of the whole run, those before a resumption included",
+        minimum=1,
+        must="be positive",
+        default_text="the preset's",
+    )
+    global_batch_size: int = option(
+        help="sequences a step", minimum=1, must="be positive", metavar="G", default_text="the preset's"
+    )
+    seq_length: int = option(help="tokens of a sequence", minimum=1, metavar="S", default_text="the model's positions")
+    micro_batch_size: int = option(1, help="sequences at a time", minimum=1, metavar="B")
+    log_interval: int = option(10, help="steps between lines of progress", minimum=1)
+    eval_interval: int = option(
+        0, help="steps between validations; 0 is never", minimum=0, must="not be negative", default_text="no validation"
+    )
+    eval_iters: int = option(
+        0,
+        help="micro-batches of each data-parallel rank in a validation; 0 takes the whole validation set",
+        minimum=0,
+        must="not be negative",
+        default_text="all there are",
+    )
+    save_interval: int = option(
+        0, help="steps between checkpoints", minimum=0, must="not be negative", default_text="at the end alone"
+    )
+    max_skipped_iters: int = option(10, help="skipped steps in a row that end a run", minimum=1)
+    exit_iters: int = option(
+        0,
+        help="save and stop after this step",
+        minimum=0,
+        must="not be negative",
+        default_text="never",
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(Options):
+    """The learning rate; `schedule.py` makes a function of the step of it."""
+
+    lr: float | None = option(None, help="the peak", above=0, must="be positive", default_text="the preset's")
+    min_lr: float | None = option(None, help="at the end", default_text="a tenth of --lr")
+    lr_warmup_iters: int | None = option(None, help="steps of linear warm-up", default_text="the preset's, else 0")
+    lr_decay_style: str = option("linear", help="from the peak to the end", choices=DECAY_STYLES)
+
+
+@dataclass(frozen=True)
+class OptimizerOptions(Options):
+    """Adam as in OPT's recipe."""
+
+    weight_decay: float = option(0.1, help="of matrices", minimum=0, must="be a number from 0 up")
+    adam_beta1: float = option(0.9, help="of the mean", minimum=0, below=1, must="be a number from 0 up, and below 1")
+    adam_beta2: float = option(
+        0.95, help="of the variance", minimum=0, below=1, must="be a number from 0 up, and below 1"
+    )
+    adam_eps: float = option(1e-8, help="added to the root of the variance", above=0)
+    clip_grad: float = option(
+        1.0, help="largest L2 norm of all gradients together; 0 does not clip", minimum=0, must="be a number from 0 up"
+    )
+    skip_grad_norm: float = option(
+        0.0,
+        help="skip steps whose gradients have a larger norm; 0 makes all of them",
+        minimum=0,
+        must="be a number from 0 up",
+        default_text="none",
+    )
+    initial_loss_scale: float = option(4.0, help="of fp16; halved after an overflow", above=0)
+    loss_scale_window: int = option(256, help="of fp16: good steps until the loss scale is doubled", minimum=1)
+    min_loss_scale: float = option(2.0**-14, help="of fp16: the loss scale gets no smaller", above=0, cli=False)
+    use_distributed_optimizer: bool = option(False, help="CUDA: divide Adam's state over the data-parallel ranks")
+
+
+@dataclass(frozen=True)
+class SavingOptions(Options):
+    """What is written."""
+
+    save: str | None = option(
+        None,
+        help="checkpoints, metrics.jsonl and run.yaml, the options; a run there is resumed",
+        metavar="DIR",
+        is_path=True,
+    )
+    keep_last: int = option(
+        0, help="checkpoints to keep", minimum=0, must="not be negative", metavar="K", default_text="all"
+    )
+    no_async_save: bool = option(False, help="wait while a checkpoint is written")
+    tensorboard_dir: str | None = option(None, help="write TensorBoard's files there", metavar="DIR", is_path=True)
+
+
+@dataclass(frozen=True)
+class ExecutionOptions(Options):
+    """How the computation is divided and repeated."""
+
+    sequence_parallel: bool = option(False, help="divide norms and dropout over tensor ranks too")
+    recompute_granularity: str | None = option(
+        None,
+        help="recompute activations: of whole layers, or the attention's alone",
+        choices=("full", "selective"),
+    )
+    seed: int = option(1, help="of the first weights, dropout and the order of the data")
+
+
+@dataclass(frozen=True)
+class DeviceOptions(Options):
+    """Where and in which numbers."""
+
+    bf16: bool = option(False, help="bfloat16 with float32 main parameters")
+    fp16: bool = option(False, help="float16 with those and dynamic loss scaling")
+    device: str | None = option(
+        None, help="where it runs", choices=("cpu", "cuda"), default_text="cuda where there is one"
+    )
