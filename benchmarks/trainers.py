@@ -43,28 +43,29 @@ class OptMegatronTrainer:
         import torch
 
         from opt_megatron.parallel.context import init_parallel
+        from opt_megatron.training.lr_schedule import LRSchedule
+        from opt_megatron.training.model_setup import setup_model_and_optimizer
         from opt_megatron.training.options import TrainerOptions
-        from opt_megatron.training.schedule import Schedule
-        from opt_megatron.training.session import TrainingOptions, build
+        from opt_megatron.training.training_options import TrainingOptions
 
         self._parallel = init_parallel(1, 1, seed=1, device=setup.device)
         directory = huggingface_directory(setup.model)
         options = TrainingOptions(
             config=OPTConfig.from_directory(directory).replace(dropout=0.0, attention_dropout=0.0),
-            schedule=Schedule(_LR, _LR, 0, 1),
+            schedule=LRSchedule(_LR, _LR, 0, 1),
             trainer=TrainerOptions(1, 1, 1, 1),
             load=str(directory),
             dtype=getattr(torch, setup.dtype),
             recompute_granularity=self.RECOMPUTE,
         )
-        self._model, self._optimizer = build(options, self._parallel)
+        self._model, self._optimizer = setup_model_and_optimizer(options, self._parallel)
         self._model.train()
 
     def step(self, rows: Rows) -> tuple[float, float]:
         """As `Trainer.step`."""
         import torch
 
-        from opt_megatron.training.objective import forward_backward
+        from opt_megatron.training.loss import forward_backward
 
         start = time.perf_counter()
         tokens = torch.tensor(rows)

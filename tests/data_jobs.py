@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opt_megatron.data.dataloader import Batches
+from opt_megatron.data.dataloader import BatchLoader
 from opt_megatron.data.options import DataOptions
 from opt_megatron.data.pretraining_dataset import build_datasets
 from opt_megatron.errors import UserError
@@ -20,5 +20,5 @@ def digest_of_batches(options: DataOptions, steps: int) -> list[list[list[int]]]
         )
     except UserError as error:
         return str(error)
-    with Batches(train, 6, 3, parallel.data_parallel_rank, parallel.data_parallel_size) as batches:
+    with BatchLoader(train, 6, 3, parallel.data_parallel_rank, parallel.data_parallel_size) as batches:
         return [torch.cat([micro["tokens"] for micro in next(batches)]).tolist() for _ in range(steps)]

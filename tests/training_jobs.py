@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
-from opt_megatron.data.dataloader import Batches
+from opt_megatron.data.dataloader import BatchLoader
 from opt_megatron.parallel.context import ParallelContext, init_parallel
-from opt_megatron.training.checkpointing import Checkpoints, TrainingState
-from opt_megatron.training.objective import forward_backward
+from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
+from opt_megatron.training.checkpointing.manager import CheckpointManager, TrainingState
+from opt_megatron.training.loss import forward_backward
+from opt_megatron.training.lr_schedule import LRSchedule
+from opt_megatron.training.model_setup import seed_dropout, setup_model_and_optimizer
 from opt_megatron.training.options import TrainerOptions
-from opt_megatron.training.saved import newest_whole
-from opt_megatron.training.schedule import Schedule
-from opt_megatron.training.session import TrainingOptions, build, seed_dropout, train
+from opt_megatron.training.train import train
 from opt_megatron.training.trainer import Trainer
+from opt_megatron.training.training_options import TrainingOptions
 
 SEQ, GLOBAL = 32, 8
 
@@ -44,7 +46,7 @@ def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes
     config = open_checkpoint(directory).config.replace(dropout=0.0, attention_dropout=0.0)
     settings = TrainingOptions(
         config=config,
-        schedule=Schedule(3e-3, 3e-4, 5, max(iterations, 5)),
+        schedule=LRSchedule(3e-3, 3e-4, 5, max(iterations, 5)),
         trainer=TrainerOptions(iterations, GLOBAL, SEQ, micro, log_interval=1),
         load=str(directory),
     )
@@ -56,11 +58,11 @@ def start(tp: int, pp: int) -> ParallelContext:
     return init_parallel(tp, pp, seed=1)
 
 
-def _batches(settings: TrainingOptions, parallel: ParallelContext, num_samples: int) -> Batches:
+def _batches(settings: TrainingOptions, parallel: ParallelContext, num_samples: int) -> BatchLoader:
     options = settings.trainer
     data = RandomTokens(num_samples, settings.config.vocab_size, options.seq_length)
     place = (parallel.data_parallel_rank, parallel.data_parallel_size)
-    return Batches(data, options.global_batch_size, options.micro_batch_size, *place)
+    return BatchLoader(data, options.global_batch_size, options.micro_batch_size, *place)
 
 
 def gradients(
@@ -69,7 +71,7 @@ def gradients(
     """One step's (sum of losses, tokens), the norm of the gradients, and those that this rank holds."""
     parallel = start(tp, pp)
     settings = settings_for(directory, **changes)
-    model, optimizer = build(settings, parallel)
+    model, optimizer = setup_model_and_optimizer(settings, parallel)
     model.train()
     model.zero_grad_buffer()
     with _batches(settings, parallel, GLOBAL) as batches:
@@ -83,12 +85,12 @@ def loss_curve(directory: Path, tp: int, pp: int, iterations: int, changes: dict
     """The losses of a run's steps, the same on every rank."""
     parallel = start(tp, pp)
     settings = settings_for(directory, iterations, **changes)
-    model, optimizer = build(settings, parallel)
+    model, optimizer = setup_model_and_optimizer(settings, parallel)
     seen: list[float] = []
 
     class Watched(Trainer):
-        def _share(self, *args: Any) -> Any:
-            report = super()._share(*args)
+        def _all_reduce_report(self, *args: Any) -> Any:
+            report = super()._all_reduce_report(*args)
             seen.append(report.loss)
             return report
 
@@ -125,8 +127,8 @@ def dropped(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def lora_run(directory: Path, tp: int, pp: int, changes: dict[str, Any]) -> tuple[list[float], list[str]]:
     """Losses of ten steps, and the names of the parameters whose values have changed."""
     parallel = start(tp, pp)
-    settings = settings_for(directory, 10, schedule=Schedule(5e-4, 5e-5, 0, 10), **changes)
-    model, optimizer = build(settings, parallel)
+    settings = settings_for(directory, 10, schedule=LRSchedule(5e-4, 5e-5, 0, 10), **changes)
+    model, optimizer = setup_model_and_optimizer(settings, parallel)
     before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     losses = []
     model.train()
@@ -147,16 +149,16 @@ def lora_run(directory: Path, tp: int, pp: int, changes: dict[str, Any]) -> tupl
 
 def initial_parameters(directory: Path, tp: int, pp: int) -> dict[str, torch.Tensor]:
     """What this rank's part of a model begins with."""
-    model, _ = build(settings_for(directory, load=None), start(tp, pp))
+    model, _ = setup_model_and_optimizer(settings_for(directory, load=None), start(tp, pp))
     return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
 
 def adapted_logits(save: Path, tp: int, pp: int, settings: TrainingOptions) -> tuple[list[str], torch.Tensor]:
     """Logits of a saved LoRA run by its unmerged layers, and the factors that are not zero."""
     parallel = start(tp, pp)
-    model, optimizer = build(settings, parallel)
-    checkpoints = Checkpoints(save, parallel)
-    checkpoints.load(newest_whole(save, parallel), model.module, optimizer, same_layout=True)
+    model, optimizer = setup_model_and_optimizer(settings, parallel)
+    checkpoints = CheckpointManager(save, parallel)
+    checkpoints.load(newest_intact_checkpoint(save, parallel), model.module, optimizer, same_layout=True)
     model.eval()
     model.module.parallel_output = False
     with torch.no_grad():

@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a run has no such curve, or the file is there.
     """
-    from ..training.plot import draw, read_curve
+    from ..training.plot_curves import plot_curves, read_curve
 
     output = Path(args.output)
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: only .png is written")
     if output.exists() and not args.force:
         raise UserError(f"{output}: is there already; use --force to replace it")
-    draw([read_curve(Path(name), args.measure) for name in args.runs], args.measure, output)
+    plot_curves([read_curve(Path(name), args.measure) for name in args.runs], args.measure, output)
     print(output)

@@ -27,7 +27,7 @@ from .option_groups import Groups, add_groups, declared_options, resolved_option
 if TYPE_CHECKING:
     from ..config import OPTConfig
     from ..training.recipe import Recipe
-    from ..training.session import TrainingOptions
+    from ..training.training_options import TrainingOptions
 
 HELP = "pre-train or fine-tune, on one process or under torchrun with tensor, pipeline, data and sequence parallelism"
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.locate import locate
     from ..parallel.context import on_all_ranks
     from ..tokenizer import has_tokenizer
-    from ..training.session import train
+    from ..training.train import train
 
     load = None
     if args.load is not None:
@@ -133,14 +133,14 @@ def _options_of_run(
     import torch
 
     from ..options_file import write_options
-    from ..training.schedule import Schedule
-    from ..training.session import TrainingOptions
+    from ..training.lr_schedule import LRSchedule
+    from ..training.training_options import TrainingOptions
 
     _fill_in(args, config, recipe)
     dropout = {"dropout": args.hidden_dropout, "attention_dropout": args.attention_dropout}
     return TrainingOptions(
         config=config.replace(**{name: share for name, share in dropout.items() if share is not None}),
-        schedule=Schedule(args.lr, args.min_lr, args.lr_warmup_iters, args.train_iters, args.lr_decay_style),
+        schedule=LRSchedule(args.lr, args.min_lr, args.lr_warmup_iters, args.train_iters, args.lr_decay_style),
         trainer=from_arguments(TrainerOptions, args),
         optimizer=from_arguments(OptimizerOptions, args),
         data=from_arguments(DataOptions, args) if args.data_path or args.train_data_path else None,

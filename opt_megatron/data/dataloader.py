@@ -49,7 +49,7 @@ def num_micro_batches(global_batch_size: int, micro_batch_size: int, data_parall
     return global_batch_size // at_once
 
 
-class Batches:
+class BatchLoader:
     """This rank's share of one global batch after the other, the next one being read in a background thread.
 
     The thread starts with the first batch. Iteration ends when fewer than `global_batch_size` samples are left.
@@ -125,7 +125,7 @@ class Batches:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
 
-    def __enter__(self) -> Batches:
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *_: object) -> None:

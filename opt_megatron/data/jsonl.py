@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ..errors import UserError
 
@@ -71,7 +71,7 @@ def read_chunks(paths: Sequence[str], progress: Callable[[int], Any] = lambda _:
 
 
 def _decompressed(path: str, raw: IO[bytes]) -> IO[bytes]:
-    return gzip.open(raw) if path.endswith(".gz") else raw
+    return cast(IO[bytes], gzip.open(raw)) if path.endswith(".gz") else raw
 
 
 def _read_lines(path: str, file: IO[bytes]) -> list[bytes]:

@@ -337,8 +337,8 @@ def _build(
     config.split_matrix = [share if n == part.index else None for n, share in enumerate(config.split_matrix)]
     sizes: list[int | None] = [0, 0, 0]
     sizes[part.index] = part.num_samples
-    if part.weights is not None:
-        # Rounding up adds up to a sample a corpus, which the greatest may have to give alone.
+    if part.weights is not None and part.num_samples is not None:
+        # Rounding up adds up to one sample for each corpus, which the largest corpus may have to provide alone.
         config.mid_level_dataset_surplus += 2 * len(part.prefixes) / part.num_samples
     try:
         samples = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[part.index]

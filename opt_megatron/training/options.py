@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..options import Options, option
+from .lr_schedule import DECAY_STYLES
 from .recipe import INIT_STD
-from .schedule import DECAY_STYLES
 
 
 @dataclass(frozen=True)

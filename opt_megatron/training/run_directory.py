@@ -1,25 +1,24 @@
-"""The directory of one run (`--save`): locked while the run writes it, and refused where it holds something else."""
+"""The directory of one run (`--save`): locked while the run writes it, and refused if it holds anything else."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from pathlib import Path
 from types import TracebackType
 
+from ..data.jsonl import parse_object
 from ..errors import UserError
 from ..files import cannot_write, created_directory, file_lock
-from .progress import METRICS_FILE
+from .checkpointing.integrity import MANIFEST_FILE, saved_checkpoints
+from .metrics import METRICS_FILE
 from .run_file import check_run_file
 
-_LOCK = ".lock"
-_CHECKPOINT = re.compile(r"iter_\d{7,}")
-_MARKS = ("manifest.json", "metadata.json", "common.pt", ".metadata")  # of a torch_dist checkpoint, even a damaged one
+_LOCK_FILE = ".lock"
+_CHECKPOINT_FILES = (MANIFEST_FILE, "metadata.json", "common.pt", ".metadata")  # one is left even in a damaged one
 
 
 class RunDirectory:
-    """Use as a context manager, on the leader; it is made, checked and locked on entering.
+    """Use as a context manager, on the leader. On entering, the directory is created, checked and locked.
 
     Raises (on entering):
         UserError: it cannot be written, another run is writing it, or it holds what no run here has written.
@@ -36,7 +35,7 @@ class RunDirectory:
             try:
                 stack.enter_context(created_directory(self.path))
                 self._check_contents()
-                stack.enter_context(file_lock(self.path / _LOCK, busy))
+                stack.enter_context(file_lock(self.path / _LOCK_FILE, busy))
             except OSError as error:
                 raise UserError(f"--save {cannot_write(self.path, error)}") from None
             if is_new:
@@ -45,19 +44,19 @@ class RunDirectory:
         return self
 
     def _check_contents(self) -> None:
-        for child in self.path.iterdir():
-            if _CHECKPOINT.fullmatch(child.name) and not any((child / mark).exists() for mark in _MARKS):
+        for _, checkpoint in saved_checkpoints(self.path):
+            if not any((checkpoint / name).exists() for name in _CHECKPOINT_FILES):
                 raise UserError(
-                    f"--save {self.path}: holds {child.name}, which no training here has written: use another one"
+                    f"--save {self.path}: holds {checkpoint.name}, which no training here has written: use another one"
                 )
         metrics = self.path / METRICS_FILE
-        if metrics.exists() and not _is_ours(metrics):
+        if metrics.exists() and not _is_metrics_file(metrics):
             raise UserError(f"--save {self.path}: holds a {METRICS_FILE} of something else: use another directory")
         check_run_file(self.path)
 
     def _remove_if_nothing_was_written(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and [child.name for child in self.path.iterdir()] == [_LOCK]:
-            (self.path / _LOCK).unlink()  # the directory is then empty and removed, too
+        if error is not None and [child.name for child in self.path.iterdir()] == [_LOCK_FILE]:
+            (self.path / _LOCK_FILE).unlink()  # the directory is then empty, and `created_directory` removes it
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -65,10 +64,10 @@ class RunDirectory:
         self._stack.__exit__(kind, error, trace)
 
 
-def _is_ours(metrics: Path) -> bool:
-    with metrics.open(encoding="utf-8", errors="replace") as file:
+def _is_metrics_file(path: Path) -> bool:
+    with path.open("rb") as file:
         line = file.readline(100_000)
     try:
-        return not line or {"kind", "iteration"} <= json.loads(line).keys()
-    except (ValueError, AttributeError, RecursionError):
+        return not line or {"kind", "iteration"} <= parse_object(line).keys()
+    except ValueError:
         return False

@@ -1,78 +1,78 @@
 """The training loop: steps, validation, checkpoints, and how a run ends.
 
-Rules for steps that go wrong: a step whose gradients are not all finite numbers, or whose norm is above
---skip-grad-norm, does not change the parameters and is counted as skipped; fp16 halves its loss scale as well.
-`max_skipped_iters` such steps in a row (of fp16: at the smallest scale) end the run with an error, since what
-would be saved then is of no use.
+A step whose gradients are not all finite, or whose norm is above --skip-grad-norm, does not change the parameters and
+is counted as skipped; fp16 also halves its loss scale. `max_skipped_iters` such steps in a row (of fp16: at the
+smallest scale) end the run with an error, because parameters saved from then on would be useless.
 """
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import dataclass
-from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from megatron.core.distributed import DistributedDataParallel
 
 from ..config import OPTConfig
-from ..data.dataloader import Batches, SampleDataset
+from ..data.dataloader import BatchLoader, SampleDataset
 from ..errors import UserError
 from ..parallel.context import ParallelContext
-from .checkpointing import Checkpoints, TrainingState
-from .objective import LossSum, forward_backward
-from .optimizer import StepOutcome, TrainingOptimizer
+from .checkpointing.manager import CheckpointManager, TrainingState
+from .loss import LossSum, forward_backward
+from .lr_schedule import LRSchedule
+from .metrics import MetricsLogger, flops_per_token, perplexity, training_line
+from .optimizer import OptimizerStep, TrainingOptimizer
 from .options import TrainerOptions
-from .progress import Progress, perplexity, training_line
-from .schedule import Schedule, flops_per_token
+from .signals import SignalFlag
+from .validation import validation_loss
 
 
 @dataclass(frozen=True)
-class _Report:
-    """One step, the same on every rank."""
+class _StepReport:
+    """What all ranks know of a step."""
 
     loss: float
     tokens: int
-    stop: bool
-    all_ready: bool
+    stop: bool  # some rank has received the signal
+    all_ready: bool  # no rank is still writing its files of a checkpoint
 
 
 class Trainer:
-    """Trains a model that core's DistributedDataParallel wraps.
+    """Trains a model.
 
     Args:
-        state: where the run stands; changed as it goes on.
-        progress: on the leader.
-        terminated: true once a signal has asked for an end.
+        model: in megatron-core's DistributedDataParallel.
         checkpoints: None saves nothing.
+        state: the progress of the run; updated by every step.
+        metrics: on the leader.
+        terminated: becomes true when a signal asks the run to stop.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DistributedDataParallel,
         config: OPTConfig,
         optimizer: TrainingOptimizer,
-        schedule: Schedule,
+        schedule: LRSchedule,
         parallel: ParallelContext,
         options: TrainerOptions,
         train_data: SampleDataset,
         valid_data: SampleDataset | None,
-        checkpoints: Checkpoints | None,
+        checkpoints: CheckpointManager | None,
         state: TrainingState,
-        progress: Progress | None,
+        metrics: MetricsLogger | None,
         terminated: SignalFlag | None = None,
     ) -> None:
         self._model, self._config, self._optimizer, self._schedule = model, config, optimizer, schedule
-        self._parallel, self._options, self._state, self._progress = parallel, options, state, progress
+        self._parallel, self._options, self._state, self._metrics = parallel, options, state, metrics
         self._checkpoints, self._train_data, self._valid_data = checkpoints, train_data, valid_data
         self._terminated = terminated
         self._skipped_in_a_row = 0
-        self._window = _Window()
+        self._window = _LogWindow()
 
     def run(self) -> bool:
-        """Train to the end or to a signal; returns whether the end was reached.
+        """Train to the last iteration or until a signal; returns whether the last iteration was reached. Collective.
 
         Raises:
             UserError: on every rank; the run diverged, or a checkpoint could not be written.
@@ -82,10 +82,10 @@ class Trainer:
             self._say(f"nothing to do: {self._state.iteration} of {last} iterations have been made")
             return self._state.iteration >= last
         saved = -1
-        with self._batches() as batches:
+        with self._batch_loader() as loader:
             self._model.train()
             while not self._is_over():
-                report = self._one_step(batches)
+                report = self._train_step(loader)
                 if self._checkpoints and self._checkpoints.is_writing and report.all_ready:
                     self._finish_saving()
                 if self._is_due(self._options.eval_interval) or self._state.iteration == last:
@@ -99,13 +99,13 @@ class Trainer:
         self._finish_saving()
         finished = self._state.iteration >= last
         if not finished:
-            where = f"saved iteration {saved}" if self._checkpoints else "nothing is saved without --save"
-            self._say(f"stopped after iteration {self._state.iteration} of {last}: {where}")
+            what = f"saved iteration {saved}" if self._checkpoints else "nothing is saved without --save"
+            self._say(f"stopped after iteration {self._state.iteration} of {last}: {what}")
         return finished
 
-    def _batches(self) -> Batches:
+    def _batch_loader(self) -> BatchLoader:
         options, parallel = self._options, self._parallel
-        return Batches(
+        return BatchLoader(
             self._train_data,
             options.global_batch_size,
             options.micro_batch_size,
@@ -121,60 +121,60 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self._state.iteration % interval == 0
 
-    def _one_step(self, batches: Batches) -> _Report:
+    def _train_step(self, loader: BatchLoader) -> _StepReport:
         began = time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = next(loader)
         waited = time.perf_counter() - began
         lr = self._schedule.at(self._state.iteration + 1)
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        sums = forward_backward(self._model, micro_batches, self._parallel.device)
-        outcome = self._optimizer.step(lr)
-        report = self._share(sums)
+        loss_sum = forward_backward(self._model, micro_batches, self._parallel.device)
+        update = self._optimizer.step(lr)
+        report = self._all_reduce_report(loss_sum)
         self._state.iteration += 1
-        self._state.consumed_samples = batches.consumed_samples
+        self._state.consumed_samples = loader.consumed_samples
         self._window.add(report.loss, report.tokens, time.perf_counter() - began, waited)
-        self._count_skipped(outcome, report)
+        self._count_skipped(update, report)
         if self._is_due(self._options.log_interval) or self._is_over():
-            self._log(lr, outcome)
+            self._log(lr, update)
         return report
 
-    def _share(self, sums: LossSum) -> _Report:
-        """What one rank knows, on all of them: losses are the last stage's, and any rank may have been signalled."""
-        ready = self._checkpoints is None or self._checkpoints.is_ready_here
-        flags = torch.tensor([bool(self._terminated), not ready], dtype=torch.float64)
-        values = torch.cat([_counted(sums, self._parallel), flags])
+    def _all_reduce_report(self, loss_sum: LossSum) -> _StepReport:
+        # Only the last stage has losses, and any rank may have received the signal or still be writing.
+        is_busy = self._checkpoints is not None and not self._checkpoints.is_ready_here
+        flags = torch.tensor([bool(self._terminated), is_busy], dtype=torch.float64)
+        values = torch.cat([loss_sum.contribution(self._parallel), flags])
         dist.all_reduce(values, group=self._parallel.control_group)
-        total, tokens, stops, busy = values.tolist()
-        return _Report(total / tokens if tokens else 0.0, int(tokens), stops > 0, busy == 0)
+        total, tokens, stopped, busy = values.tolist()
+        return _StepReport(total / tokens if tokens else 0.0, int(tokens), stopped > 0, busy == 0)
 
-    def _count_skipped(self, outcome: StepOutcome, report: _Report) -> None:
-        if outcome.applied:
+    def _count_skipped(self, update: OptimizerStep, report: _StepReport) -> None:
+        if update.applied:
             self._skipped_in_a_row = 0
             return
         self._state.skipped += 1
-        told = f"loss {report.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
-        scale = f", loss scale {outcome.loss_scale:g}" if outcome.loss_scale != 1 else ""
-        self._say(f"iteration {self._state.iteration}: skipped ({told}{scale})")
-        if not outcome.is_scales_fault:
+        numbers = f"loss {report.loss:.4g}, gradient norm {update.grad_norm:.4g}"
+        scale = f", loss scale {update.loss_scale:g}" if update.loss_scale != 1 else ""
+        self._say(f"iteration {self._state.iteration}: skipped ({numbers}{scale})")
+        if not update.reduced_loss_scale:
             self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._options.max_skipped_iters:
-            self._finish_saving()  # of an earlier step
+            self._finish_saving()  # the checkpoint of an earlier step
             raise UserError(
                 f"the run has diverged: {self._skipped_in_a_row} iterations in a row were skipped, the last being "
-                f"{self._state.iteration} ({told}); go on from an earlier checkpoint with a smaller --lr"
+                f"{self._state.iteration} ({numbers}); go on from an earlier checkpoint with a smaller --lr"
             )
 
-    def _log(self, lr: float, outcome: StepOutcome) -> None:
-        window, self._window = self._window, _Window()
+    def _log(self, lr: float, update: OptimizerStep) -> None:
+        window, self._window = self._window, _LogWindow()
         per_second = window.tokens / window.seconds
         flops = flops_per_token(self._config, self._options.seq_length) * per_second
         values = {
             "loss": window.loss,
             "perplexity": perplexity(window.loss),
             "lr": lr,
-            "grad_norm": outcome.grad_norm,
-            "loss_scale": outcome.loss_scale,
+            "grad_norm": update.grad_norm,
+            "loss_scale": update.loss_scale,
             "tokens_per_second": per_second,
             "tflops_per_rank": flops / 1e12 / self._parallel.world_size,
             "seconds_per_iteration": window.seconds / window.steps,
@@ -182,10 +182,10 @@ class Trainer:
             "consumed_samples": self._state.consumed_samples,
             "skipped": self._state.skipped,
         }
-        if self._progress:
-            left = (self._options.train_iters - self._state.iteration) * window.seconds / window.steps
-            self._say(training_line(self._state.iteration, self._options.train_iters, values, left))
-            self._progress.record("train", self._state.iteration, values)
+        if self._metrics:
+            seconds_left = (self._options.train_iters - self._state.iteration) * window.seconds / window.steps
+            self._say(training_line(self._state.iteration, self._options.train_iters, values, seconds_left))
+            self._metrics.record("train", self._state.iteration, values)
 
     def _validate(self) -> None:
         if self._valid_data is None:
@@ -199,9 +199,9 @@ class Trainer:
         )
         iteration = self._state.iteration
         self._say(f"iteration {iteration}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        if self._progress:
+        if self._metrics:
             values = {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
-            self._progress.record("valid", iteration, values)
+            self._metrics.record("valid", iteration, values)
 
     def _save(self) -> None:
         if self._checkpoints:
@@ -215,83 +215,26 @@ class Trainer:
                 self._say(f"iteration {written}: saved to {self._checkpoints.directory}")
 
     def _say(self, text: str) -> None:
-        if self._progress:
-            self._progress.say(text)
+        if self._metrics:
+            self._metrics.say(text)
 
 
-@torch.no_grad()
-def validation_loss(
-    model: nn.Module, data: SampleDataset, parallel: ParallelContext, micro_batch_size: int, iterations: int
-) -> tuple[float, int]:
-    """Mean loss (nats a token) and tokens over the first samples of a data set, without dropout; on every rank.
-
-    Args:
-        iterations: micro-batches of each data-parallel rank; 0 takes all whole ones there are.
-    """
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
-    ranks = parallel.data_parallel_size
-    size = min(micro_batch_size, max(1, len(data) // ranks))
-    with Batches(data, size * ranks, size, parallel.data_parallel_rank, ranks) as batches:
-        for number, micro_batches in enumerate(batches, 1):
-            sums += _counted(forward_backward(model, micro_batches, parallel.device, forward_only=True), parallel)
-            if number == iterations:
-                break
-    dist.all_reduce(sums, group=parallel.control_group)
-    model.train(was_training)
-    total, tokens = sums.tolist()
-    return (total / tokens if tokens else float("nan")), int(tokens)
-
-
-def _counted(sums: LossSum, parallel: ParallelContext) -> torch.Tensor:
-    """[loss, tokens] on the ranks whose sum over all ranks counts every token once, zeros on the others."""
-    counted = parallel.is_last_stage and parallel.tensor_model_parallel_rank == 0
-    return torch.tensor([float(sums.total), float(sums.tokens)] if counted else [0.0, 0.0], dtype=torch.float64)
-
-
-class _Window:
-    """The steps since the last progress line."""
+class _LogWindow:
+    """Sums over the steps since the last progress line."""
 
     def __init__(self) -> None:
         self.steps, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0.0
-        self._sum = 0.0
+        self._loss_sum = 0.0
 
     def add(self, loss: float, tokens: int, seconds: float, waited: float) -> None:
-        """One step."""
+        """Add one step; `waited` are the seconds until its data was there."""
         self.steps += 1
         self.tokens += tokens
         self.seconds += seconds
         self.waited += waited
-        self._sum += loss
+        self._loss_sum += loss
 
     @property
     def loss(self) -> float:
         """Mean over the steps."""
-        return self._sum / self.steps
-
-
-class SignalFlag:
-    """True once the signal has come, instead of ending the process. Where handlers cannot be set: never."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        self._number, self._came, self._former = number, False, None
-
-    def __enter__(self) -> SignalFlag:
-        try:
-            self._former = signal.signal(self._number, self._note)
-        except ValueError:  # not in the main thread
-            self._former = None
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
-
-    def __bool__(self) -> bool:
-        return self._came
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._former is not None:  # one that came is being obeyed: what else comes changes nothing
-            signal.signal(self._number, signal.SIG_IGN if self._came else self._former)
+        return self._loss_sum / self.steps

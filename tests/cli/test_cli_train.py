@@ -15,8 +15,8 @@ import torch
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
-from opt_megatron.training.progress import METRICS_FILE
-from opt_megatron.training.saved import saved_checkpoints
+from opt_megatron.training.checkpointing.integrity import saved_checkpoints
+from opt_megatron.training.metrics import METRICS_FILE
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

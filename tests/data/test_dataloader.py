@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_megatron.data.dataloader import Batches
+from opt_megatron.data.dataloader import BatchLoader
 from opt_megatron.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_ranks_share_each_global_batch_by_micro_batches_in_turn(
     size = micro * ranks * times
     start = more.draw(st.integers(0, 5))
     dataset = Numbers(start + steps * size + more.draw(st.integers(0, size - 1)))
-    every = [Batches(dataset, size, micro, rank, ranks, start) for rank in range(ranks)]
+    every = [BatchLoader(dataset, size, micro, rank, ranks, start) for rank in range(ranks)]
     for step in range(steps):
         first = start + step * size
         shares = [samples(next(batches)) for batches in every]
@@ -63,10 +63,10 @@ def test_ranks_share_each_global_batch_by_micro_batches_in_turn(
 
 def test_resuming_on_another_layout_goes_on_with_the_next_sample() -> None:
     dataset = Numbers(100)
-    with Batches(dataset, 8, 2, 1, 2) as two:
+    with BatchLoader(dataset, 8, 2, 1, 2) as two:
         assert [samples(next(two)) for _ in range(3)][-1] == [[18, 19], [22, 23]]
     assert two.consumed_samples == 24  # not what was read ahead
-    with Batches(dataset, 8, 1, 3, 4, two.consumed_samples) as four:
+    with BatchLoader(dataset, 8, 1, 3, 4, two.consumed_samples) as four:
         assert samples(next(four)) == [[27], [31]]
         assert len(four) == (100 - 32) // 8
 
@@ -74,7 +74,7 @@ def test_resuming_on_another_layout_goes_on_with_the_next_sample() -> None:
 def test_nothing_is_read_before_the_first_batch_and_one_batch_ahead_after_it() -> None:
     dataset = Numbers(100)
     before = threading.active_count()
-    batches = Batches(dataset, 4, 2)
+    batches = BatchLoader(dataset, 4, 2)
     assert threading.active_count() == before and dataset.read == []
     next(batches)
     batches._next.result()
@@ -88,7 +88,7 @@ def test_nothing_is_read_before_the_first_batch_and_one_batch_ahead_after_it() -
 def test_an_error_in_the_background_is_raised_where_the_batch_is_asked_for() -> None:
     dataset = Numbers(12)
     dataset.broken = {5}
-    with Batches(dataset, 4, 2) as batches:
+    with BatchLoader(dataset, 4, 2) as batches:
         assert samples(next(batches)) == [[0, 1], [2, 3]]
         for _ in range(2):  # and again: a batch is never left out
             with pytest.raises(OSError, match="sample 5 cannot be read"):
@@ -109,4 +109,4 @@ def test_an_error_in_the_background_is_raised_where_the_batch_is_asked_for() -> 
 )
 def test_sizes_that_do_not_fit_are_told_with_the_numbers(sizes: tuple[int, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Batches(Numbers(10), *sizes)
+        BatchLoader(Numbers(10), *sizes)

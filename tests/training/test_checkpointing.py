@@ -19,12 +19,12 @@ from opt_megatron.data.options import DataOptions
 from opt_megatron.errors import CheckpointError
 from opt_megatron.model.lora_options import LoRAOptions
 from opt_megatron.parallel.context import ParallelContext
-from opt_megatron.training.checkpointing import LATEST_FILE
+from opt_megatron.training.checkpointing.integrity import find_damage, saved_checkpoints
+from opt_megatron.training.checkpointing.manager import LATEST_FILE
+from opt_megatron.training.lr_schedule import LRSchedule
+from opt_megatron.training.metrics import METRICS_FILE
 from opt_megatron.training.options import TrainerOptions
-from opt_megatron.training.progress import METRICS_FILE
-from opt_megatron.training.saved import damage, saved_checkpoints
-from opt_megatron.training.schedule import Schedule
-from opt_megatron.training.session import TrainingOptions
+from opt_megatron.training.training_options import TrainingOptions
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def settings(corpus: str, four_layers: Path) -> TrainingOptions:
     base = jobs.settings_for(four_layers)
     return TrainingOptions(
         config=base.config.replace(dropout=0.1, attention_dropout=0.1),
-        schedule=Schedule(1e-3, 1e-4, 3, 12),
+        schedule=LRSchedule(1e-3, 1e-4, 3, 12),
         trainer=TrainerOptions(12, jobs.GLOBAL, jobs.SEQ, 2, log_interval=1, save_interval=4),
         data=DataOptions(train_data_path=[corpus]),
         init_std=0.02,
@@ -93,7 +93,7 @@ def test_350ms_projections_are_saved_too(
     ranks: Callable[[int], RankPool], settings: TrainingOptions, post_norm: Path, tmp_path: Path
 ) -> None:
     config = open_checkpoint(post_norm).config.replace(dropout=0.0)
-    settings = replace(settings, config=config, load=str(post_norm), schedule=Schedule(1e-4, 1e-5, 0, 12))
+    settings = replace(settings, config=config, load=str(post_norm), schedule=LRSchedule(1e-4, 1e-5, 0, 12))
     ranks(2).run(jobs.whole_run, tmp_path / "whole", 2, 1, settings)
     ranks(2).run(jobs.whole_run, tmp_path / "cut", 2, 1, settings, 4)
     ranks(2).run(jobs.whole_run, tmp_path / "cut", 1, 2, settings)
@@ -128,7 +128,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     said = ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings)[0]
     assert "damaged" in said[0] and "missing" in said[1] and "iteration 4" in said[2]
     assert losses_of(tmp_path / "run") == whole
-    assert damage(newest) is None
+    assert find_damage(newest) is None
     assert not list((tmp_path / "run").glob(".iter*"))
 
 
@@ -154,7 +154,7 @@ def test_lora_is_merged_as_it_is_read(
     tmp_path: Path,
 ) -> None:
     lora = LoRAOptions(4, 8.0)
-    settings = replace(settings, load=str(four_layers), lora=lora, schedule=Schedule(1e-2, 1e-3, 0, 12))
+    settings = replace(settings, load=str(four_layers), lora=lora, schedule=LRSchedule(1e-2, 1e-3, 0, 12))
     ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings)
     parameters, logits = ranks(2).run(jobs.adapted_logits, tmp_path / "run", 2, 1, settings)[0]
     model = load_model(tmp_path / "run", None, alone)

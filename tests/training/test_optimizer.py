@@ -12,7 +12,8 @@ from ranks import RankPool
 from torch import nn
 
 from opt_megatron.parallel.context import ParallelContext
-from opt_megatron.training.optimizer import CPUOptimizer, LossScale
+from opt_megatron.training.cpu_optimizer import CPUOptimizer
+from opt_megatron.training.loss_scale import LossScale
 from opt_megatron.training.options import OptimizerOptions
 
 

@@ -14,8 +14,8 @@ from ranks import RankPool
 
 from opt_megatron.checkpoint.parameter_mapping import component_view, layers_of_stage, rank_block, stage_parameters
 from opt_megatron.config import OPTConfig
-from opt_megatron.training.initialize import initial_values
-from opt_megatron.training.schedule import Schedule
+from opt_megatron.training.init_weights import initial_values
+from opt_megatron.training.lr_schedule import LRSchedule
 
 # tensor, pipeline, processes, settings
 LAYOUTS = [
@@ -98,7 +98,7 @@ def test_loss_and_gradients_equal_transformers(
 
 
 # From OPT's initialisation: the random model above has gradients that are rounding alone, which Adam makes steps of.
-SCRATCH = {"load": None, "init_std": 0.02, "schedule": Schedule(5e-4, 5e-5, 5, 50)}
+SCRATCH = {"load": None, "init_std": 0.02, "schedule": LRSchedule(5e-4, 5e-5, 5, 50)}
 
 
 @pytest.mark.parametrize(

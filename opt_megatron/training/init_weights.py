@@ -1,8 +1,8 @@
-"""First values of a model's parameters: OPT's distributions, the same numbers at every layout.
+"""Initial values of a model's parameters: OPT's distributions, the same numbers at every layout.
 
-Every block of rows of every tensor has a generator of its own, seeded by the run's seed, the tensor's name and the
-block's number. So a rank draws what it holds (and, of row-parallel matrices, the columns beside it) and nothing
-else, and the model that is trained does not depend on how it is divided.
+Each block of rows of each tensor has a separate generator, seeded by the run's seed, the tensor's name and the
+block's number. A rank therefore generates only the rows that it holds (whole rows, also of row-parallel matrices),
+and the model does not depend on how it is divided.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .recipe import INIT_STD
 _ROWS_PER_BLOCK = 64
 
 
-def standard_deviation(name: str, config: OPTConfig, std: float) -> float | None:
-    """Of a canonical tensor's normal distribution around 0; None for biases (0) and norms (1 and 0).
+def init_std_of(name: str, config: OPTConfig, std: float) -> float | None:
+    """Standard deviation of a canonical tensor's initial values; None for biases (0) and norms (1 and 0).
 
-    As metaseq's baselines: `std`, and std / sqrt(2 L) for the matrices that write to the residual stream.
-    350m's projections have `std` too.
+    As in metaseq's baselines: `std`, and std / sqrt(2 L) for the matrices that write to the residual stream.
+    The embedding projections of 350m have `std`, too.
     """
     if name.endswith(".bias") or "layer_norm" in name:
         return None
@@ -44,10 +44,10 @@ def standard_deviation(name: str, config: OPTConfig, std: float) -> float | None
 
 
 @torch.no_grad()
-def initialize(
+def init_weights(
     model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int, std: float = INIT_STD
 ) -> None:
-    """Fill this rank's part of the model, LoRA's factors not included."""
+    """Initialise this rank's part of the model, except LoRA's factors."""
     parameters = dict(model.named_parameters())
     shapes = canonical_shapes(config)
     tp_rank, tp = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
@@ -63,14 +63,14 @@ def initialize(
 
 
 def initial_values(name: str, config: OPTConfig, seed: int, std: float, rows: slice | None = None) -> Tensor:
-    """Rows of one canonical tensor as they are at the start, in float32: [rows, ...]."""
+    """Initial values of rows of one canonical tensor, in float32: [rows, ...]; all rows if `rows` is None."""
     shape = canonical_shapes(config)[name]
     rows = rows or slice(0, shape[0])
-    deviation = standard_deviation(name, config, std)
-    if deviation is None:
+    tensor_std = init_std_of(name, config, std)
+    if tensor_std is None:
         value = 1.0 if name.endswith("layer_norm.weight") else 0.0
         return torch.full((rows.stop - rows.start, *shape[1:]), value)
-    values = normal_rows(name, (shape[0], shape[1]), rows, seed) * deviation
+    values = normal_rows(name, (shape[0], shape[1]), rows, seed) * tensor_std
     for index in _padding_rows(name, config):
         if rows.start <= index < rows.stop:
             values[index - rows.start] = 0
@@ -78,7 +78,7 @@ def initial_values(name: str, config: OPTConfig, seed: int, std: float, rows: sl
 
 
 def normal_rows(name: str, shape: tuple[int, int], rows: slice, seed: int) -> Tensor:
-    """Rows of a [R, C] matrix of standard normal numbers that belongs to the name and the seed."""
+    """Rows of an [R, C] matrix of standard normal numbers, which name and seed determine."""
     first, last = rows.start // _ROWS_PER_BLOCK, -(-rows.stop // _ROWS_PER_BLOCK)
     blocks = []
     for number in range(first, last):
@@ -90,15 +90,16 @@ def normal_rows(name: str, shape: tuple[int, int], rows: slice, seed: int) -> Te
 
 
 @torch.no_grad()
-def initialize_factors(model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int) -> None:
-    """LoRA: A uniform in +-1 / sqrt(inputs), as nn.Linear begins (Kaiming with a = sqrt(5)), the same at every
-    layout; B stays 0."""
+def init_lora_weights(model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int) -> None:
+    """Initialise LoRA's factors, the same at every layout: A is uniform in +-1 / sqrt(inputs), as in nn.Linear
+    (Kaiming with a = sqrt(5)), and B is 0."""
     first = layers_of_stage(
         config.num_layers, parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
     ).start
     for name, layer in adapted_layers(model):
         whole_name = _with_global_layer(name, first)
-        divided = getattr(layer.lora_a, "partition_dim", -1) == 1 and layer.lora_a.tensor_model_parallel
+        is_parallel = getattr(layer.lora_a, "tensor_model_parallel", False)
+        divided = is_parallel and getattr(layer.lora_a, "partition_dim", -1) == 1
         parts = parallel.tensor_model_parallel_size if divided else 1
         width = layer.lora_a.size(1)
         generator = torch.Generator().manual_seed(_seed_of(f"{whole_name}.lora_a", 0, seed))
@@ -117,7 +118,7 @@ def _with_global_layer(name: str, first: int) -> str:
 def _padding_rows(name: str, config: OPTConfig) -> tuple[int, ...]:
     if name == EMBEDDING:
         return (config.pad_token_id,)
-    # transformers' and metaseq's tables keep row 1 for padding; row 0 is never used and is left as it is drawn.
+    # The tables of transformers and metaseq reserve row 1 for padding. Row 0 is never used.
     return (POSITION_OFFSET - 1,) if name == POSITIONS else ()
 
 

@@ -13,7 +13,7 @@ from ranks import RankPool
 
 from opt_megatron.checkpoint.parameter_mapping import EMBEDDING, POSITIONS, canonical_shapes
 from opt_megatron.config import OPTConfig
-from opt_megatron.training.initialize import initial_values, normal_rows
+from opt_megatron.training.init_weights import initial_values, normal_rows
 from opt_megatron.training.recipe import RECIPES
 
 

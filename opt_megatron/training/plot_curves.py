@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import atomic_file
-from .progress import METRICS_FILE
+from .metrics import METRICS_FILE, read_metrics
 
 MEASURES = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale")
 
 
 @dataclass
 class Curve:
-    """One run's measure: (iteration, value) of training and of validation."""
+    """One measure of one run: (iteration, value) in training and in validation."""
 
     name: str
     train: list[tuple[int, float]] = field(default_factory=list)
@@ -23,31 +22,27 @@ class Curve:
 
 
 def read_curve(run: Path, measure: str) -> Curve:
-    """Read a run's directory, or its metrics file.
+    """Read a curve from a run's directory, or from a metrics file.
 
     Raises:
-        UserError: there is no such file, or nothing of the measure in it.
+        UserError: there is no such file, or it does not have the measure.
     """
     path = run / METRICS_FILE if run.is_dir() else run
     curve = Curve(run.name if run.is_dir() else run.parent.name)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        entries = [entry for _, entry in read_metrics(path) if measure in entry]
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}; give a directory that train --save has written") from None
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            point = int(entry["iteration"]), float(entry[measure])
-            (curve.train if entry["kind"] == "train" else curve.valid).append(point)
-        except (ValueError, KeyError, TypeError):  # another measure's line, or the last one of a killed run
-            continue
+    for entry in entries:
+        points = curve.train if entry["kind"] == "train" else curve.valid
+        points.append((entry["iteration"], float(entry[measure])))  # float() also of "inf", which JSON does not have
     if not curve.train and not curve.valid:
         raise UserError(f"{path}: has no {measure}")
     return curve
 
 
-def draw(curves: list[Curve], measure: str, output: Path) -> None:
-    """Draw training as lines and validation as points with lines, a colour a run.
+def plot_curves(curves: list[Curve], measure: str, output: Path) -> None:
+    """Draw training as lines and validation as points with lines, one colour for each run.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.

@@ -1,19 +1,22 @@
-"""The learning rate as a pure function of the step, and the FLOPs of one."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from ..config import OPTConfig
 from ..errors import UserError
 
 DECAY_STYLES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up to `lr`, then decay to `min_lr` at the last step (linear in OPT's recipe)."""
+class LRSchedule:
+    """Linear warm-up to `lr`, then decay to `min_lr` at the last step (linear in OPT's recipe).
+
+    Raises:
+        UserError: the numbers contradict each other.
+    """
 
     lr: float
     min_lr: float
@@ -30,7 +33,7 @@ class Schedule:
             raise UserError(f"--lr-decay-style {self.style!r}: choose from {', '.join(DECAY_STYLES)}")
 
     def at(self, iteration: int) -> float:
-        """The rate of step `iteration`, the first being 1."""
+        """The learning rate of step `iteration`, the first being 1."""
         if iteration <= self.warmup_iters:
             return self.lr * iteration / self.warmup_iters
         if self.style == "constant":
@@ -40,13 +43,3 @@ class Schedule:
         if self.style == "cosine":
             left = (1 - math.cos(math.pi * left)) / 2
         return self.min_lr + (self.lr - self.min_lr) * left
-
-
-def flops_per_token(config: OPTConfig, seq_length: int) -> float:
-    """Floating-point operations that training needs for one token, without recomputation.
-
-    72 L h^2 (1 + s / (6 h) + V / (12 L h)) for s tokens of context: Narayanan et al. 2021 (arXiv:2104.04473),
-    equation 3, whose 96 counts a second forward pass. OPT's MLP is 4 h wide, as theirs.
-    """
-    layers, h, s, v = config.num_layers, config.hidden_size, seq_length, config.vocab_size
-    return 72 * layers * h**2 * (1 + s / (6 * h) + v / (12 * layers * h))

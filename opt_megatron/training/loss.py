@@ -1,7 +1,7 @@
-"""One step's loss and gradients through megatron-core's schedules.
+"""Loss and gradients of one step, by megatron-core's forward-backward schedules.
 
-The loss is the mean over all tokens that count, of the whole global batch: the schedules add up sums and numbers of
-tokens, so it depends neither on how the batch is cut into micro-batches nor on the data-parallel size.
+The loss is the mean over all tokens of the global batch that the loss mask counts: the schedules add up sums and
+numbers of tokens, so it depends neither on the size of the micro-batches nor on the data-parallel size.
 b = sequences of a micro-batch, s = tokens of a sequence.
 """
 
@@ -13,27 +13,39 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from ..data.dataloader import MicroBatch
+from ..parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Of one rank's micro-batches: the sum of the losses (nats) and the number of tokens. 0 but on the last stage."""
+    """Sum of the losses (nats) and number of tokens of one rank's micro-batches; 0 except on the last stage."""
 
     total: Tensor
     tokens: Tensor
 
+    def contribution(self, parallel: ParallelContext) -> Tensor:
+        """[loss, tokens] to sum over all ranks: zeros on those whose tokens another rank counts already."""
+        is_counted = parallel.is_last_stage and parallel.tensor_model_parallel_rank == 0
+        values = [float(self.total), float(self.tokens)] if is_counted else [0.0, 0.0]
+        return torch.tensor(values, dtype=torch.float64)
+
 
 def forward_backward(
-    model: nn.Module, micro_batches: list[MicroBatch], device: torch.device, *, forward_only: bool = False
+    model: DistributedDataParallel,
+    micro_batches: list[MicroBatch],
+    device: torch.device,
+    *,
+    forward_only: bool = False,
 ) -> LossSum:
-    """Run all micro-batches; afterwards the gradients of the mean loss stand in the parameters' `main_grad`.
+    """Run all micro-batches, and leave the gradients of the mean loss in `main_grad` of the parameters.
 
     Args:
-        model: wrapped in core's DistributedDataParallel.
+        forward_only: compute no gradients.
     """
     batch_size, seq_length = micro_batches[0]["tokens"].shape
     sums = get_forward_backward_func()(
@@ -55,22 +67,22 @@ def _forward_step(device: torch.device, batches: Iterator[MicroBatch], model: nn
     output = model(
         batch["tokens"],
         batch["position_ids"],
-        None if segments is None else attention_within_segments(segments),
+        None if segments is None else segment_attention_mask(segments),
         labels=batch["labels"],
     )
-    return output, partial(_sum_losses, batch["loss_mask"])
+    return output, partial(_masked_loss_sum, batch["loss_mask"])
 
 
-def _sum_losses(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """core's convention: loss, number of tokens, what to keep. [b, s] each."""
-    # where, not times: an infinite loss under a mask of zero would be NaN.
+def _masked_loss_sum(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(loss, number of tokens, values to return), as megatron-core's schedules expect them; inputs are [b, s]."""
+    # where, not a product: an infinite loss under a mask of zero would give NaN.
     total = torch.where(mask > 0, losses.float() * mask, 0.0).sum()
     tokens = mask.sum()
     return total, tokens.to(torch.int), (total.detach().double(), tokens.double())
 
 
-def attention_within_segments(segments: Tensor) -> Tensor:
-    """[b, 1, s, s] bool, True where a query may look: earlier tokens of its own segment, and itself.
+def segment_attention_mask(segments: Tensor) -> Tensor:
+    """[b, 1, s, s] bool, True where a query may attend: earlier tokens of its own segment, and itself.
 
     Args:
         segments: [b, s], one number for each packed example; 0 is padding.

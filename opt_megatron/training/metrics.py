@@ -1,31 +1,33 @@
-"""What a run says while it runs: a line for people, metrics.jsonl for programs, TensorBoard for both."""
+"""What a run reports: a line for people, metrics.jsonl for programs, TensorBoard for both."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..config import OPTConfig
+from ..data.jsonl import parse_object
 from ..errors import UserError
 from ..files import write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
 
-class Progress:
-    """Writes what the leader is told; other ranks have none.
+class MetricsLogger:
+    """Writes the metrics of a run; the leader has one, the other ranks have none.
 
     Args:
         directory: of metrics.jsonl, which is continued at `iteration` when a run is resumed: lines of later steps,
             of a run that was killed after its last checkpoint, are dropped.
         tensorboard: directory for TensorBoard's events.
-        stream: for the lines; default stderr.
+        stream: for the lines; default: stderr.
 
     Raises:
-        UserError: TensorBoard is wanted and not installed.
+        UserError: TensorBoard is asked for and not installed, or metrics.jsonl cannot be written.
     """
 
     def __init__(
@@ -34,14 +36,18 @@ class Progress:
         self._stream = stream or sys.stderr
         self._board = _open_board(tensorboard, iteration) if tensorboard else None
         self._file = _continue_metrics(directory / METRICS_FILE, iteration) if directory else None
-        self._started = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Print one line for people."""
         print(text, file=self._stream, flush=True)
 
     def record(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        """One entry for programs. `kind` is "train" or "valid"."""
+        """Write one entry to metrics.jsonl and TensorBoard.
+
+        Args:
+            kind: "train" or "valid".
+            values: numbers by name; those that JSON cannot hold are written as strings.
+        """
         clean = {name: value if _is_finite(value) else str(value) for name, value in values.items()}
         if self._file:
             self._file.write(json.dumps({"kind": kind, "iteration": iteration, **clean}) + "\n")
@@ -59,28 +65,55 @@ class Progress:
                 sink.close()
 
 
+def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a metrics.jsonl that hold an entry, each with its entry.
+
+    Other lines, such as half a line of a run that was killed while it wrote, are left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entry = parse_object(line)
+        except ValueError:
+            continue
+        if isinstance(entry.get("iteration"), int) and "kind" in entry:
+            yield line, entry
+
+
 def training_line(iteration: int, last: int, values: dict[str, Any], seconds_left: float) -> str:
-    """The progress line of a step."""
+    """The line for people on the steps since the last one."""
     return (
         f"iteration {iteration:>{len(str(last))}}/{last} | loss {values['loss']:.4f} | "
         f"perplexity {perplexity(values['loss']):.2f} | lr {values['lr']:.3e} | grad norm {values['grad_norm']:.3f} | "
         f"{values['tokens_per_second']:,.0f} tokens/s | {values['tflops_per_rank']:.3f} TFLOP/s a rank | "
-        f"{duration(seconds_left)} left"
+        f"{format_duration(seconds_left)} left"
     )
 
 
 def perplexity(loss: float) -> float:
-    """e ** loss (nats), infinity where that is no number."""
+    """e ** loss (nats); infinity if it is too large for a float."""
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
 
 
-def duration(seconds: float) -> str:
-    """hours:minutes:seconds"""
+def format_duration(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds."""
     whole = int(seconds) if math.isfinite(seconds) else 0
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def flops_per_token(config: OPTConfig, seq_length: int) -> float:
+    """Floating-point operations that training needs for one token, without recomputation of activations.
+
+    72 L h^2 (1 + s / (6 h) + V / (12 L h)) for s tokens of context: Narayanan et al. 2021 (arXiv:2104.04473),
+    equation 3, whose 96 counts a second forward pass. OPT's MLP is 4 h wide, as theirs.
+    """
+    layers, h, s, v = config.num_layers, config.hidden_size, seq_length, config.vocab_size
+    return 72 * layers * h**2 * (1 + s / (6 * h) + v / (12 * layers * h))
 
 
 def _is_finite(value: Any) -> bool:
@@ -90,12 +123,7 @@ def _is_finite(value: Any) -> bool:
 def _continue_metrics(path: Path, iteration: int) -> TextIO:
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed while writing it
-                continue
+        kept = [line + "\n" for line, entry in read_metrics(path) if entry["iteration"] <= iteration]
     write_text_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 

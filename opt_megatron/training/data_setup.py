@@ -1,0 +1,101 @@
+"""The training and the validation set of a run, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..data.dataloader import SampleDataset
+from ..data.options import DataOptions, SupervisedOptions
+from ..data.pretraining_dataset import build_datasets
+from ..data.supervised_dataset import SupervisedDataset
+from ..errors import UserError
+from ..parallel.context import ParallelContext, on_all_ranks
+from ..tokenizer import OPTTokenizer
+from .training_options import TrainingOptions
+
+
+def setup_data(
+    options: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None] = print
+) -> tuple[SampleDataset, SampleDataset | None]:
+    """The training and the validation set, with the samples of the whole run. Collective.
+
+    Args:
+        say: called with lines on what was skipped in the data.
+
+    Raises:
+        UserError: on every rank; the data cannot be used, or are not enough.
+    """
+    train_data: SampleDataset
+    valid_data: SampleDataset | None
+    if options.supervised is not None:
+        train_data, valid_data = _supervised_datasets(options.supervised, options, parallel, say)
+    elif options.data is not None:
+        train_data, valid_data = _pretraining_datasets(options.data, options, parallel)
+    else:
+        raise UserError("give --data-path (or --train-data-path), or --supervised-data")
+    if valid_data is not None and len(valid_data) < parallel.data_parallel_size:
+        raise UserError(
+            f"the validation data make {len(valid_data)} sequences, fewer than the {parallel.data_parallel_size} "
+            "data-parallel ranks: give more, or leave --eval-interval out"
+        )
+    return train_data, valid_data
+
+
+def _pretraining_datasets(
+    data: DataOptions, options: TrainingOptions, parallel: ParallelContext
+) -> tuple[SampleDataset, SampleDataset | None]:
+    trainer = options.trainer
+    per_validation = trainer.eval_iters * trainer.micro_batch_size * parallel.data_parallel_size
+    return build_datasets(
+        data,
+        parallel,
+        num_train_samples=trainer.train_iters * trainer.global_batch_size,
+        num_valid_samples=(per_validation or None) if trainer.eval_interval else 0,
+        seq_length=trainer.seq_length,
+        seed=options.seed,
+        vocab_size=options.config.vocab_size,
+        eod=options.config.eos_token_id,
+        pad=options.config.pad_token_id,
+    )
+
+
+def _supervised_datasets(
+    files: SupervisedOptions, options: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None]
+) -> tuple[SampleDataset, SampleDataset | None]:
+    trainer = options.trainer
+    num_train = trainer.train_iters * trainer.global_batch_size
+
+    def read() -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        tokenizer = read_tokenizer(options)
+        if tokenizer is None:
+            raise UserError(
+                "--supervised-data needs a tokenizer: give --tokenizer DIR, or --load a checkpoint that has one"
+            )
+        length, seed = trainer.seq_length, options.seed
+        train_data = SupervisedDataset(files.train or (), tokenizer, length, seed, num_samples=num_train)
+        if not trainer.eval_interval or not files.valid:
+            return train_data, None
+        return train_data, SupervisedDataset(files.valid, tokenizer, length, seed)
+
+    train_data, valid_data = on_all_ranks(parallel, read)
+    for dataset in (train_data, valid_data):
+        for line in dataset.report() if dataset is not None else ():
+            say(line)
+    return train_data, valid_data
+
+
+def read_tokenizer(options: TrainingOptions) -> OPTTokenizer | None:
+    """The run's tokenizer, or None if it has none.
+
+    Raises:
+        UserError: its vocabulary is larger than the model's.
+    """
+    if options.tokenizer is None:
+        return None
+    tokenizer = OPTTokenizer.from_directory(options.tokenizer)
+    if len(tokenizer) > options.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries and the model {options.config.vocab_size} rows: "
+            "it is another model's; give --tokenizer DIR"
+        )
+    return tokenizer

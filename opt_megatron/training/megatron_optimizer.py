@@ -1,0 +1,87 @@
+"""megatron-core's optimizer, distributed or not, for training on CUDA. It has not been run there yet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .optimizer import OptimizerStep, TrainingOptimizer
+from .options import OptimizerOptions
+
+
+class MegatronOptimizer(TrainingOptimizer):
+    """Adam of megatron-core.
+
+    Args:
+        chunks: the model's parts on this rank, each in DistributedDataParallel.
+        dtype: of the parameters.
+        lr: the peak learning rate, for core's own check.
+    """
+
+    def __init__(self, chunks: list[nn.Module], options: OptimizerOptions, dtype: torch.dtype, lr: float) -> None:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        self._options = options
+        self._optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=lr,
+                weight_decay=options.weight_decay,
+                adam_beta1=options.adam_beta1,
+                adam_beta2=options.adam_beta2,
+                adam_eps=options.adam_eps,
+                clip_grad=options.clip_grad,
+                fp16=dtype == torch.float16,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                initial_loss_scale=options.initial_loss_scale,
+                loss_scale_window=options.loss_scale_window,
+                min_loss_scale=options.min_loss_scale,
+                hysteresis=1,
+                use_distributed_optimizer=options.use_distributed_optimizer,
+            ),
+            chunks,
+        )
+
+    def step(self, lr: float) -> OptimizerStep:
+        """Update the parameters, or skip the step: core skips overflows of fp16, this method all other bad norms."""
+        scale = float(self._optimizer.get_loss_scale())
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        if self._optimizer.prepare_grads():  # an overflow, after which core has updated its loss scale
+            return OptimizerStep(math.inf, False, scale, scale > self._options.min_loss_scale)
+        norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(norm) or 0 < self._options.skip_grad_norm < norm:
+            return OptimizerStep(norm, False, scale)
+        self._clip(norm)
+        self._optimizer.step_with_ready_grads()
+        return OptimizerStep(norm, True, scale)
+
+    def _clip(self, norm: float) -> None:
+        # As in core's `step`, which offers no place to skip a step between computing the norm and clipping.
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            parameters = optimizer.get_parameters()
+            if self._options.clip_grad and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self._options.clip_grad, total_norm=norm)
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times core's loss scale; any shape."""
+        return self._optimizer.scale_loss(loss)
+
+    def zero_grad(self) -> None:
+        """Clear the parameters' own gradients."""
+        self._optimizer.zero_grad()
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """Core's state, in the form that can be read at another layout."""
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore core's state."""
+        self._optimizer.load_state_dict(state)

@@ -1,0 +1,127 @@
+"""The checkpoints of a run: what is put into them, and how a run is resumed from the newest intact one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+
+from ..checkpoint.formats.torch_dist import LORA_FILE
+from ..errors import UserError
+from ..parallel.context import ParallelContext
+from ..tokenizer import TOKENIZER_FILES
+from .checkpointing.integrity import newest_intact_checkpoint, saved_checkpoints
+from .checkpointing.manager import CheckpointManager, TrainingState
+from .model_setup import seed_dropout
+from .optimizer import TrainingOptimizer
+from .training_options import TrainingOptions
+
+
+def make_checkpoint_manager(options: TrainingOptions, parallel: ParallelContext) -> CheckpointManager | None:
+    """The manager of the run's checkpoints, or None if nothing is saved."""
+    if options.directory is None:
+        return None
+    return CheckpointManager(
+        options.directory,
+        parallel,
+        keep=options.keep_last,
+        companions=_companions(options) if parallel.is_leader else {},
+        background=not options.no_async_save,
+    )
+
+
+def _companions(options: TrainingOptions) -> dict[str, bytes]:
+    """The files that make a checkpoint loadable: config, LoRA options, tokenizer."""
+    dtype = str(options.dtype).removeprefix("torch.")
+    config = options.config.replace(dtype=dtype).to_hf()
+    files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
+    if options.lora is not None:
+        files[LORA_FILE] = json.dumps(asdict(options.lora), indent=2).encode()
+    if options.tokenizer is not None:
+        directory = options.tokenizer.parent if options.tokenizer.is_file() else options.tokenizer
+        paths = [directory / name for name in TOKENIZER_FILES]
+        files |= {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return files
+
+
+def resume(
+    options: TrainingOptions,
+    model: DistributedDataParallel,
+    optimizer: TrainingOptimizer,
+    checkpoints: CheckpointManager | None,
+    parallel: ParallelContext,
+    say: Callable[[str], None],
+) -> TrainingState:
+    """Restore the newest intact checkpoint, or return the state of a new run if there is none. Collective.
+
+    Raises:
+        UserError: on every rank; the checkpoints belong to a run with other options, or none of them is intact.
+    """
+    identity = _run_identity(options)
+    if checkpoints is None:
+        return TrainingState(run=identity)
+    checkpoints.remove_unfinished()
+    path = newest_intact_checkpoint(checkpoints.directory, parallel, say)
+    if path is None:
+        num_damaged = parallel.broadcast_object(len(saved_checkpoints(checkpoints.directory)))
+        if num_damaged:
+            raise UserError(
+                f"--save {checkpoints.directory}: none of its {num_damaged} checkpoints is whole; "
+                "move them away to begin anew"
+            )
+        return TrainingState(run=identity)
+    state, same_layout = checkpoints.read_state(path)
+    _check_identity(state.run or {}, identity, path)
+    checkpoints.load(path, model.module, optimizer, same_layout=same_layout)
+    if not same_layout:  # random states cannot be restored, and those of the first step must not come again
+        seed_dropout(options.seed + state.iteration, parallel)
+    say(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")
+    state.run = identity
+    return state
+
+
+def _run_identity(options: TrainingOptions) -> dict[str, Any]:
+    """What must be the same when a run is resumed: the model, and all that the order of the data depends on."""
+    trainer = options.trainer
+    model = options.config.to_hf()
+    return {
+        "config": {name: model[name] for name in sorted(model) if name not in ("dtype", "torch_dtype")},
+        "lora": asdict(options.lora) if options.lora else None,
+        "dtype": str(options.dtype),
+        "seed": options.seed,
+        "seq_length": trainer.seq_length,
+        "global_batch_size": trainer.global_batch_size,
+        "train_iters": trainer.train_iters,
+        "data": _data_identity(options),
+    }
+
+
+def _data_identity(options: TrainingOptions) -> list[Any]:
+    """The sizes of the files, which may have been moved, and how they are mixed."""
+    if options.supervised is not None:
+        return [Path(name).stat().st_size for name in options.supervised.train or ()]
+    if options.data is None:
+        return []
+    words = options.data.train_data_path or options.data.data_path or ()
+    files = [Path(f"{word}.bin") for word in words]
+    sizes = [file.stat().st_size if file.is_file() else word for file, word in zip(files, words, strict=True)]
+    return [*sizes, options.data.split if options.data.data_path else ""]
+
+
+def _check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    now = json.loads(json.dumps(now))
+    saved, now = ({**values, **(values.get("config") or {})} for values in (saved, now))
+    different = [
+        f"{name} was {saved.get(name)} and is {now[name]}"
+        for name in now
+        if name != "config" and saved.get(name) != now[name]
+    ]
+    if different:
+        raise UserError(
+            f"{path}: belongs to another run ({'; '.join(different)[:600]}); use the same settings, or another --save "
+            "with --load to begin a new run from its weights"
+        )

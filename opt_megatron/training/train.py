@@ -1,0 +1,104 @@
+"""A whole run: data, model, optimizer, checkpoints and the training loop, set up in this order.
+
+A run starts from scratch (a config and OPT's initialisation), from the weights of a checkpoint (fine-tuning), or
+from where it stopped, if its directory holds an intact checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from ..data.dataloader import num_micro_batches
+from ..errors import UserError
+from ..parallel.context import ParallelContext, on_all_ranks
+from ..parallel.core_compat import prepare_training
+from .data_setup import read_tokenizer, setup_data
+from .metrics import MetricsLogger
+from .model_setup import setup_model_and_optimizer
+from .resume import make_checkpoint_manager, resume
+from .run_directory import RunDirectory
+from .run_file import write_run_file
+from .signals import SignalFlag
+from .trainer import Trainer
+from .training_options import TrainingOptions
+
+
+def train(options: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None] = print) -> bool:
+    """Train; returns whether the last iteration was reached (False after a SIGTERM). Collective.
+
+    Args:
+        say: called on the leader with lines for the user while the run is set up.
+
+    Raises:
+        UserError: on every rank.
+    """
+    prepare_training(parallel.device)
+    _check(options, parallel)
+    with contextlib.ExitStack() as stack:
+        terminated = stack.enter_context(SignalFlag(signal.SIGTERM))
+        if options.directory is not None:
+            directory = RunDirectory(options.directory)
+            on_all_ranks(parallel, lambda: stack.enter_context(directory) if parallel.is_leader else None)
+        return _setup_trainer(options, parallel, say, terminated, stack).run()
+
+
+def _setup_trainer(
+    options: TrainingOptions,
+    parallel: ParallelContext,
+    say: Callable[[str], None],
+    terminated: SignalFlag,
+    stack: contextlib.ExitStack,
+) -> Trainer:
+    say_once = say if parallel.is_leader else lambda text: None
+    train_data, valid_data = setup_data(options, parallel, say_once)
+    model, optimizer = setup_model_and_optimizer(options, parallel)
+    checkpoints = make_checkpoint_manager(options, parallel)
+    state = resume(options, model, optimizer, checkpoints, parallel, say_once)
+    metrics = on_all_ranks(
+        parallel, lambda: _open_metrics(options, state.iteration, stack) if parallel.is_leader else None
+    )
+    return Trainer(
+        model,
+        options.config,
+        optimizer,
+        options.schedule,
+        parallel,
+        options.trainer,
+        train_data,
+        valid_data,
+        checkpoints,
+        state,
+        metrics,
+        terminated,
+    )
+
+
+def _open_metrics(options: TrainingOptions, iteration: int, stack: contextlib.ExitStack) -> MetricsLogger:
+    """The logger, which `stack` closes; run.yaml is written at the same time."""
+    tensorboard = None if options.tensorboard_dir is None else Path(options.tensorboard_dir)
+    metrics = MetricsLogger(options.directory, tensorboard, iteration)
+    stack.callback(metrics.close)
+    if options.directory is not None and options.run_file:
+        write_run_file(options.directory, options.run_file)
+    return metrics
+
+
+def _check(options: TrainingOptions, parallel: ParallelContext) -> None:
+    """Raise UserError if options contradict each other or the layout, before anything is built."""
+    trainer, config = options.trainer, options.config
+    num_micro_batches(trainer.global_batch_size, trainer.micro_batch_size, parallel.data_parallel_size)
+    if trainer.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"--seq-length {trainer.seq_length} is more than the model's {config.max_position_embeddings} positions"
+        )
+    if options.sequence_parallel and trainer.seq_length % parallel.tensor_model_parallel_size:
+        raise UserError(
+            f"--sequence-parallel divides the sequence among the tensor parallel ranks: --seq-length "
+            f"{trainer.seq_length} is no multiple of {parallel.tensor_model_parallel_size}"
+        )
+    if (options.data is None) == (options.supervised is None):
+        raise UserError("give --data-path (or --train-data-path), or --supervised-data, and not both")
+    on_all_ranks(parallel, lambda: read_tokenizer(options))

@@ -1,0 +1,47 @@
+"""The options of one run, with its model, schedule and files resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..config import OPTConfig
+from ..data.options import DataOptions, SupervisedOptions
+from ..model.lora_options import LoRAOptions
+from .lr_schedule import LRSchedule
+from .options import ExecutionOptions, OptimizerOptions, SavingOptions, TrainerOptions
+from .recipe import INIT_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(SavingOptions, ExecutionOptions):
+    """All that `train` needs.
+
+    Attributes:
+        config: the architecture, dropout included; in fine-tuning, the checkpoint's.
+        load: a checkpoint whose weights the run starts with; None initialises them.
+        tokenizer: directory whose files are copied into the checkpoints (and which supervised data need).
+        dtype: of parameters and activations.
+        run_file: the text of run.yaml, with which the run can be repeated; empty for none.
+    """
+
+    config: OPTConfig
+    schedule: LRSchedule
+    trainer: TrainerOptions
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    data: DataOptions | None = None
+    supervised: SupervisedOptions | None = None
+    load: str | None = None
+    revision: str | None = None
+    tokenizer: Path | None = None
+    lora: LoRAOptions | None = None
+    dtype: torch.dtype = torch.float32
+    init_std: float = INIT_STD
+    run_file: str = ""
+
+    @property
+    def directory(self) -> Path | None:
+        """The run's directory, or None if nothing is saved."""
+        return None if self.save is None else Path(self.save).expanduser()
