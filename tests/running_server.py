@@ -161,3 +161,23 @@ def running(
         server.handle_exit(15, None)
         thread.join(SECONDS)
         assert not thread.is_alive()
+
+
+def in_thread(action: Callable[[], Any]) -> Callable[[], Any]:
+    """What it returns, or the error that it raised, once it is asked for."""
+    results: list[Any] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+
+    def result() -> Any:
+        thread.join(SECONDS)
+        return results[0]
+
+    return result

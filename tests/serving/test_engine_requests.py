@@ -1,0 +1,54 @@
+"""Prompts that are refused or truncated, and options that the engine refuses."""
+
+import pytest
+from running_server import TOKENIZER
+
+from opt_megatron.serving.engine_requests import engine_error
+
+PROMPT = "Once upon a time"
+IDS = TOKENIZER.encode(PROMPT)
+
+
+def test_long_prompts_are_refused_or_cut(server):
+    words = "word " * 600
+    refused = server.complete(prompt=words)
+    assert refused.status == 400 and refused.json["error"]["code"] == "context_length_exceeded"
+    assert "512 positions" in refused.json["error"]["message"]
+    assert server.complete(prompt=PROMPT, max_tokens=508).json["error"]["param"] == "prompt"
+    assert server.complete(prompt=[2] * 505).json["usage"]["completion_tokens"] <= 7  # the default is what fits
+    for keep, tokens in ((3, 3), (-1, 512 - 16)):
+        body = server.complete(prompt=words, truncate_prompt_tokens=keep, echo=True, logprobs=0).json
+        assert body["usage"]["prompt_tokens"] == tokens and body["choices"][0]["logprobs"]["tokens"][0] == "</s>"
+    body = server.complete(prompt=IDS, truncate_prompt_tokens=2, echo=True, max_tokens=0, logprobs=0).json
+    assert body["choices"][0]["logprobs"]["tokens"] == [" a", " time"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0, "n": 2}, "n is 2, but must be 1 at temperature 0"),
+        ({"max_tokens": 0}, "max_tokens is 0, but must be at least 1"),
+        ({"min_tokens": 17}, "min_tokens is 17, but must be from 0 to max_tokens, which is 16"),
+        ({"n": 3, "best_of": 2}, "best_of is 2, but must be at least n, which is 3"),
+        ({"prompt": [2, 4096]}, "the prompt holds the id 4096"),
+        ({"prompt": [[2], [2, -1]]}, "prompt 2 holds the id -1"),
+        ({"prompt": [2, 10**30]}, "the prompt holds the id 1000"),
+        ({"prompt": "", "add_special_tokens": False}, "the prompt has no tokens"),
+        ({"stop_token_ids": [4095, 4096]}, "stop_token_ids has 4096, but"),
+        ({"logit_bias": {"4095": 1, "4096": 1}}, "logit_bias has 4096, but"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_is_400_in_the_apis_words(server, options, message, stream):
+    answer = server.complete(**{"prompt": PROMPT, "stream": stream, **options})
+    assert answer.status == 400 and message in answer.json["error"]["message"]
+    assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_engines_words_become_the_apis():
+    error = engine_error("max_new_tokens is 0, but must be at least 1")
+    assert (error.message, error.param) == ("max_tokens is 0, but must be at least 1", "max_tokens")
+    for what in ("the prompt", "prompt 3"):
+        assert engine_error(f"{what}: logit_bias has 4096, but ids go").param == "logit_bias"
+    error = engine_error("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
+    assert (error.param, error.code) == ("prompt", "context_length_exceeded")

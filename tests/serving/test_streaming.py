@@ -1,0 +1,108 @@
+"""Streams, clients that go away, and the time limit of a request."""
+
+import json
+
+import pytest
+from raw_http import connect, post
+from running_server import running
+
+from opt_megatron.serving.limits import Limits
+
+PROMPT = "Once upon a time"
+LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+
+
+def choices_of(events):
+    """A stream's pieces, joined."""
+    choices = {}
+    for event in events:
+        for piece in event["choices"]:
+            choice = choices.setdefault(piece["index"], {"text": "", "finish_reason": None, "logprobs": None})
+            assert choice["finish_reason"] is None
+            choice["text"] += piece["text"]
+            choice["finish_reason"] = piece["finish_reason"]
+            if piece["logprobs"]:
+                logprobs = choice["logprobs"] = choice["logprobs"] or {name: [] for name in piece["logprobs"]}
+                for name, values in piece["logprobs"].items():
+                    logprobs[name] += values
+    return [choices[index] for index in sorted(choices)]
+
+
+def aborted(server) -> float:
+    return server.metric("vllm:request_success_total", finished_reason="abort")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"logprobs": 3},
+        {"echo": True, "logprobs": 1, "n": 2},
+        {"echo": True, "n": 2},
+        {"echo": True, "logprobs": 0, "max_tokens": 0},
+        {"echo": True, "max_tokens": 0},
+        {"stop": ["e", " a"]},
+        {"n": 3, "best_of": 4, "logprobs": 1},
+        {"prompt": [PROMPT, "The king"], "n": 2},
+        {"prompt": [[2, 700, 3000], [2, 4001]], "logit_bias": {"3": 3}},
+    ],
+)
+def test_a_stream_is_the_whole_answer_in_pieces(server, options):
+    options = {"prompt": PROMPT, "max_tokens": 12, "seed": 2, **options}
+    whole = server.complete(**options).json
+    answer = server.complete(**options, stream=True, stream_options={"include_usage": True})
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    *events, last = answer.events
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    assert {event["usage"] for event in events} == {None} and len({event["id"] for event in events}) == 1
+    streamed = choices_of(events)
+    for got, wanted in zip(streamed, whole["choices"], strict=True):
+        assert (got["text"], got["finish_reason"]) == (wanted["text"], wanted["finish_reason"])
+        if wanted["logprobs"]:
+            assert got["logprobs"]["tokens"] == wanted["logprobs"]["tokens"]
+            assert got["logprobs"]["text_offset"] == wanted["logprobs"]["text_offset"]
+    assert "usage" not in server.complete(**options, stream=True).events[-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_request(server, stream):
+    before = aborted(server)
+    server.brake.on()
+    connection = connect(server)
+    connection.sendall(post("/v1/completions", json.dumps({**LONG, "n": 1, "stream": stream}).encode()))
+    server.wait_for(lambda: len(server.async_engine._requests) == 1)
+    connection.close()
+    steps = server.brake.steps
+    server.wait_for(lambda: bool(server.async_engine._thread.queue._cancelled))
+    server.brake.off()
+    server.wait_for(lambda: not server.async_engine._requests)
+    assert aborted(server) == before + 1
+    assert server.brake.steps - steps <= 3  # of 500
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.async_engine.model.engine._scheduler.memory.used_tokens == 0
+
+
+def test_a_client_that_goes_away_between_tokens(server):
+    before = aborted(server)
+    connection = connect(server)
+    connection.sendall(post("/v1/completions", json.dumps({**LONG, "stream": True}).encode()))
+    received = b""
+    while b"data: " not in received:
+        received += connection.recv(1024)
+    connection.close()
+    server.wait_for(lambda: not server.async_engine._requests)
+    assert aborted(server) == before + 1
+    assert server.complete(prompt="Once").status == 200
+
+
+def test_a_request_has_a_time(alone):
+    with running(alone, Limits(request_seconds=0.3)) as server:
+        server.wait_for(lambda: server.request("GET", "/health").status == 200)
+        server.brake.on()
+        answer = server.complete(**LONG)
+        assert answer.status == 504 and "within 0.3 s" in answer.json["error"]["message"]
+        (event,) = server.complete(**LONG, stream=True).events
+        assert event["error"]["code"] == "timeout"
+        server.brake.off()
+        server.wait_for(lambda: not server.async_engine._requests)
+        assert aborted(server) == 2
