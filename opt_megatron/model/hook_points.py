@@ -1,18 +1,18 @@
-"""The places in a model that can be looked at and changed, by name, and their tensors made whole.
+"""The hook points of a model: named tensors that can be read and replaced, whole at every layout.
 
     embedding                      [b, s, H]      token embeddings with positions: what the first layer reads
     layers.N                       [b, s, H]      the residual stream behind layer N (from 0)
     layers.N.attention             [b, s, H]      what attention adds to it
     layers.N.attention.heads       [b, s, n, d]   what each head gives to the output projection
-    layers.N.attention.weights     [b, n, s, s]   where each head looks (to be read only)
+    layers.N.attention.weights     [b, n, s, s]   where each head looks (read-only)
     layers.N.mlp                   [b, s, H]      what the MLP adds
     layers.N.mlp.neurons           [b, s, F]      the MLP's neurons, behind ReLU
     output                         [b, s, H]      behind the last layer and, where there is one, the final norm
 
-A hook gets a copy of its own: it may keep it and write into it, and only what it returns reaches the model.
+A hook gets a copy, which it may keep and write into; only what it returns reaches the model.
 
 b = sequences, s = tokens, H = hidden_size, n = attention heads, d = head_dim, F = ffn_hidden_size. A rank holds
-its part of the heads and the neurons; the others' parts are gathered for a look, and a replacement is cut again.
+its part of the heads and the neurons; the ranks' parts are gathered for the hook, and a replacement is divided again.
 """
 
 from __future__ import annotations
@@ -32,155 +32,186 @@ from ..parallel.collectives import Collectives, tensor_parallel_collectives
 from ..parallel.context import ParallelContext
 from .opt_model import OPTModel
 
-# Sees a copy of the whole tensor of a place; what it returns, unless that is None, takes the tensor's place.
+# Called with a copy of the whole tensor at a hook point; what it returns, unless that is None, replaces the tensor.
 Hook = Callable[[Tensor], Tensor | None]
 
 EMBEDDING, OUTPUT = "embedding", "output"
-LAYER, ATTENTION, HEADS, WEIGHTS, MLP, NEURONS = (
-    "",
-    "attention",
-    "attention.heads",
-    "attention.weights",
-    "mlp",
-    "mlp.neurons",
-)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the hook points of one ending have in common.
+
+    Attributes:
+        module: a layer -> the module whose output (or first input) the tensor is.
+        shape: config, sequences, tokens -> the shape of the whole tensor.
+        is_input: the tensor is the module's first input.
+        is_divided: a rank holds its part of the last dimension.
+        is_read_only: the tensor is computed for the hook alone.
+    """
+
+    module: Callable[[Any], nn.Module]
+    shape: Callable[[OPTConfig, int, int], tuple[int, ...]] = lambda config, b, s: (b, s, config.hidden_size)
+    is_input: bool = False
+    is_divided: bool = False
+    is_read_only: bool = False
+
+
+_MODEL_KINDS = {
+    EMBEDDING: _Kind(lambda model: model.embedding),
+    OUTPUT: _Kind(lambda model: model.decoder),
+}
+_LAYER_KINDS = {  # by what follows "layers.N."
+    "": _Kind(lambda layer: layer),
+    "attention": _Kind(lambda layer: layer.self_attention),
+    "attention.heads": _Kind(
+        lambda layer: layer.self_attention.core_attention,
+        lambda config, b, s: (b, s, config.num_attention_heads, config.head_dim),
+        is_divided=True,
+    ),
+    "attention.weights": _Kind(
+        lambda layer: layer.self_attention.core_attention,
+        lambda config, b, s: (b, config.num_attention_heads, s, s),
+        is_input=True,
+        is_read_only=True,
+    ),
+    "mlp": _Kind(lambda layer: layer.mlp),
+    "mlp.neurons": _Kind(
+        lambda layer: layer.mlp.linear_fc2,
+        lambda config, b, s: (b, s, config.ffn_hidden_size),
+        is_input=True,
+        is_divided=True,
+    ),
+}
 _NAME = re.compile(r"layers\.(\d+)(?:\.([a-z.]+))?")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A parsed name. `part` is one of the constants above; `layer` is None outside the layers."""
+class HookPoint:
+    """A parsed name; `layer` is None outside the layers."""
 
     name: str
-    part: str
+    kind: _Kind
     layer: int | None
 
     def shape(self, config: OPTConfig, batch: int, tokens: int) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        heads = config.num_attention_heads
-        if self.part == HEADS:
-            return batch, tokens, heads, config.head_dim
-        if self.part == WEIGHTS:
-            return batch, heads, tokens, tokens
-        return batch, tokens, config.ffn_hidden_size if self.part == NEURONS else config.hidden_size
+        """The shape of the whole tensor, for `batch` sequences of `tokens` tokens."""
+        return self.kind.shape(config, batch, tokens)
 
     def stage(self, config: OPTConfig, stages: int) -> int:
-        """The pipeline stage that has it."""
+        """The pipeline stage, of `stages`, that has the tensor."""
         if self.layer is None:
-            return 0 if self.part == EMBEDDING else stages - 1
+            return 0 if self.name == EMBEDDING else stages - 1
         return self.layer // (config.num_layers // stages)
 
+    def module(self, model: OPTModel) -> nn.Module:
+        """The module whose output, or first input, the tensor is; on a rank of its stage."""
+        if self.layer is None:
+            return self.kind.module(model)
+        return self.kind.module(next(one for one in model.decoder.layers if one.layer_number == self.layer + 1))
 
-def parse(name: str, config: OPTConfig) -> Place:
-    """The place of a name.
+
+def parse_hook_point(name: str, config: OPTConfig) -> HookPoint:
+    """The hook point of a name.
 
     Raises:
-        UserError: the model has no such place.
+        UserError: the model has no such hook point.
     """
-    if name in (EMBEDDING, OUTPUT):
-        return Place(name, name, None)
+    if name in _MODEL_KINDS:
+        return HookPoint(name, _MODEL_KINDS[name], None)
     match = _NAME.fullmatch(name)
-    parts = (LAYER, ATTENTION, HEADS, WEIGHTS, MLP, NEURONS)
-    if match is None or (match[2] or "") not in parts:
-        endings = ", ".join(f"layers.N.{part}" for part in parts[1:])
+    ending = match[2] or "" if match else None
+    if match is None or ending not in _LAYER_KINDS:
+        endings = ", ".join(f"layers.N.{ending}" for ending in _LAYER_KINDS if ending)
         raise UserError(f"{name!r} is no place in the model; there are {EMBEDDING}, {OUTPUT}, layers.N, {endings}")
     if int(match[1]) >= config.num_layers:
         raise UserError(f"{name!r}: the model's {config.num_layers} layers are counted from 0")
-    return Place(name, match[2] or "", int(match[1]))
+    return HookPoint(name, _LAYER_KINDS[ending], int(match[1]))
 
 
-def attach(
-    model: OPTModel, parallel: ParallelContext, place: Place, hook: Hook, errors: list[Exception]
+def attach_hook(
+    model: OPTModel, parallel: ParallelContext, point: HookPoint, hook: Hook, errors: list[Exception]
 ) -> RemovableHandle | None:
-    """Call the hook whenever the model's ordinary forward pass comes to the place; None where it is not this stage's.
+    """Call the hook whenever the model's ordinary forward pass reaches the hook point; None on the other stages.
 
     Called on every rank. The hook runs on all tensor parallel ranks of the stage with the same tensor, and must
     return the same on each.
 
     Args:
-        errors: gets what the hook raises, or what is wrong with its result. The pass goes on with the tensor as it
-            was: were it left here, other ranks would wait for this one's part of it.
+        errors: receives what the hook raises, or what is wrong with its result. The pass then continues with the
+            tensor as it was: raised here, the error would leave the other ranks waiting for this rank's part of it.
     """
-    collectives = tensor_parallel_collectives(parallel)
-    if place.stage(model.opt_config, parallel.pipeline_model_parallel_size) != parallel.pipeline_model_parallel_rank:
+    if point.stage(model.opt_config, parallel.pipeline_model_parallel_size) != parallel.pipeline_model_parallel_rank:
         return None
-    module, is_input = _module(model, place)
+    collectives = tensor_parallel_collectives(parallel)
+    guarded = _guarded(point, hook, errors)
+    module = point.module(model)
+    if point.kind.is_read_only:
+        return module.register_forward_pre_hook(_attention_weights_hook(collectives, guarded))
+    replace = _replacer(point, model.opt_config, parallel, collectives, guarded)
+    if point.kind.is_input:
+        return module.register_forward_pre_hook(lambda _, inputs: (replace(inputs[0]), *inputs[1:]))
+    return module.register_forward_hook(lambda _, inputs, output: _replace_first(output, replace))
 
-    def see(shown: Tensor) -> Tensor | None:
+
+def _guarded(point: HookPoint, hook: Hook, errors: list[Exception]) -> Hook:
+    """The hook, whose errors are collected instead of raised."""
+
+    def guarded(whole: Tensor) -> Tensor | None:
         try:
-            replacement = hook(shown)
-            _check(place, shown, replacement)
+            replacement = hook(whole)
+            _check_replacement(point, whole, replacement)
         except Exception as error:
             errors.append(error)
             return None
         return replacement
 
-    if place.part == WEIGHTS:
-        return module.register_forward_pre_hook(_watch_weights(collectives, see))
-    change = _changer(place, model.opt_config, parallel, collectives, see)
-    if is_input:
-        return module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
-    return module.register_forward_hook(lambda _, inputs, output: _with_first(output, change))
+    return guarded
 
 
-def _module(model: OPTModel, place: Place) -> tuple[nn.Module, bool]:
-    """The module whose output the place is, or whose first input."""
-    if place.layer is None:
-        return (model.embedding if place.part == EMBEDDING else model.decoder), False
-    layer = next(layer for layer in model.decoder.layers if layer.layer_number == place.layer + 1)
-    return {
-        LAYER: (layer, False),
-        ATTENTION: (layer.self_attention, False),
-        HEADS: (layer.self_attention.core_attention, False),
-        WEIGHTS: (layer.self_attention.core_attention, True),
-        MLP: (layer.mlp, False),
-        NEURONS: (layer.mlp.linear_fc2, True),
-    }[place.part]
+def _check_replacement(point: HookPoint, whole: Tensor, replacement: Any) -> None:
+    if replacement is None:
+        return
+    if point.kind.is_read_only:
+        raise UserError(f"{point.name} can be read only: its hook must return None (change attention.heads)")
+    if not isinstance(replacement, Tensor) or replacement.shape != whole.shape:
+        got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
+        raise UserError(f"the hook at {point.name} returned {got}, but must return {tuple(whole.shape)} or None")
 
 
-def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _replace_first(output: Any, replace: Callable[[Tensor], Tensor]) -> Any:
     """Core's modules return a tensor, or it and something else (a bias, a context)."""
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
 
-def _changer(
-    place: Place, config: OPTConfig, parallel: ParallelContext, collectives: Collectives, see: Hook
+def _replacer(
+    point: HookPoint, config: OPTConfig, parallel: ParallelContext, collectives: Collectives, hook: Hook
 ) -> Callable[[Tensor], Tensor]:
-    """From the module's tensor [s, b, width on this rank] to what takes its place."""
-    is_divided = place.part in (HEADS, NEURONS)
+    """The function from the module's tensor [s, b, width on this rank] to the one that replaces it."""
+    is_divided = point.kind.is_divided
     rank = parallel.tensor_model_parallel_rank if is_divided else 0
 
-    def change(local: Tensor) -> Tensor:
-        # A copy, since core writes on where some of these lie (it adds the residual stream in place).
+    def replace(local: Tensor) -> Tensor:
+        # A copy, because core writes into the memory of some of these (it adds the residual stream in place).
         whole = collectives.all_gather(local) if is_divided else local
         whole = whole.transpose(0, 1).clone()  # [b, s, width]
-        shown = whole.unflatten(-1, (-1, config.head_dim)) if place.part == HEADS else whole
-        replacement = see(shown)
+        replacement = hook(whole.view(point.shape(config, *whole.shape[:2])))
         if replacement is None:
             return local
         flat = replacement.to(local).reshape(whole.shape).transpose(0, 1)
         return flat[..., rank * local.size(-1) : (rank + 1) * local.size(-1)].contiguous()
 
-    return change
+    return replace
 
 
-def _check(place: Place, shown: Tensor, replacement: Any) -> None:
-    if replacement is None:
-        return
-    if place.part == WEIGHTS:
-        raise UserError(f"{place.name} can be read only: its hook must return None (change attention.heads)")
-    if not isinstance(replacement, Tensor) or replacement.shape != shown.shape:
-        got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
-        raise UserError(f"the hook at {place.name} returned {got}, but must return {tuple(shown.shape)} or None")
-
-
-def _watch_weights(collectives: Collectives, see: Hook) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        weights = attention_weights(*inputs[:2], module.softmax_scale)  # [b, heads of this rank, s, s]
+def _attention_weights_hook(collectives: Collectives, hook: Hook) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def compute_and_show(module: Any, inputs: tuple[Any, ...]) -> None:
+        query, key = inputs[:2]
+        weights = attention_weights(query, key, module.softmax_scale)  # [b, heads of this rank, s, s]
         whole = collectives.all_gather(weights.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-        see(whole)
+        hook(whole)
 
-    return watch
+    return compute_and_show
 
 
 def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..parallel.context import ParallelContext
 from .full_forward import stage_forward
-from .hook_points import EMBEDDING, OUTPUT, Hook, attach, parse
+from .hook_points import EMBEDDING, OUTPUT, Hook, attach_hook, parse_hook_point
 from .opt_model import OPTModel
 
 
@@ -73,7 +73,7 @@ class Inspector:
         with self.hooks({name: _keep(found, name) for name in names}):
             self._forward(ids)
         for name in names:
-            point = parse(name, self._config)
+            point = parse_hook_point(name, self._config)
             stage = point.stage(self._config, self._parallel.pipeline_model_parallel_size)
             found[name] = self._share(found.get(name), point.shape(self._config, *ids.shape), stage)
         return found
@@ -88,9 +88,10 @@ class Inspector:
         for name, hook in hooks.items():
             if not callable(hook):
                 raise UserError(f"the hook at {name} must be a function, not {type(hook).__name__}")
-        points = {name: parse(name, self._config) for name in hooks}
+        points = {name: parse_hook_point(name, self._config) for name in hooks}
         handles = [
-            attach(self._model, self._parallel, point, hooks[name], self._hook_errors) for name, point in points.items()
+            attach_hook(self._model, self._parallel, point, hooks[name], self._hook_errors)
+            for name, point in points.items()
         ]
         if not self._active_hooks:
             self._hook_errors.clear()  # left by a pass that was interrupted
