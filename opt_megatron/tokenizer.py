@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as BPETokenizer
@@ -65,7 +65,7 @@ class OPTTokenizer:
             elif (directory / "tokenizer.json").is_file():
                 model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
                 vocab = model["vocab"]
-                merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+                merges = [_pair(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
             else:
                 raise CheckpointError(
                     "there is no tokenizer (vocab.json and merges.txt, or tokenizer.json); "
@@ -149,7 +149,7 @@ def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]]) -> N
     if BOS_TOKEN not in vocab:
         raise CheckpointError(f"the vocabulary has no {BOS_TOKEN!r}, with which every OPT sequence begins")
     for pair in merges:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+        if not {*pair, "".join(pair)} <= vocab.keys():
             raise CheckpointError(
                 f"the merge {' '.join(pair)!r} leads out of the vocabulary; the files do not belong together"
             )
@@ -157,7 +157,15 @@ def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]]) -> N
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    return [_pair(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _pair(parts: Sequence[str]) -> tuple[str, str]:
+    if len(parts) != 2:
+        raise CheckpointError(
+            f"the merge {' '.join(parts)!r} leads out of the vocabulary; the files do not belong together"
+        )
+    return parts[0], parts[1]
 
 
 def _byte_alphabet() -> dict[str, int]:

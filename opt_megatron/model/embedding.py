@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.tensor_parallel import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from .linear import DeferredWeight, OPTOutputLayer
+from .linear import DeferredWeight, OPTOutputLayer, mark_sequence_parallel
 from .linear_methods.base import EmbeddingRows, LinearMethod
 from .linear_methods.torch_linear import TorchLinear
 
@@ -29,6 +30,9 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
     """
 
     packed: EmbeddingRows | None = None
+    tp_group: dist.ProcessGroup
+    vocab_start_index: int
+    vocab_end_index: int
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
         super().__init__(num_embeddings, embedding_dim, **kwargs)
         self.method = method
         is_projected = embedding_dim != hidden_size
-        self.project_in = _projection(embedding_dim, hidden_size, self.weight) if is_projected else None
+        self.project_in = _projection(embedding_dim, hidden_size, self._float_table()) if is_projected else None
 
     def defer_weight(self) -> None:
         """Free the table's memory, if the method stores it otherwise."""
@@ -51,11 +55,17 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
 
     def take_weight(self, weight: Tensor) -> None:
         """Store the table [V, W] by the method."""
-        self.packed = self.method.embedding_rows(weight)
+        make_rows = self.method.embedding_rows
+        assert make_rows is not None
+        self.packed = make_rows(weight)
 
     def rows(self, ids: Tensor) -> Tensor:
         """This rank's rows [..., W] for ids [...] counted from its first row."""
-        return embedding(ids, self.weight) if self.packed is None else self.packed[ids]
+        return embedding(ids, self._float_table()) if self.packed is None else self.packed[ids]
+
+    def _float_table(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight
 
     def local_rows(self, ids: Tensor) -> Tensor:
         """This rank's part [..., W] of the sum over the ranks: its rows, and zeros for the others' ids."""
@@ -76,7 +86,7 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
 
     def head_weight(self) -> Tensor:
         """[V, W], for a head on the same rank."""
-        return self.weight if self.packed is None else self.packed.table()
+        return self._float_table() if self.packed is None else self.packed.table()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """core's, which knows of the table alone, and `project_in`, whole on every rank."""
@@ -95,11 +105,11 @@ class ProjectedOutputLayer(OPTOutputLayer):
         super().__init__(word_embed_proj_dim, output_size, **kwargs)
         self.project_out = nn.Linear(hidden_size, word_embed_proj_dim, bias=False)
         # Stands before the gather, where each rank has its part of the sequence: core sums the gradients.
-        self.project_out.weight.sequence_parallel = self.sequence_parallel
+        mark_sequence_parallel(self.project_out.weight, self.sequence_parallel)
 
     def infer(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, V]"""
-        return self.packed(self.project_out(hidden), None)
+        return super().infer(self.project_out(hidden))
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, H] -> logits [s, b, V] (or of the whole vocabulary, when gathered), and no bias"""

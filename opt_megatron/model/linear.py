@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -36,8 +37,18 @@ def _is_trained(x: Tensor, weight: Tensor) -> bool:
     return weight.requires_grad or (torch.is_grad_enabled() and x.requires_grad)
 
 
+def mark_sequence_parallel(parameter: Tensor, is_sequence_parallel: bool) -> None:
+    """Tell core whether each tensor parallel rank computes the parameter's gradient from its part of a sequence.
+
+    Core then sums the gradients over the ranks.
+    """
+    setattr(parameter, "sequence_parallel", is_sequence_parallel)  # noqa: B010  (no attribute of torch's)
+
+
 class DeferredWeight(nn.Module):
     """A module whose `weight` may have a shape and no memory until `take_weight` is given the values."""
+
+    weight: nn.Parameter | None
 
     def defer_weight(self) -> None:
         """Free the weight's memory."""
@@ -67,9 +78,17 @@ class PackableLinear(DeferredWeight):
             ordinary parameter.
     """
 
+    bias: nn.Parameter | None
+    sequence_parallel: bool
+    tp_group: dist.ProcessGroup
     method: type[LinearMethod] = TorchLinear
     packed: LinearMethod | None = None
     _replaced: dict[str, Any] | None = None  # attributes (of tensor parallelism) of the parameter that was dropped
+
+    def float_weight(self) -> nn.Parameter:
+        """The weight while it is an ordinary parameter."""
+        assert self.weight is not None, "the weight is tied or packed"
+        return self.weight
 
     def take_weight(self, weight: Tensor) -> None:
         """Store it by the layer's method."""
@@ -78,7 +97,7 @@ class PackableLinear(DeferredWeight):
     def prepare_inference(self, method: type[LinearMethod]) -> None:
         """Let `method` store the weight, and drop the parameter if it is not needed any more."""
         if self.packed is None:
-            self._pack(self.weight, method)
+            self._pack(self.float_weight(), method)
 
     def restore_weight(self) -> None:
         """Undo `prepare_inference`: make the weight an ordinary parameter again, which needs no gradient.
@@ -104,7 +123,8 @@ class PackableLinear(DeferredWeight):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Core's product; while training on a CPU `differentiable_linear` with core's collectives."""
         if weight.device.type != "cpu" or not (self.sequence_parallel or _is_trained(input, weight)):
-            return super()._forward_impl(input, weight, *args, **kwargs)
+            # The base that follows in a layer's bases is core's.
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
         if kwargs["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         elif kwargs["allreduce_dgrad"]:
@@ -127,7 +147,9 @@ class OPTColumnParallelLinear(PackableLinear, ColumnParallelLinear):
 
     def infer(self, x: Tensor, *, relu: bool = False) -> Tensor:
         """[T, inputs] -> [T, outputs of this rank]; after `prepare_inference`."""
-        return self.packed(x, self.bias, relu=relu)
+        packed = self.packed
+        assert packed is not None
+        return packed(x, self.bias, relu=relu)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, inputs] -> [s, b, outputs of this rank], and no bias"""
@@ -160,16 +182,18 @@ class OPTRowParallelLinear(PackableLinear, RowParallelLinear):
 
         Bias and residual are in the first rank's part, so that the sum over the ranks has them once.
         """
-        return self.packed(x, self.bias, residual=residual) if self._adds_bias else self.packed(x, None)
+        packed = self.packed
+        assert packed is not None
+        return packed(x, self.bias, residual=residual) if self._adds_bias else packed(x, None)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, inputs of this rank] -> [s, b, outputs], and the bias where core leaves it to the caller"""
         if self.packed is not None:
             partial = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])
-        elif self.sequence_parallel or _is_trained(input_, self.weight):
+        elif self.sequence_parallel or _is_trained(input_, self.float_weight()):
             return super().forward(input_)
         else:
-            partial = linear(input_, self.weight, self.bias if self._adds_bias else None)
+            partial = linear(input_, self.float_weight(), self.bias if self._adds_bias else None)
         return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group), None
 
 
@@ -192,7 +216,9 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
 
     def infer(self, hidden: Tensor) -> Tensor:
         """[T, hidden] -> [T, vocabulary rows of this rank]; after it was prepared."""
-        return self.packed(hidden, None)
+        packed = self.packed
+        assert packed is not None
+        return packed(hidden, None)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] -> [s, b, vocabulary rows], gathered where core is told to"""

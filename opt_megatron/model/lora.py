@@ -26,7 +26,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from .differentiable_linear import differentiable_linear
-from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, PackableLinear
+from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, PackableLinear, mark_sequence_parallel
 from .linear_methods.base import LinearMethod
 from .lora_options import LoRAOptions
 
@@ -40,26 +40,29 @@ class _LoRA(PackableLinear):
     from the frozen model. training/initialize.py fills them, the same at every layout.
     """
 
-    sequence_parallel: bool
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
 
     def _add_factors(self, options: LoRAOptions, *, a_is_divided: bool, b_is_divided: bool) -> None:
         self.lora = options
-        outputs, inputs = self.weight.shape
-        like = {"dtype": self.weight.dtype, "device": self.weight.device}
-        self.lora_a = nn.Parameter(torch.zeros(options.rank, inputs, **like))
-        self.lora_b = nn.Parameter(torch.zeros(outputs, options.rank, **like))
+        weight = self.float_weight()
+        outputs, inputs = weight.shape
+        self.lora_a = nn.Parameter(weight.new_zeros(options.rank, inputs))
+        self.lora_b = nn.Parameter(weight.new_zeros(outputs, options.rank))
         for factor, dim, divided in ((self.lora_a, 1, a_is_divided), (self.lora_b, 0, b_is_divided)):
             set_tensor_model_parallel_attributes(factor, divided, dim, 1)
             # A whole factor sees one part of the sequence on each rank; the mark makes core sum its gradients.
-            factor.sequence_parallel = self.sequence_parallel and not divided
-        self.weight.requires_grad_(False)
-        self.bias.requires_grad_(False)
+            mark_sequence_parallel(factor, self.sequence_parallel and not divided)
+        weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
 
     def prepare_inference(self, method: type[LinearMethod]) -> None:
         """Add the product of the factors to the weight, for good, and then as an ordinary layer."""
         if not self._is_merged():
+            weight = self.float_weight()
             with torch.no_grad():
-                self.weight += self.lora.scale * (self.lora_b.float() @ self.lora_a.float()).to(self.weight.dtype)
+                weight.add_(self.lora.scale * (self.lora_b.float() @ self.lora_a.float()).to(weight.dtype))
             for name in FACTORS:
                 self.register_parameter(name, None)
         super().prepare_inference(method)

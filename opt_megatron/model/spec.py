@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..config import OPTConfig
 from .attention import OPTCoreAttention
-from .linear import OPTColumnParallelLinear, OPTRowParallelLinear
+from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, mark_sequence_parallel
 from .linear_methods.base import LinearMethod
 from .lora import LoRAColumnParallelLinear, LoRARowParallelLinear
 from .lora_options import LoRAOptions
@@ -44,7 +44,7 @@ class OPTLayerNorm(nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            mark_sequence_parallel(parameter, config.sequence_parallel)
 
 
 class BiasDropoutAddNorm(MegatronModule):

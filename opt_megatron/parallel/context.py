@@ -259,6 +259,7 @@ _control_groups: dict[int, dist.ProcessGroup] = {}
 def _control_group() -> dist.ProcessGroup:
     # Made once per process group: a new gloo group costs a rendezvous.
     world = dist.group.WORLD
+    assert world is not None, "torch.distributed has not been initialised"
     if id(world) not in _control_groups:
         _control_groups.clear()
         is_gloo = dist.get_backend() == "gloo"
