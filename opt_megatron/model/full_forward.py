@@ -1,4 +1,4 @@
-"""A pass over whole sequences on any layout: from one pipeline stage to the next, and the head's part of a rank.
+"""A pass over whole sequences on any layout: one pipeline stage, and the logits that a rank's head computes.
 
 s = tokens of a sequence, b = sequences, H = hidden_size, V = vocabulary rows of this tensor parallel rank.
 """
@@ -15,16 +15,16 @@ from .opt_model import OPTModel
 
 
 def stage_forward(model: OPTModel, parallel: ParallelContext, tokens: Tensor) -> Tensor:
-    """This rank's stage of a pass over sequences that are padded on the right, if at all; called on every rank.
+    """Run this rank's pipeline stage; called on every rank.
 
-    A stage sends what it has computed and is free for the next batch while later ones work on this one.
+    A stage sends its output to the next one and can then start with another batch while later stages compute.
 
     Args:
-        tokens: [b, s], on the context's device. Attention is causal, so what pads on the right changes nothing
-            to its left and needs no mask.
+        tokens: [b, s], on the context's device, padded on the right if at all. Attention is causal, so padding on
+            the right changes nothing to its left and needs no mask.
 
     Returns:
-        Hidden states [s, b, H] behind the stage's layers; on the last stage behind the final norm.
+        Hidden states [s, b, H] after the stage's layers; on the last stage after the final norm.
     """
     hidden = None
     if parallel.is_first_stage:
@@ -42,7 +42,7 @@ def stage_forward(model: OPTModel, parallel: ParallelContext, tokens: Tensor) ->
 
 
 def local_logits(model: OPTModel, hidden: Tensor) -> Tensor:
-    """[R, H] -> [R, V] in float32; on the last stage, and not gathered over the tensor parallel ranks."""
+    """Logits [R, V] in float32 of hidden states [R, H]; on the last stage. V are this rank's vocabulary rows."""
     weight = model.shared_embedding_or_output_weight()
     logits, _ = model.output_layer(hidden[:, None], weight=weight, runtime_gather_output=False)
     return logits[:, 0].float()

@@ -1,9 +1,9 @@
-"""The forward pass of generation: the same modules without what inference has no use for.
+"""The forward pass of generation: the model's own modules, called without what only training needs.
 
-GPTModel's forward is made for whole batches of sequences with gradients. Here the tokens of a step stand in
-one row [T, H], whatever requests they belong to: prompts need no padding, decoding rows and pieces of
-prompts share a product, and a layer is twelve calls of torch. Attention alone knows of requests, through the
-cache (`generation/core/kv_cache.py`).
+GPTModel's forward is made for whole batches of sequences with gradients. Here the tokens of a step are the rows of
+one tensor [T, H], whichever requests they belong to: prompts need no padding, decoding sequences and chunks of
+prompts share each product, and a layer is twelve calls of torch. Only attention distinguishes requests, in the
+KV cache (`generation/core/kv_cache.py`).
 
 T = tokens of the step, H = hidden_size, n = attention heads of this rank, d = head_dim, V = vocabulary rows
 of this rank, R = tokens whose logits are wanted.
@@ -26,21 +26,21 @@ from ..parallel.context import ParallelContext
 from .opt_model import OPTModel
 
 
-class Attention(Protocol):
-    """What a layer asks of the cache."""
+class AttentionBackend(Protocol):
+    """Attention over a KV cache, as a layer calls it."""
 
     def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
-        """Store the keys and values of [T, n, 3, d], and return what the queries see, [T, n * d]."""
+        """Store the keys and values of [T, n, 3, d] in the cache, and return the attention's output [T, n * d]."""
 
 
 Attend = Callable[[int, Tensor], Tensor]
 
 
-class InferenceModel:
-    """Runs the model's part on this rank, step by step.
+class IncrementalForward:
+    """Runs this rank's part of a model, one step at a time.
 
     Args:
-        model: is prepared for inference: its weights become products.
+        model: its weights are packed by a linear method (`OPTModel.prepare_inference`).
     """
 
     def __init__(self, model: OPTModel, parallel: ParallelContext) -> None:
@@ -65,8 +65,8 @@ class InferenceModel:
         return embedding.word_embeddings.project(rows) + embedding.position_embeddings(positions + POSITION_OFFSET)
 
     @torch.inference_mode()
-    def run_layers(self, hidden: Tensor, cache: Attention) -> Tensor:
-        """[T, H] -> [T, H] through the layers of this stage, and the final norm behind the last."""
+    def run_layers(self, hidden: Tensor, cache: AttentionBackend) -> Tensor:
+        """[T, H] -> [T, H] through the layers of this stage, and on the last stage through the final norm."""
         run_layer, attend = self._run_layer, cache.attend
         for number, layer in enumerate(self._layers):
             hidden = run_layer(hidden, layer, attend, number)
@@ -80,24 +80,24 @@ class InferenceModel:
     def _pre_norm(self, x: Tensor, layer: _Layer, attend: Attend, number: int) -> Tensor:
         query_key_value = layer.qkv(layer.attention_norm(x)).unflatten(-1, self._head_shape)
         x = self._all_reduce(layer.projection(attend(number, query_key_value), x))
-        return self._all_reduce(layer.narrow(layer.widen(layer.mlp_norm(x), relu=True), x))
+        return self._all_reduce(layer.fc2(layer.fc1(layer.mlp_norm(x), relu=True), x))
 
     def _post_norm(self, x: Tensor, layer: _Layer, attend: Attend, number: int) -> Tensor:
         query_key_value = layer.qkv(x).unflatten(-1, self._head_shape)
         x = layer.attention_norm(self._all_reduce(layer.projection(attend(number, query_key_value), x)))
-        return layer.mlp_norm(self._all_reduce(layer.narrow(layer.widen(x, relu=True), x)))
+        return layer.mlp_norm(self._all_reduce(layer.fc2(layer.fc1(x, relu=True), x)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A TransformerLayer's functions, looked up once: modules look attributes up in three tables each time."""
+    """A TransformerLayer's functions, looked up once: a module searches three dictionaries for each attribute."""
 
     attention_norm: Callable[[Tensor], Tensor]
     qkv: Callable[[Tensor], Tensor]
     projection: Callable[[Tensor, Tensor], Tensor]
     mlp_norm: Callable[[Tensor], Tensor]
-    widen: Callable[..., Tensor]
-    narrow: Callable[[Tensor, Tensor], Tensor]
+    fc1: Callable[..., Tensor]
+    fc2: Callable[[Tensor, Tensor], Tensor]
 
 
 def _bind_pre_norm(layer: TransformerLayer) -> _Layer:

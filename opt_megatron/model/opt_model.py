@@ -25,13 +25,13 @@ from .spec import block_spec
 
 
 class OPTModel(GPTModel):
-    """This rank's part of an OPT.
+    """This rank's part of an OPT model.
 
     Args:
         opt_config: the architecture.
         parallel_output: leave the logits split over the vocabulary (training does). May be set later.
         quantization: None, or the name of a linear method (linear_methods/registry.py): a model that can only be run.
-        lora: low-rank factors beside the linear layers, everything else being frozen.
+        lora: low-rank factors that are trained; everything else is frozen.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class OPTModel(GPTModel):
         quantization: str | None = None,
         lora: LoRAOptions | None = None,
     ) -> None:
-        # Needed by the hook below, which GPTModel's constructor calls.
+        # Needed by setup_embeddings_and_output_layer, which GPTModel's constructor calls.
         self.opt_config, self.quantization, self._device = opt_config, quantization, parallel.device
         self._method = select_method(quantization, parallel.device, core_config.params_dtype)
         super().__init__(
@@ -73,10 +73,10 @@ class OPTModel(GPTModel):
             )
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Put in OPT's own embedding and head before GPTModel ties them."""
+        """Replace core's embedding and head by OPT's, before GPTModel ties them."""
         config, width = self.config, self.opt_config.word_embed_proj_dim
         if self.pre_process:
-            self.embedding.embedding_dropout = nn.Dropout(0.0)  # OPT drops nothing out of its embeddings
+            self.embedding.embedding_dropout = nn.Dropout(0.0)  # OPT has no dropout on its embeddings
             self.embedding.word_embeddings = OPTEmbedding(
                 self.vocab_size,
                 width,
@@ -146,7 +146,7 @@ class OPTModel(GPTModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """One pass over whole sequences. (Generation goes through `inference.InferenceModel`.)
+        """One pass over whole sequences. (Generation runs `incremental_forward.IncrementalForward`.)
 
         Args:
             input_ids: [b, s]
@@ -188,8 +188,8 @@ def build_model(
     Args:
         dtype: of the parameters (with a quantisation, of those that stay as they are, and of activations).
         quantization: None, or one of `linear_methods.registry.quantizations()`.
-        lora: factors to train, everything else frozen.
-        overrides: fields of TransformerConfig that differ (training).
+        lora: low-rank factors that are trained; everything else is frozen.
+        overrides: fields of TransformerConfig that differ from `transformer_config`'s (for training).
 
     Raises:
         UserError: the model does not divide by the layout, or there is no such quantisation for the device.

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations on any layout, in batches of items that are about as long.
 
-Whole sequences go through the model's ordinary forward pass, which also runs once an engine has prepared the
-model. Logits are made for the scored tokens alone, some rows at a time, and stay divided over the tensor
-parallel ranks: what passes between them is four numbers a token.
+Whole sequences go through the model's ordinary forward pass, also after an engine has prepared the model.
+Logits are computed for the scored tokens only, some rows at a time, and stay divided over the tensor
+parallel ranks, which exchange four numbers a token.
 
 R = scored tokens of a batch, V = vocabulary rows of this tensor parallel rank.
 """
@@ -41,18 +41,18 @@ class Item:
     continuation: tuple[int, ...]
 
     @property
-    def fed(self) -> tuple[int, ...]:
-        """What the model reads: all but the last id, after which nothing is asked."""
+    def input_tokens(self) -> tuple[int, ...]:
+        """The ids that the model reads: all but the last one, after which nothing is predicted."""
         return (self.context + self.continuation)[:-1]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the model says of a continuation.
+    """The model's log-likelihood of a continuation.
 
     Attributes:
         logprobs: natural log-probability of each of its tokens.
-        is_greedy: each of them is the likeliest one (of equal ones that with the lowest id).
+        is_greedy: each of them is the likeliest one (the lowest id among equally likely ones).
     """
 
     logprobs: tuple[float, ...]
@@ -76,9 +76,9 @@ def _check_item(item: Item, positions: int, vocab_size: int, what: str) -> None:
     strange = [token for token in item.context + item.continuation if not 0 <= token < vocab_size]
     if strange:
         raise UserError(f"{what} holds the id {strange[0]}, but ids go from 0 to {vocab_size - 1}")
-    if len(item.fed) > positions:
+    if len(item.input_tokens) > positions:
         raise UserError(
-            f"{what} has {len(item.fed) + 1} tokens with BOS, and a model with {positions} positions scores "
+            f"{what} has {len(item.input_tokens) + 1} tokens with BOS, and a model with {positions} positions scores "
             f"{positions + 1} at the most: shorten it"
         )
 
@@ -92,15 +92,15 @@ def score(
     num_tokens: int | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Score]:
-    """Score items; called on every rank with the same ones, and the result is there on every rank.
+    """Score items; called on every rank with the same ones, and gives every rank the same result.
 
-    The longest come first, so that what does not fit into memory fails at once. What is fed for several items
-    (one-token answers to a question) is computed once.
+    The longest come first, so that a batch that does not fit into memory fails at once. Items with the same input
+    (one-token answers to a question) share one pass over it.
 
     Args:
-        batch_size: sequences in a pass; it changes rounding alone.
-        num_tokens: ids from this one on are vocabulary padding and have no probability; default: the config's.
-        on_batch: told how many items a finished batch had.
+        batch_size: sequences in a pass; it changes nothing but rounding.
+        num_tokens: ids from this one on are vocabulary padding and get no probability; default: the config's.
+        on_batch: called with the number of items of each finished batch.
 
     Raises:
         UserError: an item does not fit the model, or `batch_size` is below 1.
@@ -109,9 +109,9 @@ def score(
         raise UserError(f"batch_size is {batch_size}, but must be at least 1")
     config = model.opt_config
     check_items(items, config)
-    order = sorted(range(len(items)), key=lambda index: (-len(items[index].fed), items[index].fed))
+    order = sorted(range(len(items)), key=lambda index: (-len(items[index].input_tokens), items[index].input_tokens))
     ordered = [items[index] for index in order]
-    sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.fed)]
+    sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.input_tokens)]
     collectives = tensor_parallel_collectives(parallel)
     num_tokens = min(num_tokens or config.num_tokens, config.num_tokens)
     results: list[Tensor] = []
@@ -128,21 +128,21 @@ def score(
 def _score_batch(
     model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[list[Item]], num_tokens: int
 ) -> Tensor:
-    """[R, 2]: log-probability and whether it is the likeliest token; empty but on the last stage.
+    """[R, 2]: log-probability and whether it is the likeliest token; empty except on the last stage.
 
     Args:
-        batch: for each sequence the items that feed it.
+        batch: for each sequence the items whose input it is; the longest sequence first.
     """
-    fed = [alike[0].fed for alike in batch]
-    padding = model.opt_config.pad_token_id  # is looked at by nobody: what is asked about stands to its left
-    tokens = torch.tensor([ids + (padding,) * (len(fed[0]) - len(ids)) for ids in fed])  # the longest is the first
+    inputs = [alike[0].input_tokens for alike in batch]
+    padding = model.opt_config.pad_token_id  # has no effect: the scored positions are to its left
+    tokens = torch.tensor([ids + (padding,) * (len(inputs[0]) - len(ids)) for ids in inputs])
     hidden = stage_forward(model, parallel, tokens.to(parallel.device))
     if not parallel.is_last_stage:
         return torch.empty(0, 2)
     items = [(row, item) for row, alike in enumerate(batch) for item in alike]
-    asked = [hidden[len(item.context) - 1 : len(fed[row]), row] for row, item in items]
+    scored = [hidden[len(item.context) - 1 : len(inputs[row]), row] for row, item in items]
     targets = torch.tensor([token for _, item in items for token in item.continuation], device=parallel.device)
-    rows = torch.cat(asked)
+    rows = torch.cat(scored)
     vocab_rows = model.opt_config.vocab_size // parallel.tensor_model_parallel_size
     first, size = parallel.tensor_model_parallel_rank * vocab_rows, max(1, _MOST_LOGITS // vocab_rows)
     parts = [
@@ -153,9 +153,9 @@ def _score_batch(
 
 
 def _log_probabilities(local: Tensor, targets: Tensor, first: int, num_tokens: int, collectives: Collectives) -> Tensor:
-    """[R, 2] of logits [R, V], whose first column is the id `first`, and targets [R]."""
+    """[R, 2] from logits [R, V], whose first column is the id `first`, and targets [R]."""
     local = local[:, : max(0, num_tokens - first)]
-    if local.size(1) == 0:  # this rank has nothing but padding
+    if local.size(1) == 0:  # this rank has only padding rows
         local = torch.full((len(targets), 1), -torch.inf, device=local.device)
     mine = (targets >= first) & (targets < first + local.size(1))
     column = (targets - first).where(mine, 0)[:, None]

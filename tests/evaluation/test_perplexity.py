@@ -38,7 +38,7 @@ def test_sliding_windows_score_each_token_once_after_what_the_stride_leaves():
         tokens = list(range(100, 100 + size))
         items = list(windows(tokens, context, stride, 2))
         assert [token for item in items for token in item.continuation] == tokens
-        assert all(item.context[0] == 2 and len(item.fed) <= context for item in items)
+        assert all(item.context[0] == 2 and len(item.input_tokens) <= context for item in items)
         assert all(len(item.context) > context - stride for item in items[1:])
         assert len(items) == num_windows(size, context, stride)
     assert num_windows(0, 4, 4) == 0

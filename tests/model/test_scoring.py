@@ -20,7 +20,7 @@ def items_of(vocab_size: int, positions: int) -> list[Item]:
 
 def oracle(model, item: Item) -> tuple[list[float], bool]:
     with torch.no_grad():
-        logits = model(torch.tensor([item.fed])).logits[0, len(item.context) - 1 :]
+        logits = model(torch.tensor([item.input_tokens])).logits[0, len(item.context) - 1 :]
     own = logits.log_softmax(-1)[range(len(item.continuation)), list(item.continuation)]
     return own.tolist(), logits.argmax(-1).tolist() == list(item.continuation)
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...model.incremental_forward import InferenceModel
+from ...model.incremental_forward import IncrementalForward
 from ...model.opt_model import OPTModel
 from ...parallel.context import LEADER, ParallelContext
 from ..step import KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
@@ -20,13 +20,13 @@ class ModelRunner:
     """Runs this rank's part of a model, and owns its cache; the same on every rank, and the leader gets the output.
 
     Args:
-        model: is prepared for inference (`InferenceModel`).
+        model: is prepared for inference (`IncrementalForward`).
         num_tokens: ids from this one on are vocabulary padding and are cut off the logits.
     """
 
     def __init__(self, model: OPTModel, parallel: ParallelContext, num_tokens: int) -> None:
         self._dtype = model.params_dtype
-        self._model = InferenceModel(model, parallel)
+        self._model = IncrementalForward(model, parallel)
         self._parallel = parallel
         self._is_leader, self._is_first_stage = parallel.is_leader, parallel.is_first_stage
         self._is_last_stage, self._logits_rank = parallel.is_last_stage, parallel.logits_rank
