@@ -1,5 +1,6 @@
-"""Checkpoints: one table of parameters, one lazy reader per format, and what is built on them.
+"""Checkpoints: opened, converted, compared and loaded into a model.
 
-Canonical tensors carry Hugging Face's names under `model.decoder.` and are whole. A reader presents any
-format as canonical tensors; `table.py` says how a Megatron rank's parameters are cut out of them.
+`formats/` reads and writes each format. A `Checkpoint` presents any of them as canonical tensors, which are whole
+and have Hugging Face's names with the prefix `model.decoder.`; they are `storage/`'s lazy tensors, read block by
+block. `parameter_mapping.py` says how the parameters of a Megatron rank are made of canonical tensors.
 """

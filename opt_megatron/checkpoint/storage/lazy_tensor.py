@@ -1,7 +1,6 @@
-"""Sources: tensors that can be read block by block, and how they are made of one another.
+"""Lazy tensors: tensors that are read block by block, and how they are composed of one another.
 
-Everything is lazy. A source made of others computes which of their elements a block needs, and fetches
-those alone.
+A lazy tensor that is composed of others works out which of their elements a block needs, and reads only those.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from .blocks import Block
 
 
 class LazyTensor(ABC):
-    """One tensor that can be read in blocks.
+    """A tensor that is read in blocks.
 
     Attributes:
-        shape: sizes. dtype: of its elements.
+        shape: its sizes.
+        dtype: the type of its elements.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -30,28 +30,29 @@ class LazyTensor(ABC):
 
     @property
     def num_elements(self) -> int:
-        """How many there are."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Their size."""
+        """Size of the elements in bytes."""
         return self.num_elements * self.dtype.itemsize
 
     @abstractmethod
     def read(self, block: Block) -> Tensor:
-        """The elements of a block, often as a view of a mapped file; they must not be written to."""
+        """The elements of a block, [sizes of the block]; often a view of a mapped file, never to be written to."""
 
     @abstractmethod
     def release(self, block: Block) -> None:
-        """Let go of the memory that fetching this block has touched; called when it is no longer used."""
+        """Release the memory that reading this block has brought in; called when the block is no longer used."""
 
 
 class WrappedTensor(LazyTensor):
-    """A tensor that is in memory, or mapped from a file and read when it is touched.
+    """A torch tensor, in memory or in a mapped file whose pages are read when they are touched.
 
     Args:
-        values: gives the tensor; release: lets go of the pages under a part of it.
+        values: returns the tensor.
+        release: releases the pages under a part of it.
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class WrappedTensor(LazyTensor):
         self._release = release
 
     def read(self, block: Block) -> Tensor:
-        """A view."""
+        """A view of the tensor."""
         return self._values()[block]
 
     def release(self, block: Block) -> None:
-        """The pages under the view."""
+        """Release the pages under the view."""
         self._release(self._values()[block])
 
 
 class Concatenated(LazyTensor):
-    """Pieces that follow each other along `dim`.
+    """Pieces that are joined along `dim`.
 
     Raises:
         CheckpointError: the pieces do not fit each other.
@@ -96,12 +97,12 @@ class Concatenated(LazyTensor):
             start += piece.shape[dim]
 
     def read(self, block: Block) -> Tensor:
-        """A view where one piece holds the whole block, else a new tensor."""
+        """A view if one piece holds the whole block, else a new tensor."""
         parts = [piece.read(local) for piece, local in self._overlaps(block)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._dim)
 
     def release(self, block: Block) -> None:
-        """What the pieces hold of it."""
+        """Release the pieces' parts of the block."""
         for piece, local in self._overlaps(block):
             piece.release(local)
 
@@ -114,34 +115,39 @@ class Concatenated(LazyTensor):
 
 
 class RemappedTensor(LazyTensor):
-    """Some rows of another source, found by translating blocks of one into blocks of the other."""
+    """Elements of another tensor: each block of this one is computed from a block of the other.
 
-    def __init__(self, source: LazyTensor, shape: Sequence[int]) -> None:
-        super().__init__(shape, source.dtype)
-        self._source = source
+    Args:
+        base: the other tensor.
+        shape: of this one.
+    """
+
+    def __init__(self, base: LazyTensor, shape: Sequence[int]) -> None:
+        super().__init__(shape, base.dtype)
+        self._base = base
 
     @abstractmethod
     def _remap(self, block: Block) -> Block:
-        """The block of the other source that holds this one's."""
+        """The block of the base that holds the elements of this tensor's `block`."""
 
     def _arrange(self, values: Tensor, block: Block) -> Tensor:
-        """This source's block out of what the translated one holds."""
+        """The elements of this tensor's `block` from the values of the base's block."""
         return values
 
     def read(self, block: Block) -> Tensor:
-        """A view where the other source gives one and its elements lie as they should."""
-        return self._arrange(self._source.read(self._remap(block)), block)
+        """A view if the base returns one and `_arrange` copies nothing."""
+        return self._arrange(self._base.read(self._remap(block)), block)
 
     def release(self, block: Block) -> None:
-        """The translated block."""
-        self._source.release(self._remap(block))
+        """Release the base's block."""
+        self._base.release(self._remap(block))
 
 
 class RowRange(RemappedTensor):
-    """The rows `start` to `stop` of a source."""
+    """The rows `start` to `stop` of another tensor."""
 
-    def __init__(self, source: LazyTensor, start: int, stop: int) -> None:
-        super().__init__(source, (stop - start, *source.shape[1:]))
+    def __init__(self, base: LazyTensor, start: int, stop: int) -> None:
+        super().__init__(base, (stop - start, *base.shape[1:]))
         self._start = start
 
     def _remap(self, block: Block) -> Block:
@@ -149,7 +155,7 @@ class RowRange(RemappedTensor):
 
 
 class FlatSlice(RemappedTensor):
-    """A tensor that lies row by row in a vector, from element `start`."""
+    """A tensor that is stored row by row in a vector, from element `start`."""
 
     def __init__(self, vector: LazyTensor, start: int, shape: Sequence[int]) -> None:
         super().__init__(vector, shape)
@@ -165,7 +171,7 @@ class FlatSlice(RemappedTensor):
 
 
 class Replicated(LazyTensor):
-    """A tensor that should be the same in every part; fetching compares them."""
+    """A tensor that must be the same in every part; reading compares the copies."""
 
     def __init__(self, copies: Sequence[LazyTensor], name: str) -> None:
         super().__init__(copies[0].shape, copies[0].dtype)
@@ -173,10 +179,10 @@ class Replicated(LazyTensor):
         self._name = name
 
     def read(self, block: Block) -> Tensor:
-        """The first part's.
+        """The first copy's elements.
 
         Raises:
-            CheckpointError: another part's differs.
+            CheckpointError: another copy differs.
         """
         values = self._copies[0].read(block)
         for number, copy in enumerate(self._copies[1:], 1):
@@ -186,13 +192,16 @@ class Replicated(LazyTensor):
         return values
 
     def release(self, block: Block) -> None:
-        """All of them."""
+        """Release the block of every copy."""
         for copy in self._copies:
             copy.release(block)
 
 
 class Tied(LazyTensor):
-    """A tensor that is stored a second time, as OPT's embedding is in the output head; fetching compares the two.
+    """A tensor that is stored twice, as OPT's embedding is in the output head; reading compares the two.
+
+    Args:
+        what: names both in messages.
 
     Raises:
         CheckpointError: their shapes differ.
@@ -206,10 +215,10 @@ class Tied(LazyTensor):
             raise CheckpointError(f"{what} have the shapes {shapes}; OPT ties the two")
 
     def read(self, block: Block) -> Tensor:
-        """The first's.
+        """The first one's elements.
 
         Raises:
-            CheckpointError: the second's differs.
+            CheckpointError: the second one differs.
         """
         values = self._first.read(block)
         if not bitwise_equal(values, self._second.read(block)):
@@ -217,13 +226,13 @@ class Tied(LazyTensor):
         return values
 
     def release(self, block: Block) -> None:
-        """Both."""
+        """Release the block of both."""
         self._first.release(block)
         self._second.release(block)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as people and config files write it: float16, not torch.float16."""
+    """A dtype as config files write it: float16, not torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -235,11 +244,11 @@ def bitwise_equal(left: Tensor, right: Tensor) -> bool:
 
 
 def split_flat_vector(pieces: Sequence[LazyTensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
-    """Tensors that lie one after the other in a vector, which is itself cut into pieces.
+    """The tensors that are stored one after another in a vector, which is itself stored in pieces.
 
     Args:
-        pieces: 1-D sources that follow each other.
-        shapes: names and shapes in the order in which they lie there; together as long as the vector.
+        pieces: 1-D tensors that make up the vector.
+        shapes: names and shapes in the order in which they are stored; together as long as the vector.
     """
     vector = Concatenated(pieces, 0)
     tensors: dict[str, LazyTensor] = {}
@@ -251,12 +260,12 @@ def split_flat_vector(pieces: Sequence[LazyTensor], shapes: dict[str, tuple[int,
 
 
 def wrap_tensor(tensor: Tensor) -> LazyTensor:
-    """A source over a tensor that is in memory."""
+    """A lazy tensor for a tensor in memory."""
     return WrappedTensor(tensor.shape, tensor.dtype, lambda: tensor)
 
 
 def zero_rows(count: int, like: LazyTensor) -> LazyTensor:
-    """`count` rows of zeros, as wide as another source."""
+    """[count, ...] of zeros, with the columns and the dtype of another tensor."""
     return wrap_tensor(torch.zeros(count, *like.shape[1:], dtype=like.dtype))
 
 

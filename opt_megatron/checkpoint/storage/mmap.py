@@ -1,7 +1,7 @@
-"""Files mapped into memory, read-only: tensors that are views of a file and read when they are touched.
+"""Files that are mapped into memory, read-only: tensors are views of a file, read when they are touched.
 
-Pages that were touched count as resident until they are released; they are the page cache's, shared by all
-processes that map the file, and never written.
+Pages that were touched count as resident until they are released. They belong to the page cache, are shared by all
+processes that map the file, and are never written.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class MappedFile:
             self._bytes = torch.from_numpy(self._array)
 
     def tensor(self, offset: int, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """[num_elements] view of what stands at `offset` bytes.
+        """[num_elements] view of the file from byte `offset`; a copy if that is not aligned to the dtype.
 
         Raises:
-            CheckpointError: that is beyond the end of the file.
+            CheckpointError: the elements are beyond the end of the file.
         """
         stop = offset + num_elements * dtype.itemsize
         if offset < 0 or num_elements < 0 or stop > self.size:
@@ -59,7 +59,7 @@ class MappedFile:
         return self._bytes[offset:stop].view(dtype)
 
     def release(self, tensor: Tensor) -> None:
-        """Let go of the pages under a tensor of this file; they are read anew if it is touched again."""
+        """Release the pages under a tensor of this file; they are read again if it is touched again."""
         start = tensor.data_ptr() - self._bytes.data_ptr()
         stop = (
             start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * tensor.itemsize
@@ -67,18 +67,19 @@ class MappedFile:
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages that are shared with a neighbour stay
         length = (min(stop, self.size) - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if 0 <= start < self.size and length > 0:
-            self._array._mmap.madvise(mmap.MADV_DONTNEED, first, length)
+            # numpy's stubs do not declare the mmap object that a memmap holds.
+            self._array._mmap.madvise(mmap.MADV_DONTNEED, first, length)  # type: ignore[attr-defined]
 
-    def source(self, tensor: Tensor) -> LazyTensor:
-        """A source over a tensor of this file."""
+    def lazy_tensor(self, tensor: Tensor) -> LazyTensor:
+        """A lazy tensor for a tensor of this file."""
         return WrappedTensor(tensor.shape, tensor.dtype, lambda: tensor, self.release)
 
 
 def map_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file by name, not yet read.
 
-    The library checks the header (names, dtypes, that offsets cover the file without overlap); the data
-    is then mapped here, since the library only hands out copies.
+    The library checks the header (names, dtypes, that offsets cover the file without overlap). The data is
+    mapped here, since the library returns copies only.
 
     Raises:
         CheckpointError: the file is damaged or incomplete, or a tensor has a dtype that OPT is not stored in.
@@ -95,13 +96,13 @@ def map_safetensors(path: Path) -> dict[str, LazyTensor]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     mapped = MappedFile(path)
-    return {name: _safetensors_source(mapped, name, header[name], 8 + length) for name in names}
+    return {name: _safetensors_tensor(mapped, name, header[name], 8 + length) for name in names}
 
 
-def _safetensors_source(mapped: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
+def _safetensors_tensor(mapped: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
     dtype, shape = _SAFETENSORS_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     if dtype is None:
         kinds = ", ".join(_SAFETENSORS_DTYPES)
         raise CheckpointError(f"{mapped.path}: {name} is stored as {entry['dtype']}; OPT is stored as {kinds}")
     flat = mapped.tensor(data_start + entry["data_offsets"][0], math.prod(shape), dtype)
-    return mapped.source(flat.view(shape))
+    return mapped.lazy_tensor(flat.view(shape))

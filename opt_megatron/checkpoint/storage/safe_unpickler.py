@@ -1,10 +1,10 @@
 """A pickle interpreter that builds plain data and runs nothing.
 
-Python's own cannot be made to: whatever `find_class` allows, it sets attributes of any object, hashes any
-key, and its C form allocates for any memo index. This one knows the opcodes that torch.save writes
-(protocols 2 to 5), a handful of constructors, and turns every other class or function into an inert stub.
-Nothing that came from the pickle is hashed, compared or printed as a whole, except plain values: a tuple
-of tuples of tuples ... that share their parts takes no room, and for ever to walk through.
+Python's own cannot be restricted enough: whatever `find_class` allows, it sets attributes of any object, hashes any
+key, and its C version allocates memory for any memo index. This one knows the opcodes that torch.save writes
+(protocols 2 to 5) and a few constructors, and replaces every other class or function by an inert stub.
+Only plain values of a pickle are hashed, compared or printed: nested tuples that share their elements take little
+memory, but walking through them may never end.
 
 It is also several times faster than `pickle._Unpickler`: the raw files of OPT-175B hold 17 million opcodes.
 (Opcodes: CPython's Lib/pickletools.py.)
@@ -21,23 +21,23 @@ from typing import Any
 
 
 class Inert:
-    """Stands for a class, a function or an object that is not known here. What is done to it does nothing."""
+    """Stands for a class, a function or an object that is not known here. Operations on it have no effect."""
 
 
 class InvalidPickleError(ValueError):
-    """The bytes are no pickle, or use what this interpreter does not know."""
+    """The bytes are not a pickle, or use opcodes or calls that this interpreter does not know."""
 
 
 def unpickle(data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> Any:
     """The object that a pickle describes.
 
     Args:
-        known: (module, name) -> what stands for it: a function that may be called, or a value.
-        persistent_load: makes an object of a persistent id.
+        known: (module, name) -> a function that may be called, or a value.
+        persistent_load: returns the object for a persistent id.
 
     Raises:
-        InvalidPickleError: as above.
-        IndexError, struct.error, TypeError, ValueError ...: the bytes end early, or make no sense.
+        InvalidPickleError: the bytes are not a pickle, or use what is not known here.
+        IndexError, struct.error, TypeError, ValueError ...: the bytes end early or contradict themselves.
     """
     return _Unpickler(data, known, persistent_load).run()
 
@@ -52,11 +52,11 @@ class _Unpickler:
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
-        # What the known functions may copy in all: a file can ask for the same long list a thousand times.
+        # How much the known functions may copy in total: a file can ask for the same long list a thousand times.
         self._budget = 4 * len(data) + 10_000
 
     def run(self) -> Any:
-        """Interpret up to STOP. The commonest opcodes stand here, the others have methods."""
+        """Interpret the bytes up to STOP. The most frequent opcodes are handled here, the others by methods."""
         data, memo, unpack_4, unpack_2 = self._data, self._memo, _UINT32.unpack_from, _UINT16.unpack_from
         stack, at = self._stack, 0
         while True:
@@ -194,7 +194,7 @@ class _Unpickler:
         elif not isinstance(target, Inert):
             raise InvalidPickleError(f"members for a {type(target).__name__}")
 
-    # Classes, functions and what is made of them
+    # Classes, functions and calls
 
     def _global(self, module: Any, name: Any) -> None:
         known = self._known.get((module, name)) if type(module) is type(name) is str else None
@@ -220,12 +220,12 @@ class _Unpickler:
         self._call(function, arguments)
 
     def _new_object_ex(self) -> None:
-        self._stack.pop()  # keyword arguments, which none of the known functions takes
+        self._stack.pop()  # keyword arguments, which none of the known functions has
         self._reduce()
 
     def _build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
-        # Of all objects only a namespace gets a state; what is not known, and classes above all, stay as they are.
+        # Only a namespace gets a state. Unknown objects, and classes above all, stay unchanged.
         if type(target) is argparse.Namespace and type(state) is dict:
             vars(target).update({key: value for key, value in state.items() if type(key) is str})
 
@@ -234,7 +234,7 @@ class _Unpickler:
 
 
 def _plain_key(key: Any) -> Any:
-    """The key itself if hashing it takes no walk through containers; else a stand-in."""
+    """The key itself if hashing it visits no containers, else a stub."""
     return key if type(key) in (str, int, float, bool, bytes, type(None)) else Inert()
 
 
@@ -244,9 +244,9 @@ def ordered_dict(items: Any = ()) -> collections.OrderedDict:
 
 
 def latin1_bytes(text: Any, encoding: Any) -> bytes:
-    """_codecs.encode, which is how protocol 2 spells a bytes object."""
+    """_codecs.encode, by which protocol 2 represents a bytes object."""
     if type(text) is not str or type(encoding) is not str or encoding != "latin1":
-        raise InvalidPickleError("bytes that are not spelt as latin1")
+        raise InvalidPickleError("bytes that are not encoded as latin1")
     return text.encode("latin1")
 
 

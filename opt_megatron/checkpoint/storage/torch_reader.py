@@ -1,4 +1,4 @@
-"""Reading files that torch.save wrote, without running or importing anything that they name.
+"""Reads files that torch.save wrote, without running or importing anything that they name.
 
 The file is a zip archive of stored (not compressed) records: `data.pkl`, and one record for each storage.
 `safe_unpickler.py` interprets the pickle; its tensors become views of the mapped file, made when they are
@@ -40,7 +40,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class FileSpan:
-    """A part of a file that torch.save wrote by itself, as torch.distributed.checkpoint's files are made of."""
+    """A span of a file that is itself a file of torch.save; torch.distributed.checkpoint's files consist of them."""
 
     file: MappedFile
     start: int
@@ -48,10 +48,10 @@ class FileSpan:
 
 
 class _SpanFile(io.RawIOBase):
-    """A part of a file as a file."""
+    """A span of a file as a file object."""
 
-    def __init__(self, path: Path, part: FileSpan) -> None:
-        self._file, self._part, self._at = path.open("rb"), part, 0
+    def __init__(self, path: Path, span: FileSpan) -> None:
+        self._file, self._span, self._at = path.open("rb"), span, 0
 
     def readable(self) -> bool:
         return True
@@ -60,15 +60,15 @@ class _SpanFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.length}[whence])
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._span.length}[whence])
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self._part.length - self._at))
-        self._file.seek(self._part.start + self._at)
+        wanted = min(len(buffer), max(0, self._span.length - self._at))
+        self._file.seek(self._span.start + self._at)
         data = self._file.read(wanted)
         buffer[: len(data)] = data
         self._at += len(data)
@@ -80,29 +80,30 @@ class _SpanFile(io.RawIOBase):
 
 
 class TorchFile:
-    """What one file holds: its object, with a `FileTensor` for every tensor.
+    """An opened file: the object that was saved, with a `FileTensor` for every tensor.
 
     Args:
-        part: of the file, where it is not all of it.
+        span: what to open of the file; by default all of it.
 
     Attributes:
+        path: the file.
         content: the object that was saved.
 
     Raises:
         CheckpointError: the file is damaged, or of the format before torch 1.6.
     """
 
-    def __init__(self, path: Path, part: FileSpan | None = None) -> None:
+    def __init__(self, path: Path, span: FileSpan | None = None) -> None:
         self.path = path
-        self._file = MappedFile(path) if part is None else part.file
+        self._file = MappedFile(path) if span is None else span.file
         try:
-            with contextlib.nullcontext(path) if part is None else _SpanFile(path, part) as source:
+            with contextlib.nullcontext(path) if span is None else _SpanFile(path, span) as source:
                 if not zipfile.is_zipfile(source):
                     raise CheckpointError(
                         f"{path}: is truncated, or not a file that torch.save wrote in the format of torch 1.6 or later"
                     )
                 with zipfile.ZipFile(source) as archive:
-                    records = _Records(archive, self._file, 0 if part is None else part.start)
+                    records = _Records(archive, self._file, 0 if span is None else span.start)
                     self.content = unpickle(records.pickle(), _KNOWN, records.persistent_load)
         except CheckpointError:
             raise
@@ -131,10 +132,10 @@ class TorchFile:
 
 @dataclass(eq=False)
 class StorageRecord:
-    """A record of the archive that holds a tensor's elements.
+    """The record of a torch storage in the archive.
 
-    Where its data begins stands in the record's own header, which is only read when the data is: a raw
-    checkpoint of 175B has 100,000 of them.
+    Where its data begins follows from the record's header, which is read only when the data is: a raw
+    checkpoint of 175B has 100,000 records.
     """
 
     file: MappedFile
@@ -144,7 +145,7 @@ class StorageRecord:
     _data_offset: int | None = None
 
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] view of the file, or a copy where it does not lie as torch needs it."""
+        """[stop - start] view of the file, or a copy if the data is not aligned."""
         if self._data_offset is None:
             header = self.file.tensor(self.header_offset, 30, torch.uint8).numpy().tobytes()
             name_size, extra_size = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
@@ -155,7 +156,7 @@ class StorageRecord:
 
 @dataclass(eq=False)
 class FileTensor:
-    """A tensor in a file: torch's view of a storage, not yet mapped."""
+    """A tensor in a file: a storage with offset, shape and strides, not yet mapped."""
 
     storage: StorageRecord
     offset: int
@@ -170,7 +171,7 @@ class FileTensor:
 
 
 class _Records:
-    """The archive's records, found by name; none of them is ever extracted to the disk."""
+    """The archive's records by name; none of them is ever extracted to the disk."""
 
     def __init__(self, archive: zipfile.ZipFile, file: MappedFile, start: int) -> None:
         self._archive = archive
@@ -186,11 +187,11 @@ class _Records:
             raise CheckpointError(f"{file.path}: was saved on a big-endian machine")
 
     def pickle(self) -> bytes:
-        """The skeleton."""
+        """The bytes of `data.pkl`, which holds everything but the tensors' elements."""
         return self._bytes("data.pkl", _MAX_PICKLE_BYTES)
 
     def persistent_load(self, pid: Any) -> StorageRecord:
-        """A storage that the pickle refers to: ("storage", type, record, location, elements)."""
+        """The storage that the pickle refers to as ("storage", type, record, location, elements)."""
         kind, dtype, key, _, num_elements = pid
         known = type(kind) is type(key) is str and kind == "storage" and isinstance(dtype, torch.dtype)
         if not known or type(num_elements) is not int:
@@ -200,7 +201,7 @@ class _Records:
         return self._storages[key, dtype]
 
     def _storage(self, key: str, dtype: torch.dtype, num_elements: int) -> StorageRecord:
-        """A storage's record, which lies within the file and is large enough."""
+        """A storage's record, checked to be inside the file and large enough."""
         entry = self._entry(f"data/{key}")
         size = num_elements * dtype.itemsize
         header = self._start + entry.header_offset

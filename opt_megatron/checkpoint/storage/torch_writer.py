@@ -1,13 +1,14 @@
-"""Writing torch.save's file format before its tensors exist: the skeleton first, the data where it belongs.
+"""Writes torch.save's file format before the tensors' data is known.
 
-`create_torch_file` lays out the archive that torch.save would write (torch/serialization.py), with a hole for every
-tensor, and says at which byte each hole begins. Whoever has the data writes it there, in any order.
+`create_torch_file` writes the archive that torch.save would write (torch/serialization.py), with a hole for the
+data of every tensor, and returns where each hole begins. The data is written there later, in any order.
 """
 
 from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 import struct
 import zlib
@@ -28,7 +29,7 @@ _LIMIT_32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class TensorPlaceholder:
-    """Stands in the content for a tensor that is written later."""
+    """Stands in the content for a tensor whose data is written later."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,12 +41,12 @@ class TensorPlaceholder:
 
 
 def create_torch_file(path: Path, content: Any) -> dict[int, int]:
-    """Write a file that torch.load reads as `content`, its holes as tensors of undefined values.
+    """Write a file that torch.load reads as `content`, with a tensor of undefined values for each placeholder.
 
-    Data that an earlier call's holes were filled with stays: the same content gives the same layout.
+    If the file was created before with the same content, the data that was written into it stays.
 
     Returns:
-        id(hole) -> the byte at which its data begins.
+        id(placeholder) -> the byte at which its data begins.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -56,40 +57,41 @@ def create_torch_file(path: Path, content: Any) -> dict[int, int]:
         archive = _Archive(file)
         archive.add(f"{name}/data.pkl", buffer.getvalue())
         archive.add(f"{name}/byteorder", b"little")
-        offsets = {id(h): archive.add_hole(f"{name}/data/{key}", h.num_bytes) for key, h in enumerate(pickler.holes)}
+        offsets = {
+            id(placeholder): archive.add_hole(f"{name}/data/{key}", placeholder.num_bytes)
+            for key, placeholder in enumerate(pickler.placeholders)
+        }
         archive.add(f"{name}/version", b"3\n")
         archive.close()
     return offsets
 
 
-class _Storage:
-    def __init__(self, key: int, hole: TensorPlaceholder) -> None:
-        self.persistent_id = ("storage", _STORAGES[hole.dtype], str(key), "cpu", torch.Size(hole.shape).numel())
+class _PlaceholderStorage:
+    def __init__(self, key: int, tensor: TensorPlaceholder) -> None:
+        self.persistent_id = ("storage", _STORAGES[tensor.dtype], str(key), "cpu", torch.Size(tensor.shape).numel())
 
 
 class _Pickler(pickle.Pickler):
-    """Protocol 2, as torch.save writes, with holes pickled as tensors of storages of their own."""
+    """Protocol 2, as torch.save writes, with each placeholder pickled as a tensor that has a storage to itself."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
-        self.holes: list[TensorPlaceholder] = []
+        self.placeholders: list[TensorPlaceholder] = []
 
     def reducer_override(self, obj: Any) -> Any:
-        """A hole as torch pickles a contiguous tensor."""
+        """A placeholder as torch pickles a contiguous tensor; the default for everything else."""
         if not isinstance(obj, TensorPlaceholder):
             return NotImplemented
-        strides, step = [], 1
-        for size in reversed(obj.shape):
-            strides.insert(0, step)
-            step *= size
-        self.holes.append(obj)
-        storage = _Storage(len(self.holes) - 1, obj)
-        arguments = (storage, 0, tuple(obj.shape), tuple(strides), False, collections.OrderedDict())
+        strides = tuple(math.prod(obj.shape[dim + 1 :]) for dim in range(len(obj.shape)))
+        self.placeholders.append(obj)
+        storage = _PlaceholderStorage(len(self.placeholders) - 1, obj)
+        hooks: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        arguments = (storage, 0, tuple(obj.shape), strides, False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
     def persistent_id(self, obj: Any) -> Any:
-        """A storage by its record."""
-        return obj.persistent_id if isinstance(obj, _Storage) else None
+        """The id of a placeholder's storage, which names its record; None for everything else."""
+        return obj.persistent_id if isinstance(obj, _PlaceholderStorage) else None
 
 
 class _Archive:
@@ -100,12 +102,12 @@ class _Archive:
         self._directory: list[bytes] = []
 
     def add(self, name: str, data: bytes) -> None:
-        """A record whose data is known."""
+        """Write a record and its data."""
         self._header(name, len(data), zlib.crc32(data))
         self._file.write(data)
 
     def add_hole(self, name: str, size: int) -> int:
-        """A record whose data comes later; returns where. Its checksum stays 0, which torch never compares."""
+        """Write a record without its data, and return where that belongs. The checksum is 0; torch compares none."""
         start = self._header(name, size, 0)
         self._file.seek(start + size)
         return start
@@ -133,7 +135,7 @@ class _Archive:
         self._directory.append(fixed + name + extra)
 
     def close(self) -> None:
-        """Write the directory of records at the end."""
+        """Write the central directory, which ends the archive."""
         start, count = self._file.tell(), len(self._directory)
         for entry in self._directory:
             self._file.write(entry)
