@@ -1,6 +1,6 @@
-"""The lazy view of a checkpoint that stands between every reader and every user of it.
+"""`Checkpoint`: an opened checkpoint of any format, with its tensors not yet read.
 
-Readers make it; conversion, loading and verification read from it.
+Formats return it; conversion, loading and verification read from it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class Checkpoint:
     """An opened checkpoint: its config and its canonical tensors, none of them read yet.
 
     Attributes:
-        tensors: canonical name to source.
-        format_description: what the files are, for people ("Hugging Face safetensors", "Megatron TP2 x PP1").
-        ranks: of a Megatron directory, each rank's name and what it holds.
-        config_notes: sentences about what of the config was derived because the files do not carry it.
-        bytes_read: bytes handed out so far, counted after slicing.
+        path: the directory, or the one file.
+        format_description: what the files are, in words ("Hugging Face safetensors", "Megatron TP2 x PP1").
+        tensors: canonical name -> lazy tensor.
+        config_notes: sentences about what was inferred of the config because the files do not carry one.
+        ranks: for a Megatron directory, each rank's name and what it holds.
+        bytes_read: bytes returned by `read` so far.
     """
 
     path: Path
@@ -39,14 +40,14 @@ class Checkpoint:
     bytes_read: int = 0
 
     def read(self, name: str, block: Block | None = None) -> Tensor:
-        """One block of a canonical tensor.
+        """A block of a canonical tensor, by default all of it; never to be written to.
 
         Raises:
-            CheckpointError: the file turned out to be damaged.
+            CheckpointError: the file is damaged.
         """
         try:
-            source = self.tensors[name]
-            tensor = source.read(whole(source.shape) if block is None else block)
+            lazy = self.tensors[name]
+            tensor = lazy.read(whole(lazy.shape) if block is None else block)
         except CheckpointError:
             raise
         except (RuntimeError, OSError, ValueError) as error:
@@ -55,25 +56,25 @@ class Checkpoint:
         return tensor
 
     def release(self, name: str, block: Block) -> None:
-        """Let go of what reading a block has brought into memory."""
+        """Release the memory that reading a block has brought in."""
         self.tensors[name].release(block)
 
     def check_tensors(self) -> None:
         """Compare names and shapes with the config.
 
         Raises:
-            CheckpointError: lists the unknown, the missing and the misshapen tensors by name.
+            CheckpointError: names the missing, the unknown and the misshapen tensors.
         """
         wanted = canonical_shapes(self.config)
         missing = [name for name in wanted if name not in self.tensors]
         unknown = [name for name in self.tensors if name not in wanted]
         misshapen = [
-            f"{name} is {list(source.shape)}, the config says {list(wanted[name])}"
-            for name, source in self.tensors.items()
-            if name in wanted and source.shape != wanted[name]
+            f"{name} is {list(tensor.shape)}, the config says {list(wanted[name])}"
+            for name, tensor in self.tensors.items()
+            if name in wanted and tensor.shape != wanted[name]
         ]
         kinds = (torch.float32, torch.float16, torch.bfloat16)
-        strange = [f"{name} is {source.dtype}" for name, source in self.tensors.items() if source.dtype not in kinds]
+        strange = [f"{name} is {tensor.dtype}" for name, tensor in self.tensors.items() if tensor.dtype not in kinds]
         problems = [
             f"{len(names)} {what}: {shorten(names, 4)}"
             for names, what in (

@@ -1,4 +1,4 @@
-"""Proof: a checkpoint against its manifest, and two checkpoints of any formats against each other."""
+"""Compares a checkpoint with its manifest, or two checkpoints of any formats with each other, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .write import row_blocks, tensor_hash
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One tensor that is not what it should be, and how."""
+class TensorDifference:
+    """A tensor that differs, and in what."""
 
     name: str
     what: str
@@ -25,8 +25,8 @@ class Difference:
 
 def differences_from_manifest(
     checkpoint: Checkpoint, *, workers: int = 2, progress: Callable[[int], None] = lambda n: None
-) -> list[Difference]:
-    """Hash every canonical tensor again and compare with the manifest beside the files.
+) -> list[TensorDifference]:
+    """Hash every canonical tensor and compare with the manifest in the directory.
 
     Args:
         progress: called with the bytes read since the last call.
@@ -36,35 +36,40 @@ def differences_from_manifest(
     """
     entries = read_manifest(checkpoint.path).tensors
 
-    def check(name: str) -> Difference | None:
-        source, entry = checkpoint.tensors.get(name), entries.get(name)
-        if source is None or entry is None:
-            return Difference(name, "is only in the manifest" if source is None else "is not in the manifest")
-        found = list(source.shape), dtype_name(source.dtype)
+    def check(name: str) -> TensorDifference | None:
+        tensor, entry = checkpoint.tensors.get(name), entries.get(name)
+        if tensor is None or entry is None:
+            return TensorDifference(name, "is only in the manifest" if tensor is None else "is not in the manifest")
+        found = list(tensor.shape), dtype_name(tensor.dtype)
         if found != (entry["shape"], entry["dtype"]):
-            return Difference(name, f"is {found[1]} {found[0]}, the manifest says {entry['dtype']} {entry['shape']}")
+            return TensorDifference(
+                name, f"is {found[1]} {found[0]}, the manifest says {entry['dtype']} {entry['shape']}"
+            )
         digest = tensor_hash(checkpoint, name)
-        progress(source.num_bytes)
-        return None if digest == entry["xxh3_128"] else Difference(name, "has other bytes than the manifest says")
+        progress(tensor.num_bytes)
+        return None if digest == entry["xxh3_128"] else TensorDifference(name, "has other bytes than the manifest says")
 
     return _in_parallel(check, dict.fromkeys([*checkpoint.tensors, *entries]), workers)
 
 
 def differences_between(
     left: Checkpoint, right: Checkpoint, *, workers: int = 2, progress: Callable[[int], None] = lambda n: None
-) -> list[Difference]:
+) -> list[TensorDifference]:
     """Compare two checkpoints tensor by tensor, to the bit.
+
+    Args:
+        progress: called with the bytes read since the last call.
 
     Raises:
         CheckpointError: a file is damaged.
     """
 
-    def check(name: str) -> Difference | None:
+    def check(name: str) -> TensorDifference | None:
         a, b = left.tensors.get(name), right.tensors.get(name)
         if a is None or b is None:
-            return Difference(name, "is only in the first" if b is None else "is only in the second")
+            return TensorDifference(name, "is only in the first" if b is None else "is only in the second")
         if a.shape != b.shape:
-            return Difference(name, f"is {list(a.shape)} in the first and {list(b.shape)} in the second")
+            return TensorDifference(name, f"is {list(a.shape)} in the first and {list(b.shape)} in the second")
         difference = _difference_of_values(left, right, name)
         progress(a.num_bytes)
         return difference
@@ -72,7 +77,7 @@ def differences_between(
     return _in_parallel(check, dict.fromkeys([*left.tensors, *right.tensors]), workers)
 
 
-def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Difference | None:
+def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> TensorDifference | None:
     count, largest = 0, 0.0
     dtypes = [dtype_name(checkpoint.tensors[name].dtype) for checkpoint in (left, right)]
     same_dtype = dtypes[0] == dtypes[1]
@@ -87,8 +92,8 @@ def _difference_of_values(left: Checkpoint, right: Checkpoint, name: str) -> Dif
     if count:
         total = left.tensors[name].num_elements
         values = f"differs in {count:,} of {total:,} values, by at most {largest:.3g}"
-        return Difference(name, f"{cast}, and {values}" if cast else values)
-    return Difference(name, cast + ", with equal values") if cast else None
+        return TensorDifference(name, f"{cast}, and {values}" if cast else values)
+    return TensorDifference(name, cast + ", with equal values") if cast else None
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
@@ -106,6 +111,8 @@ def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator
         right.release(name, block)
 
 
-def _in_parallel(check: Callable[[str], Difference | None], names: Iterable[str], workers: int) -> list[Difference]:
+def _in_parallel(
+    check: Callable[[str], TensorDifference | None], names: Iterable[str], workers: int
+) -> list[TensorDifference]:
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         return [difference for difference in pool.map(check, names) if difference is not None]

@@ -1,4 +1,4 @@
-"""Conversion: any checkpoint that can be read, to any format that can be written, whole or not at all."""
+"""Converts any checkpoint that can be read to any format that can be written, whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,12 +25,18 @@ from .output_files import DtypeOf, OutputFile
 from .storage.lazy_tensor import dtype_name
 from .write import create_files, write_tensors
 
-__all__ = ["ConversionOptions", "ConversionSummary", "convert", "output_files"]
-
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What a conversion did: sizes in bytes; `notes` are sentences for the user."""
+    """What a conversion did.
+
+    Attributes:
+        source_format, target_format: what was read and written, in words.
+        num_bytes: size of the weights that were written.
+        num_files: number of weight files.
+        config_notes: sentences about what was inferred of the config.
+        notes: other sentences for the user.
+    """
 
     source_format: str
     target_format: str
@@ -53,16 +60,18 @@ def convert(
     on_start: Callable[[int], None] = lambda total: None,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> ConversionSummary:
-    """Convert.
+    """Write a checkpoint in another format or layout.
 
     Args:
-        source: where a checkpoint is, or one that is open.
-        config: instead of the source's own; not for an open one.
-        tokenizer: directory of tokenizer files to copy beside the weights; by default the source's.
+        source: the path of a checkpoint, or one that is open.
+        config: instead of the source's own; not used for an open one.
+        tokenizer: directory of tokenizer files to copy into the target; by default the source's.
         force: replace a target that is a checkpoint already.
-        resume: go on from what an interrupted run with the same source and options has written.
+        resume: continue what an interrupted run with the same source and options has written.
+        workers: threads that read and write.
         fsync: flush everything to the disk before the target appears.
-        on_start: called with the bytes that will be written; progress: with those written since its last call.
+        on_start: called with the number of bytes that will be written.
+        progress: called with the number of bytes written since the last call, from any thread.
 
     Raises:
         UserError: the model does not divide by the sizes, the target exists, or it cannot be written.
@@ -72,39 +81,17 @@ def convert(
     restore_replaced(target)
     check_target(source.path if isinstance(source, Checkpoint) else source, target, force)
     if tokenizer is not None:
-        OPTTokenizer.from_directory(tokenizer)  # says what is wrong with it before the work begins
+        OPTTokenizer.from_directory(tokenizer)  # a damaged one is reported before anything is written
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, config)
     dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint.config, options, lambda name: getattr(torch, dtypes[name]))
-    total = sum(file.num_bytes for file in files)
-    on_start(total)
+    on_start(sum(file.num_bytes for file in files))
     with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
-        places, complete = create_files(partial.path, files)
-        if not complete:  # a file of the interrupted run is gone or has another size: nothing of it is trusted
-            partial.done.clear()
-        write_tensors(
-            checkpoint,
-            places,
-            workers=workers,
-            done=dict(partial.done),
-            on_tensor=partial.record,
-            progress=progress,
-        )
+        _write_weights(partial, checkpoint, files, workers, progress)
         written = _write_small_files(checkpoint, tokenizer, partial.path, options, files)
         write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
-    written_format = output_format(options.to)
-    notes = written_format.notes(checkpoint.config, options)
-    if partial.restarted:
-        notes.insert(0, "--resume: what was there came from another source or other options, so it began anew")
-    return ConversionSummary(
-        source_format=checkpoint.format_description,
-        target_format=written_format.describe_output(options),
-        num_bytes=total,
-        num_files=len(files),
-        config_notes=checkpoint.config_notes,
-        notes=notes,
-    )
+    return _summary(checkpoint, options, files, restarted=partial.restarted)
 
 
 def output_files(config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
@@ -115,6 +102,26 @@ def output_files(config: OPTConfig, options: ConversionOptions, dtype_of: DtypeO
     """
     check_model_divides(config, options.tensor_model_parallel_size, 1)
     return output_format(options.to).output_files(config, options, dtype_of)
+
+
+def _write_weights(
+    partial: PartialDirectory,
+    checkpoint: Checkpoint,
+    files: list[OutputFile],
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    destinations, complete = create_files(partial.path, files)
+    if not complete:  # a file of the interrupted run is missing or has another size: trust none of them
+        partial.done.clear()
+    write_tensors(
+        checkpoint,
+        destinations,
+        workers=workers,
+        done=dict(partial.done),
+        on_tensor=partial.record,
+        progress=progress,
+    )
 
 
 def _write_small_files(
@@ -133,8 +140,25 @@ def _write_small_files(
     return config
 
 
-def _fingerprint(checkpoint: Checkpoint, options: ConversionOptions) -> dict:
-    """What must be the same for an interrupted run to go on."""
+def _summary(
+    checkpoint: Checkpoint, options: ConversionOptions, files: list[OutputFile], *, restarted: bool
+) -> ConversionSummary:
+    written_format = output_format(options.to)
+    notes = written_format.notes(checkpoint.config, options)
+    if restarted:
+        notes.insert(0, "--resume: what was there came from another source or other options, so it began anew")
+    return ConversionSummary(
+        source_format=checkpoint.format_description,
+        target_format=written_format.describe_output(options),
+        num_bytes=sum(file.num_bytes for file in files),
+        num_files=len(files),
+        config_notes=checkpoint.config_notes,
+        notes=notes,
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, options: ConversionOptions) -> dict[str, Any]:
+    """What must be the same for an interrupted run to be continued."""
     path = checkpoint.path
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if not files:

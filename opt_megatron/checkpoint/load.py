@@ -1,11 +1,12 @@
-"""A checkpoint into a model: each rank reads only its own slices.
+"""Loads a checkpoint into a model: each rank reads only its own slices.
 
-The one module of this package that knows the model and the process groups.
+This is the only module of the package that depends on the model and the process groups.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .parameter_mapping import Parameter, component_view, layers_of_stage, rank_
 
 
 def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:
-    """`locate` on every rank, one process of each machine first, so that a model is downloaded once."""
+    """`locate` on every rank. The first process of each machine goes first, so that a model is downloaded once."""
     found = on_all_ranks(parallel, lambda: locate(name, revision) if parallel.local_rank == 0 else None)
     return found or locate(name, revision)
 
@@ -54,57 +55,58 @@ def load_model(
         model = build_model(checkpoint.config, parallel, torch_dtype, quantization=quantization)
         load_weights(model, checkpoint, parallel)
         if quantization is not None:
-            model.prepare_inference()  # there is nothing else that it could be used for
+            model.prepare_inference()  # quantised weights are good for nothing else
         return model.requires_grad_(False)
 
     return on_all_ranks(parallel, load)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
-    """Fill every parameter of this rank's part of the model.
+    """Read the weights of this rank's part of the model.
 
     Raises:
-        CheckpointError: a tensor could not be read.
-        RuntimeError: the parameter table and the model disagree (a bug of this project).
+        CheckpointError: a tensor cannot be read.
+        RuntimeError: the parameter mapping and the model disagree (a bug of this project).
     """
+    from ..model.linear import DeferredWeight
     from ..model.lora import is_factor
 
-    parameters = dict(model.named_parameters())
+    targets = dict(model.named_parameters())
     stage, stages = parallel.pipeline_model_parallel_rank, parallel.pipeline_model_parallel_size
     layers = layers_of_stage(checkpoint.config.num_layers, stages, stage)
-    table = stage_parameters(checkpoint.config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage)
-    stored = {name for name in parameters if not is_factor(name)}  # LoRA's factors begin as they were initialised
-    if {row.megatron for row in table} != stored:
-        difference = sorted({row.megatron for row in table} ^ stored)
-        raise RuntimeError(f"the parameter table and the model differ in {difference}")
+    mapping = stage_parameters(checkpoint.config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage)
+    stored = {name for name in targets if not is_factor(name)}  # LoRA's factors keep their initial values
+    if {parameter.megatron for parameter in mapping} != stored:
+        difference = sorted({parameter.megatron for parameter in mapping} ^ stored)
+        raise RuntimeError(f"the parameter mapping and the model differ in {difference}")
+    rank, ranks = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
     with torch.no_grad():
-        for row in table:
-            target = parameters[row.megatron]
-            is_deferred = target.device.type == "meta"
-            if is_deferred:
-                target = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
-            read_parameter(
-                target, checkpoint, row, parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
-            )
-            if is_deferred:
-                model.get_submodule(row.megatron.removesuffix(".weight")).take_weight(target)
+        for parameter in mapping:
+            target = targets[parameter.megatron]
+            if target.device.type != "meta":
+                read_parameter(target, checkpoint, parameter, rank, ranks)
+                continue
+            weight = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
+            read_parameter(weight, checkpoint, parameter, rank, ranks)
+            module = model.get_submodule(parameter.megatron.removesuffix(".weight"))
+            cast(DeferredWeight, module).take_weight(weight)
 
 
 def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:
-    """Read into `target` the part of a parameter that belongs to tensor parallel rank `rank` of `ranks`.
+    """Read into `target` what tensor parallel rank `rank` of `ranks` holds of a parameter.
 
-    Only that part's bytes are read. The values are cast to the target's dtype and moved to its device.
+    Only these bytes are read. The values are cast to the target's dtype and moved to its device.
     """
-    parts = len(parameter.canonical)
-    for part, name in enumerate(parameter.canonical):
+    count = len(parameter.canonical)
+    for index, name in enumerate(parameter.canonical):
         block = rank_block(checkpoint.tensors[name].shape, parameter.split, rank, ranks)
-        view = component_view(target, part, parts, checkpoint.config.head_dim)
+        view = component_view(target, index, count, checkpoint.config.head_dim)
         view.copy_(checkpoint.read(name, block).reshape(view.shape))
         checkpoint.release(name, block)
 
 
 def resolve_dtype(name: str, config: OPTConfig, device: torch.device) -> torch.dtype:
-    """The torch dtype for a user's word; `auto` is float32 on a CPU and the checkpoint's on a GPU.
+    """The torch dtype of a name; `auto` is float32 on a CPU and the checkpoint's dtype on a GPU.
 
     Raises:
         UserError: not one of the known names.

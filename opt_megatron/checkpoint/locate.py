@@ -1,6 +1,6 @@
-"""From what a user writes after --load to a local directory: a path, a table name, or a Hub repository.
+"""Finds the local directory for the value of --load: a path, a model name, or a Hub repository.
 
-`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` are honoured by huggingface_hub, which keeps the downloads.
+huggingface_hub downloads and caches repositories; it reads `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(name: str, revision: str | None = None) -> Path:
-    """The place for a path, `story`, a released size under any of its names, or `owner/repository`.
+    """The local path of a checkpoint.
 
-    A path that exists always wins, be it a directory or one file that is a whole model. Anything else is
-    looked up in the Hub's cache and downloaded when it is not there.
+    Args:
+        name: a path, `story` (the embedded toy model), a released size under any of its names, or
+            `owner/repository`. A path that exists takes precedence, be it a directory or one file that is a whole
+            model. Repositories are looked up in the Hub's cache, and downloaded if they are not there.
+        revision: branch, tag or commit of a repository.
 
     Raises:
         CheckpointError: there is no such directory and no such model, or it cannot be downloaded.
@@ -56,7 +59,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     """The Hub repository's snapshot, from the cache or the network: config, tokenizer and one kind of weights.
 
     Raises:
-        CheckpointError: not cached and not to be had, with the reason.
+        CheckpointError: it is not cached and cannot be downloaded, with the reason.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -67,7 +70,7 @@ def download(repository: str, revision: str | None = None) -> Path:
         directory = snapshot(["*.safetensors"])
         if not any(directory.glob("*.safetensors")):  # several facebook/opt repositories hold .bin only
             directory = snapshot(["pytorch_model*.bin"])
-    except Exception as error:  # requests, httpx and the hub's own errors have no common base
+    except Exception as error:  # the errors of requests, httpx and huggingface_hub have no common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = " and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The manifest: what a conversion read, how, and a hash of every canonical tensor that it wrote."""
+"""The manifest of a conversion: its source, its options, and a hash of every canonical tensor that it wrote."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def write_manifest(
     dtypes: dict[str, str],
     hashes: dict[str, str],
 ) -> None:
-    """Write it into a converted directory.
-
-    Args:
-        config: as it is written beside the weights.
-        dtypes, hashes: of each canonical tensor as it was written.
+    """Write the manifest into a converted directory.
 
     The hashes are xxh3-128 of each canonical tensor's bytes (row by row, little-endian, in the dtype that
     was written), so they are the same for every format and layout.
+
+    Args:
+        config: as in the directory's config.json.
+        dtypes, hashes: of each canonical tensor as it was written.
     """
     tensors = {
         name: {"shape": list(tensor.shape), "dtype": dtypes[name], "xxh3_128": hashes[name]}
@@ -48,7 +48,7 @@ def write_manifest(
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says: the config's fields, and shape, dtype and hash of every canonical tensor."""
+    """A manifest's content: the config's fields, and shape, dtype and hash of every canonical tensor."""
 
     config: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
@@ -75,11 +75,11 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def config_differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Sentences about what decides a model's function and is not the same in two configs' fields."""
+    """A sentence for each field that is not the same in two configs, as `comparable_config` returns them."""
     names = [name for name in left if left[name] != right.get(name)]
     return [f"config: {name} is {left[name]} in the first and {right.get(name)} in the second" for name in names]
 
 
 def comparable_config(config: OPTConfig) -> dict[str, Any]:
-    """A config's fields without its name, and without the dtype, which every tensor has of its own."""
+    """A config's fields without its name and its dtype; each tensor has its own dtype."""
     return {name: value for name, value in asdict(config).items() if name not in ("name", "dtype")}

@@ -1,13 +1,13 @@
-"""What a layout needs, computed from the config alone: nothing is allocated and no checkpoint is opened.
+"""The memory that each rank of a layout needs, computed from the config: no checkpoint is opened.
 
-Weights come from the same parameter table that loading uses. The rest is arithmetic, per rank:
+Weights are counted from the parameter mapping that loading uses. The rest is arithmetic, per rank:
 
     KV cache       2 * layers * batch * context * hidden / T * bytes
-    activations    the largest moment of a forward pass over the whole context (prefill): residual,
-                   attention input and output, q k v, and the two halves of the MLP
+    activations    the peak of a forward pass over the whole context (prefill): residual, attention
+                   input and output, q k v, and the two halves of the MLP
     logits         batch * vocabulary * 4, gathered in float32 on the last stage
 
-T = tensor parallel size. Attention scores are not counted: the kernels that are used never hold them.
+T = tensor parallel size. Attention scores are not counted: the kernels that are used never store them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from ..config import BYTES_OF_DTYPE, OPTConfig
 from ..errors import UserError
 from ..parallel.layout import tensor_parallel_sizes
 from .parameter_mapping import canonical_shapes, layers_of_stage, rank_block, stage_parameters
+from .storage.blocks import block_shape
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What runs: rows of the batch, tokens of a row at the most, and the name of everything's dtype."""
+    """What runs: sequences in the batch, the most tokens of a sequence, and the dtype of weights and activations."""
 
     batch: int
     context: int
@@ -31,13 +32,13 @@ class Workload:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one value."""
+        """Size of one value in bytes."""
         return BYTES_OF_DTYPE[self.dtype]
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank holds. Sizes in bytes; `rows` are its rows of the vocabulary, None without embedding or head."""
+    """What one rank holds, in bytes; `vocabulary_rows` is None on a stage without embedding and output head."""
 
     tensor_rank: int
     stage: int
@@ -51,15 +52,15 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Memory of weights, KV cache and activations."""
         return self.weights + self.kv_cache + self.activations
 
 
 def estimate_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankMemory]:
-    """A plan for every rank, in the order of ranks.
+    """The memory of every rank, in the order of ranks.
 
     Args:
-        stored: name of the dtype of the checkpoint's tensors, for what is read from the disk.
+        stored: name of the dtype of the checkpoint's tensors, which decides how much is read from the disk.
 
     Raises:
         UserError: the context is longer than the model's positions, or a number is below 1.
@@ -75,9 +76,9 @@ def _estimate_rank(
     first, last = stage == 0, stage == pp - 1
     shapes = canonical_shapes(config)
     elements = 0
-    for row in stage_parameters(config, layers, first=first, last=last):
-        for name in row.canonical:
-            elements += math.prod(s.stop - s.start for s in rank_block(shapes[name], row.split, rank, tp))
+    for parameter in stage_parameters(config, layers, first=first, last=last):
+        for name in parameter.canonical:
+            elements += math.prod(block_shape(rank_block(shapes[name], parameter.split, rank, tp)))
     rows = config.vocab_size // tp
     heads = config.num_attention_heads // tp
     return RankMemory(
@@ -94,7 +95,7 @@ def _estimate_rank(
 
 
 def _activations(config: OPTConfig, tp: int, workload: Workload, *, last: bool) -> int:
-    """The larger of a layer's attention half and its MLP half, beside the residual stream, and the logits."""
+    """The larger of a layer (the residual and its attention half or its MLP half) and the logits."""
     tokens, size = workload.batch * workload.context, workload.itemsize
     h, f = config.hidden_size, config.ffn_hidden_size
     attention = h + 3 * h // tp + h // tp + h // tp + h  # normalised input, q k v, scaled q, heads' output, projection
@@ -107,11 +108,12 @@ def _activations(config: OPTConfig, tp: int, workload: Workload, *, last: bool) 
 def smallest_layouts(
     config: OPTConfig, workload: Workload, stored: str, device_memory: int, largest: int = 128
 ) -> list[tuple[int, int, int]]:
-    """Layouts (T, P, bytes of the fullest rank) with the fewest ranks that fit, fewest pipeline stages first.
+    """The layouts that fit with the fewest ranks, as (T, P, bytes of the fullest rank), fewest stages first.
 
     Args:
+        stored: as for `estimate_ranks`.
         device_memory: bytes of one device that may be used.
-        largest: ranks at the most.
+        largest: the most ranks to try.
     """
     _check(config, workload)
     stage_counts = [p for p in range(1, config.num_layers + 1) if config.num_layers % p == 0]
@@ -119,15 +121,15 @@ def smallest_layouts(
     for t in tensor_parallel_sizes(config):
         for p in stage_counts:
             if t * p <= largest:
-                fullest = max(rank.total for rank in _ranks_that_differ(config, t, p, workload, stored))
+                fullest = max(rank.total for rank in _distinct_ranks(config, t, p, workload, stored))
                 if fullest <= device_memory:
                     fitting.append((t * p, p, t, fullest))
     fewest = min((ranks for ranks, *_ in fitting), default=0)
     return [(t, p, fullest) for ranks, p, t, fullest in sorted(fitting) if ranks == fewest]
 
 
-def _ranks_that_differ(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankMemory]:
-    # Tensor ranks of a stage hold equally much, and so do the stages between the first and the last.
+def _distinct_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankMemory]:
+    # The tensor ranks of a stage hold equally much, and so do the stages between the first and the last.
     return [_estimate_rank(config, tp, pp, 0, stage, workload, stored) for stage in sorted({0, pp // 2, pp - 1})]
 
 

@@ -1,13 +1,13 @@
-"""The parameter table: one row per Megatron module, what it is called elsewhere, and how it is split.
+"""The parameter mapping: for each Megatron module its canonical name and how it is split.
 
-Names, fusing and splitting are three separate things. Fusing happens in one place only: Megatron keeps
-q, k and v in one matrix, interleaved per attention head (T = tensor parallel ranks, d = head_dim):
+Names, fusing and splitting are kept apart. Fusing happens in one place only: Megatron stores q, k and v in one
+matrix, interleaved per attention head (T = tensor parallel ranks, d = head_dim):
 
     canonical            q = [q0 q1 q2 q3]   k = [k0 k1 k2 k3]   v = [v0 v1 v2 v3]      4 heads of d rows
     linear_qkv           [q0 k0 v0  q1 k1 v1  q2 k2 v2  q3 k3 v3]
     T = 2, rank 0        [q0 k0 v0  q1 k1 v1]
 
-so a rank's part is made of contiguous rows of q, k and v, and splitting is a plain cut of each.
+so a rank holds contiguous rows of q, k and v, and each of them is split like any other tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ POSITIONS = PREFIX + "embed_positions.weight"
 
 
 class Split(Enum):
-    """How one parameter is divided among tensor parallel ranks: the dimension that is cut."""
+    """How one parameter is divided among tensor parallel ranks: the dimension that is split."""
 
     REPLICATED = None  # norms, positions, row-parallel biases, 350m's projections
     COLUMN = 0  # embedding, attention input, fc1: weights and biases
@@ -38,7 +38,7 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class Module:
-    """One Megatron module: its names, and the split of its weight and bias (None: it has no bias)."""
+    """A Megatron module, the canonical modules it consists of, and how weight and bias are split (None: no bias)."""
 
     megatron: str
     canonical: tuple[str, ...]
@@ -48,7 +48,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a Megatron stage and the canonical tensors that it is made of (q, k, v, or one)."""
+    """One parameter of a Megatron stage and the canonical tensors that it consists of (q, k and v, or one)."""
 
     megatron: str
     canonical: tuple[str, ...]
@@ -96,7 +96,7 @@ def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: boo
     Args:
         layers: the model's layers that this stage holds.
         first: it is the first stage and holds the embedding.
-        last: it is the last and holds the output head, a second copy of the embedding unless also first.
+        last: it is the last stage and holds the output head, a copy of the embedding unless it is the first too.
     """
     modules: list[tuple[Module, str, str]] = []  # module, Megatron prefix, canonical prefix
     if first:
@@ -113,7 +113,7 @@ def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: boo
 
 
 def canonical_shapes(config: OPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every canonical tensor of a model."""
+    """Canonical name -> shape, for every tensor of a model."""
     h, f, w = config.hidden_size, config.ffn_hidden_size, config.word_embed_proj_dim
     widths = {  # last part of a module's name: (rows, columns)
         "embed_tokens": (config.vocab_size, w),
@@ -129,12 +129,12 @@ def canonical_shapes(config: OPTConfig) -> dict[str, tuple[int, ...]]:
         rows, columns = widths.get(module, (h, h))
         return (rows,) if kind == "bias" or module.endswith("layer_norm") else (rows, columns)
 
-    whole = stage_parameters(config, range(config.num_layers), first=True, last=True)
-    return {name: shape(name) for parameter in whole for name in parameter.canonical}
+    parameters = stage_parameters(config, range(config.num_layers), first=True, last=True)
+    return {name: shape(name) for parameter in parameters for name in parameter.canonical}
 
 
 def split_of(name: str) -> Split:
-    """How model-parallel formats cut a canonical tensor, metaseq's and FlagAI's parts as Megatron's ranks."""
+    """How a canonical tensor is split into metaseq's and FlagAI's parts, the same as into Megatron's ranks."""
     module, _, kind = name.removeprefix(PREFIX).rpartition(".")
     return _SPLITS.get((module.split(".", 2)[2] if module.startswith("layers.") else module, kind), Split.REPLICATED)
 
@@ -154,14 +154,14 @@ def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> B
     return tuple(block)
 
 
-def component_view(parameter: Tensor, part: int, parts: int, head_dim: int) -> Tensor:
-    """The view of a Megatron tensor that holds its canonical part number `part`.
+def component_view(parameter: Tensor, index: int, count: int, head_dim: int) -> Tensor:
+    """The view of a Megatron tensor that holds its canonical tensor number `index` of `count`.
 
-    For `linear_qkv` that is q, k or v of every head: [heads, 3, d, ...][:, part]. Otherwise the tensor.
+    For `linear_qkv` that is q, k or v of every head: [heads, 3, d, ...][:, index]. Otherwise it is the whole tensor.
     """
-    if parts == 1:
+    if count == 1:
         return parameter
-    return parameter.unflatten(0, (-1, parts, head_dim))[:, part]
+    return parameter.unflatten(0, (-1, count, head_dim))[:, index]
 
 
 def _parameters(module: Module, megatron_prefix: str, canonical_prefix: str) -> Iterator[Parameter]:

@@ -1,8 +1,8 @@
-"""Filling output files from a checkpoint in bounded memory: one pass over the source, in blocks of rows.
+"""Writes a conversion's weight files in bounded memory: one pass over the source, in blocks of rows.
 
-Every canonical tensor is read once, some rows at a time, hashed, cast where asked for, and written to every
-place that wants it. Memory holds a few blocks for each worker, whatever the model's size. Workers are
-threads: reading, casting, hashing and writing all happen outside the interpreter's lock.
+Every canonical tensor is read once, a few rows at a time, cast if asked for, hashed, and written to each of its
+destinations. Memory holds a few blocks for each worker, whatever the model's size. Workers are threads:
+reading, casting, hashing and writing all release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .output_files import OutputFile, StoredTensor
 from .storage.blocks import Block, whole
 from .storage.torch_writer import TensorPlaceholder, create_torch_file
 
-# Measured on Linux 6.18, ext4: small enough that a block is still in the processor's cache when it is written.
+# Small enough that a block is still in the processor's cache when it is written (measured on Linux 6.18, ext4).
 BLOCK_BYTES = 4 * 2**20
-# Larger writes make the kernel look for larger pages, and take between half and four times as long.
+# Larger writes make the kernel look for larger pages, and take up to four times as long.
 _WRITE_BYTES = 2**18
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a block of a canonical tensor goes: its rows lie one after the other from a byte of a file."""
+    """Where a block of a canonical tensor is written: its rows, one after another, from byte `offset` of a file."""
 
     path: Path
     offset: int
@@ -43,16 +43,16 @@ class Destination:
     dtype: torch.dtype
 
 
-Destinations = dict[str, list[Destination]]  # canonical name -> everywhere that its values are stored
+Destinations = dict[str, list[Destination]]  # canonical name -> everywhere that its values are written
 
 
 def create_files(directory: Path, files: list[OutputFile]) -> tuple[Destinations, bool]:
-    """Create every file with holes for its tensors, write the constants, and say where all else goes.
+    """Create every file with holes for its tensors, and write the constants.
 
     Returns:
-        The places, and whether every file was there before with the size that it has now.
+        The destinations of the canonical tensors, and whether every file existed with the size that it has now.
     """
-    places: Destinations = defaultdict(list)
+    destinations: Destinations = defaultdict(list)
     complete = True
     for file in files:
         path = directory / file.path
@@ -64,19 +64,19 @@ def create_files(directory: Path, files: list[OutputFile]) -> tuple[Destinations
                 _write_at(path, offset, stored.constant)
             for source in stored.blocks:
                 start = offset + source.start * stored.dtype.itemsize
-                places[source.name].append(Destination(path, start, source.block, stored.dtype))
+                destinations[source.name].append(Destination(path, start, source.block, stored.dtype))
         complete &= path.stat().st_size == size_before
-    return places, complete
+    return destinations, complete
 
 
 def _create_torch(path: Path, file: OutputFile) -> list[int]:
-    holes = {stored.name: TensorPlaceholder(stored.shape, stored.dtype) for stored in file.tensors}
-    offsets = create_torch_file(path, file.wrap(holes))
-    return [offsets[id(holes[stored.name])] for stored in file.tensors]
+    placeholders = {stored.name: TensorPlaceholder(stored.shape, stored.dtype) for stored in file.tensors}
+    offsets = create_torch_file(path, file.wrap(placeholders))
+    return [offsets[id(placeholders[stored.name])] for stored in file.tensors]
 
 
 def _create_safetensors(path: Path, tensors: tuple[StoredTensor, ...]) -> list[int]:
-    """The format's header (8 bytes of length, then JSON), and a hole for all that follows it."""
+    """Write the header of safetensors (8 bytes of length, then JSON), and leave a hole for the data."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ends = [0]
     for stored in tensors:
@@ -86,7 +86,7 @@ def _create_safetensors(path: Path, tensors: tuple[StoredTensor, ...]) -> list[i
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     path.touch()
-    with path.open("r+b") as file:  # what an interrupted run has filled in stays
+    with path.open("r+b") as file:  # the data that an interrupted run has written stays
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         file.truncate(8 + len(encoded) + ends[-1])
     return [8 + len(encoded) + end for end in ends[:-1]]
@@ -100,29 +100,29 @@ def _write_at(path: Path, offset: int, tensor: Tensor) -> None:
 
 def write_tensors(
     checkpoint: Checkpoint,
-    places: Destinations,
+    destinations: Destinations,
     *,
     workers: int,
     done: dict[str, str],
     on_tensor: Callable[[str, str, int], None],
     progress: Callable[[int], None],
 ) -> None:
-    """Write every canonical tensor to its places.
+    """Write every canonical tensor to its destinations.
 
     Args:
-        done: hashes of tensors that are in place already and are passed over.
-        on_tensor: called in this thread with name, hash and bytes of each tensor that is complete.
+        done: hashes of the tensors that have been written before and are skipped.
+        on_tensor: called in this thread with name, hash and size of each tensor that is complete.
         progress: called with the number of bytes written since the last call, from any thread.
 
     Raises:
         CheckpointError: the source is damaged.
         OSError: a file cannot be written.
     """
-    descriptors = {path: os.open(path, os.O_WRONLY) for path in {p.path for ps in places.values() for p in ps}}
+    descriptors = {path: os.open(path, os.O_WRONLY) for path in {d.path for ds in destinations.values() for d in ds}}
     try:
         names = [name for name in checkpoint.tensors if name not in done]
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(_copy, checkpoint, n, places[n], descriptors, progress): n for n in names}
+            futures = {pool.submit(_copy, checkpoint, n, destinations[n], descriptors, progress): n for n in names}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     digest, num_bytes = future.result()
@@ -138,30 +138,30 @@ def write_tensors(
 def _copy(
     checkpoint: Checkpoint,
     name: str,
-    places: list[Destination],
+    destinations: list[Destination],
     descriptors: dict[Path, int],
     progress: Callable[[int], None],
 ) -> tuple[str, int]:
-    """One canonical tensor to all its places; returns the hash of its bytes in their dtype, and bytes written."""
+    """Copy one canonical tensor to its destinations; returns the hash of its bytes as written, and bytes written."""
     digest, total = xxhash.xxh3_128(), 0
-    for first, values in row_blocks(checkpoint, name, places[0].dtype):
+    for first, values in row_blocks(checkpoint, name, destinations[0].dtype):
         digest.update(_bytes_of(values))
-        written = sum(_write_rows(values, first, place, descriptors[place.path]) for place in places)
+        written = sum(_write_rows(values, first, d, descriptors[d.path]) for d in destinations)
         total += written
         progress(written)
     return digest.hexdigest(), total
 
 
-def _write_rows(values: Tensor, first: int, place: Destination, descriptor: int) -> int:
-    """The rows of `values`, which begins at row `first`, that belong to a place; returns bytes written."""
-    rows, columns = place.block[0], place.block[1:]
+def _write_rows(values: Tensor, first: int, destination: Destination, descriptor: int) -> int:
+    """Write those rows of `values`, of which the first is row `first`, that belong there; returns bytes written."""
+    rows, columns = destination.block[0], destination.block[1:]
     start, stop = max(rows.start, first), min(rows.stop, first + len(values))
     if start >= stop:
         return 0
     wanted = values[(slice(start - first, stop - first), *columns)]
     content = _bytes_of(wanted)
-    row_bytes = wanted[0].numel() * place.dtype.itemsize
-    _pwrite(descriptor, content, place.offset + (start - rows.start) * row_bytes)
+    row_bytes = wanted[0].numel() * destination.dtype.itemsize
+    _pwrite(descriptor, content, destination.offset + (start - rows.start) * row_bytes)
     return len(content)
 
 
@@ -172,14 +172,14 @@ def _pwrite(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def row_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
-    """A canonical tensor in blocks of rows that fit BLOCK_BYTES: (first row, values), contiguous, in `dtype`."""
-    source = checkpoint.tensors[name]
-    row_bytes = max(1, torch.Size(source.shape[1:]).numel() * source.dtype.itemsize)
+    """A canonical tensor in blocks of rows of at most BLOCK_BYTES: (first row, values), contiguous, in `dtype`."""
+    lazy = checkpoint.tensors[name]
+    row_bytes = max(1, torch.Size(lazy.shape[1:]).numel() * lazy.dtype.itemsize)
     step = max(1, BLOCK_BYTES // row_bytes)
-    for first in range(0, source.shape[0], step):
-        block = (slice(first, min(first + step, source.shape[0])), *whole(source.shape)[1:])
+    for first in range(0, lazy.shape[0], step):
+        block = (slice(first, min(first + step, lazy.shape[0])), *whole(lazy.shape)[1:])
         values = checkpoint.read(name, block)
-        yield first, _cast(values, dtype or source.dtype, name).contiguous()
+        yield first, _cast(values, dtype or lazy.dtype, name).contiguous()
         checkpoint.release(name, block)
 
 
@@ -187,7 +187,7 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The values in another dtype.
 
     Raises:
-        UserError: one of them is finite, and too large for it.
+        UserError: a finite value is too large for float16.
     """
     cast = values.to(dtype)
     if dtype is torch.float16 and values.dtype is not dtype and (cast.isinf() & values.isfinite()).any():
@@ -197,7 +197,7 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
-    """xxh3-128 of a canonical tensor's bytes, row by row and little-endian, whatever the files' layout."""
+    """xxh3-128 of a canonical tensor's bytes, row by row and little-endian, independent of format and layout."""
     digest = xxhash.xxh3_128()
     for _, values in row_blocks(checkpoint, name):
         digest.update(_bytes_of(values))
@@ -205,4 +205,4 @@ def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

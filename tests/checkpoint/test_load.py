@@ -4,7 +4,8 @@ import pytest
 import rank_jobs
 import torch
 
-from opt_megatron.checkpoint.convert import ConversionOptions, convert
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
+from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.load import load_model, resolve_dtype
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import UserError

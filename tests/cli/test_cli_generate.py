@@ -14,7 +14,8 @@ import torch
 from factory import oracle_greedy
 from safetensors.torch import load_file, save_file
 
-from opt_megatron.checkpoint.convert import ConversionOptions, convert
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
+from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 from opt_megatron.tokenizer import OPTTokenizer

@@ -7,7 +7,8 @@ import torch
 from formats import hf_config, random_tensors, write_hf, write_metaseq_flat
 from safetensors.torch import load_file, save_file
 
-from opt_megatron.checkpoint.convert import ConversionOptions, convert
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
+from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 

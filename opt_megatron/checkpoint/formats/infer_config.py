@@ -1,7 +1,7 @@
-"""A config for files that carry none, from the shapes of their tensors and what else is known.
+"""Infers a config for files without a config.json, from the shapes of their tensors and other metadata in them.
 
-Everything but the number of heads stands in the shapes. Heads come from a hint (metaseq's `cfg`, Megatron's
-`args`) or, for the released sizes, from the table.
+Everything but the number of heads follows from the shapes. The heads are in metaseq's `cfg` and in Megatron's
+`args`; for the released sizes they are known.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from ..storage.lazy_tensor import LazyTensor, dtype_name
 
 @dataclass
 class StoredMetadata:
-    """What files say of the model beside its tensors; None where they say nothing.
+    """What files say of the model besides its tensors; None where they say nothing.
 
     Attributes:
-        where: how messages call the place ("cfg.model").
+        where: the place in the files, for messages ("cfg.model").
+        notes: sentences for the user about what was found there.
     """
 
     where: str
@@ -34,7 +35,7 @@ class StoredMetadata:
 
 
 def config_beside(path: Path) -> OPTConfig | None:
-    """What the config.json in a checkpoint's directory (or beside its one file) says; None where there is none.
+    """The config in a checkpoint's directory, or in that of its one file; None if there is no config.json.
 
     Raises:
         CheckpointError: there is one, and it cannot be read as an OPT's.
@@ -43,11 +44,11 @@ def config_beside(path: Path) -> OPTConfig | None:
     return OPTConfig.from_file(file) if file.is_file() else None
 
 
-def infer_config(tensors: Mapping[str, LazyTensor], hints: StoredMetadata) -> tuple[OPTConfig, list[str]]:
-    """A config that fits canonical tensors, and sentences about what was derived from what.
+def infer_config(tensors: Mapping[str, LazyTensor], metadata: StoredMetadata) -> tuple[OPTConfig, list[str]]:
+    """A config that fits canonical tensors, and sentences about what was inferred from what.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing, or nothing tells the number of heads.
+        CheckpointError: a tensor whose shape is needed is missing, or the number of heads is unknown.
     """
     rows, embed = _shape(tensors, "embed_tokens.weight")
     positions, hidden = _shape(tensors, "embed_positions.weight")
@@ -55,8 +56,8 @@ def infer_config(tensors: Mapping[str, LazyTensor], hints: StoredMetadata) -> tu
     numbers = [name.removeprefix(f"{PREFIX}layers.").split(".")[0] for name in tensors if f"{PREFIX}layers." in name]
     layers = 1 + max(int(number) for number in numbers if number.isdigit())
     final_norm = f"{PREFIX}final_layer_norm.weight" in tensors
-    heads, source = _heads(layers, hidden, hints)
-    pre_norm = final_norm if hints.do_layer_norm_before is None else hints.do_layer_norm_before
+    heads, source = _heads(layers, hidden, metadata)
+    pre_norm = final_norm if metadata.do_layer_norm_before is None else metadata.do_layer_norm_before
     config = OPTConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -65,11 +66,11 @@ def infer_config(tensors: Mapping[str, LazyTensor], hints: StoredMetadata) -> tu
         word_embed_proj_dim=embed,
         vocab_size=rows,
         max_position_embeddings=positions - POSITION_OFFSET,
-        # Where nothing else tells: of the released models only 350m has no final norm, and it is post-norm.
+        # If the files do not say: of the released models only 350m has no final norm, and it is post-norm.
         do_layer_norm_before=pre_norm,
         has_final_layer_norm=final_norm,
-        dropout=_number(hints.dropout, 0.1),
-        attention_dropout=_number(hints.attention_dropout, 0.0),
+        dropout=_number(metadata.dropout, 0.1),
+        attention_dropout=_number(metadata.attention_dropout, 0.0),
         dtype=dtype_name(tensors[EMBEDDING].dtype),
     )
     norm = "pre-norm" if pre_norm else "post-norm" + ("" if final_norm else ", since there is no final norm")
@@ -77,26 +78,26 @@ def infer_config(tensors: Mapping[str, LazyTensor], hints: StoredMetadata) -> tu
         f"sizes from the tensors' shapes: {layers} layers, hidden {hidden}, ffn {ffn}, vocabulary {rows}, "
         f"{positions - POSITION_OFFSET} positions, {norm}",
         f"{heads} attention heads from {source}",
-        *hints.notes,
+        *metadata.notes,
     ]
 
 
 def namespace_values(namespace: Any) -> dict[str, Any]:
-    """What an argparse.Namespace or a dictionary holds; nothing for anything else."""
+    """The values of an argparse.Namespace or a dictionary; empty for anything else."""
     if isinstance(namespace, Mapping):
         return dict(namespace)
     return dict(vars(namespace)) if type(namespace).__name__ == "Namespace" else {}
 
 
 def integer(values: Mapping[str, Any], name: str) -> int | None:
-    """A whole number out of an untrusted dictionary, or None."""
+    """The integer under a name of an untrusted dictionary; None if there is none or it is of another type."""
     value = values.get(name)
     return value if type(value) is int else None
 
 
-def _heads(layers: int, hidden: int, hints: StoredMetadata) -> tuple[int, str]:
-    if hints.num_attention_heads:
-        return hints.num_attention_heads, hints.where
+def _heads(layers: int, hidden: int, metadata: StoredMetadata) -> tuple[int, str]:
+    if metadata.num_attention_heads:
+        return metadata.num_attention_heads, metadata.where
     for name, size in RELEASED_SIZES.items():
         if (size.config.num_layers, size.config.hidden_size) == (layers, hidden):
             return size.config.num_attention_heads, f"the table of released sizes ({name})"
@@ -107,10 +108,10 @@ def _heads(layers: int, hidden: int, hints: StoredMetadata) -> tuple[int, str]:
 
 
 def _shape(tensors: Mapping[str, LazyTensor], name: str) -> tuple[int, int]:
-    source = tensors.get(PREFIX + name)
-    if source is None or len(source.shape) != 2:
+    tensor = tensors.get(PREFIX + name)
+    if tensor is None or len(tensor.shape) != 2:
         raise CheckpointError(f"there is no config.json, and no matrix {name} to derive one from; give --config")
-    return source.shape[0], source.shape[1]
+    return tensor.shape[0], tensor.shape[1]
 
 
 def _number(value: Any, default: float) -> float:

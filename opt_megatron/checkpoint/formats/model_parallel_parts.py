@@ -1,4 +1,4 @@
-"""Model-parallel parts joined into whole tensors: what metaseq's and FlagAI's readers share."""
+"""Joins model-parallel parts into whole tensors; metaseq's, FlagAI's and Megatron's readers use it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from ..parameter_mapping import PREFIX, split_of
 from ..storage.blocks import whole
 from ..storage.lazy_tensor import Concatenated, LazyTensor, Replicated
 
-_OWN_SLICE = PREFIX + "layers.0.fc1.weight"
+_SPLIT_MATRIX = PREFIX + "layers.0.fc1.weight"
 
 
 def join_parts(parts: list[dict[str, LazyTensor]], path: Path) -> dict[str, LazyTensor]:
-    """Canonical tensors out of the parts' slices of them, by the parameter table's split rules.
+    """Whole canonical tensors from the parts' slices, joined as the parameter mapping says they are split.
+
+    Args:
+        parts: canonical name -> slice, for each part.
+        path: the checkpoint, for messages.
 
     Raises:
         CheckpointError: the parts do not hold the same tensors, or slices that do not fit each other.
@@ -24,33 +28,35 @@ def join_parts(parts: list[dict[str, LazyTensor]], path: Path) -> dict[str, Lazy
         different = sorted(parts[0].keys() ^ part.keys())
         if different:
             raise CheckpointError(f"{path}: parts 0 and {number} hold different tensors: {shorten(different)}")
-    if _OWN_SLICE in parts[0]:
-        check_no_duplicates([part[_OWN_SLICE] for part in parts], f"{path}: parts")
+    if _SPLIT_MATRIX in parts[0]:
+        check_no_duplicates([part[_SPLIT_MATRIX] for part in parts], f"{path}: parts")
     return {name: _joined(name, [part[name] for part in parts], path) for name in parts[0]}
 
 
 def missing_from_grid(found: Collection[tuple[int, int]]) -> tuple[int, int, list[tuple[int, int]]]:
-    """Rows and columns of the smallest grid that holds all places, and the first few places that are empty.
+    """Rows and columns of the smallest grid that holds all found (row, column), and the first few empty cells.
 
-    A file name alone may claim a part number in the billions, so the grid is never made.
+    A file name may claim a part number in the billions, so the grid is never built.
     """
     rows, columns = 1 + max(row for row, _ in found), 1 + max(column for _, column in found)
-    places = ((row, column) for row in range(rows) for column in range(columns))
-    empty = (place for place in places if place not in found) if rows * columns > len(found) else iter(())
+    cells = ((row, column) for row in range(rows) for column in range(columns))
+    empty = (cell for cell in cells if cell not in found) if rows * columns > len(found) else iter(())
     return rows, columns, list(itertools.islice(empty, 9))
 
 
 def check_no_duplicates(slices: Sequence[LazyTensor], where: str) -> None:
-    """Refuse slices of which two are the same, as when one part was copied over another.
+    """Check that no two slices are the same, as when one part was copied over another.
 
-    Compares a few rows of a matrix that every part has its own slice of; rows of zeros tell nothing.
+    Args:
+        slices: of a matrix that is split among the parts. Only a few rows are compared, and zeros are passed over.
+        where: the beginning of the message.
 
     Raises:
-        CheckpointError: names the two.
+        CheckpointError: two are the same; it says which.
     """
     seen: dict[bytes, int] = {}
-    for number, source in enumerate(slices):
-        rows = source.read((slice(0, min(4, source.shape[0])), *whole(source.shape)[1:])).float()
+    for number, tensor in enumerate(slices):
+        rows = tensor.read((slice(0, min(4, tensor.shape[0])), *whole(tensor.shape)[1:])).float()
         content = rows.contiguous().numpy().tobytes()
         if rows.any() and content in seen:
             raise CheckpointError(f"{where} {seen[content]} and {number} hold the same slice: one is there twice")
