@@ -1,4 +1,4 @@
-"""opt-megatron convert: any checkpoint to any format and layout."""
+"""opt-megatron convert: writes any checkpoint in any format and layout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert, with a progress bar in bytes, and say what was written.
+    """Convert, with a progress bar in bytes, and print what was written.
 
     Raises:
         UserError: of any kind; nothing is left at the target then.

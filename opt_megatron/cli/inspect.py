@@ -1,4 +1,4 @@
-"""opt-megatron inspect: what a checkpoint is, without reading its weights."""
+"""opt-megatron inspect: prints what a checkpoint is, without reading its weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .arguments import ModelConfigOptions, config_argument, say_derived
 from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Checkpoint
     from ..config import OPTConfig
 
 HELP = "print a checkpoint's format, layout, config, dtype, parameter count and size per rank"
@@ -33,45 +34,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what is known from the files' headers.
+    """Print what the files' headers say.
 
     Raises:
         UserError: there is no such checkpoint, or it is incomplete or damaged.
     """
     from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.locate import locate
-    from ..checkpoint.manifest import MANIFEST
     from ..checkpoint.storage.lazy_tensor import dtype_name
 
     checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
-    config = checkpoint.config
+    say_derived(checkpoint.config_notes)
     dtypes = Counter(dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values())
+    for name, value in _facts(checkpoint, dtypes):
+        print(f"{name:12}{value}")
+    for name, what in checkpoint.ranks:
+        print(f"{name:16}{what}")
+    _print_size_per_rank(checkpoint.config, next(iter(dtypes)))
+
+
+def _facts(checkpoint: Checkpoint, dtypes: Counter[str]) -> list[tuple[str, object]]:
+    """What is printed of a checkpoint: name and value of each line."""
+    from ..checkpoint.manifest import MANIFEST
+
+    config = checkpoint.config
     elements = sum(tensor.num_elements for tensor in checkpoint.tensors.values())
     total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     norm = "pre-norm" if config.do_layer_norm_before else "post-norm"
+    heads = f"{config.num_attention_heads} heads, ffn {config.ffn_hidden_size}"
     embedding = f", embedding {config.word_embed_proj_dim}" if config.has_embedding_projection else ""
-    say_derived(checkpoint.config_notes)
-    for name, value in (
+    return [
         ("checkpoint", checkpoint.path),
         ("format", checkpoint.format_description),
         ("layers", f"{config.num_layers}, {norm}"),
-        (
-            "hidden",
-            f"{config.hidden_size}, {config.num_attention_heads} heads, ffn {config.ffn_hidden_size}{embedding}",
-        ),
+        ("hidden", f"{config.hidden_size}, {heads}{embedding}"),
         ("vocabulary", f"{config.vocab_size} rows, {config.num_tokens} tokens"),
         ("positions", config.max_position_embeddings),
         ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items())),
         ("parameters", f"{elements:,} in {len(checkpoint.tensors)} tensors, {total / 1e6:,.1f} MB"),
         ("manifest", "yes" if (checkpoint.path / MANIFEST).is_file() else "no"),
-    ):
-        print(f"{name:12}{value}")
-    for name, what in checkpoint.ranks:
-        print(f"{name:16}{what}")
-    _print_ranks(config, next(iter(dtypes)))
+    ]
 
 
-def _print_ranks(config: OPTConfig, dtype: str) -> None:
+def _print_size_per_rank(config: OPTConfig, dtype: str) -> None:
     from ..checkpoint.memory_estimate import Workload, estimate_ranks
     from ..parallel.layout import tensor_parallel_sizes
 

@@ -1,4 +1,4 @@
-"""opt-megatron plan: what a model needs on a layout, before anything is downloaded or allocated."""
+"""opt-megatron plan: prints the memory that a model needs on a layout; nothing is downloaded or allocated."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..config import OPTConfig
 
 HELP = "print the memory that a model needs per rank on a layout, and which layouts fit"
+_COLUMNS: tuple[str, ...] = (
+    "rank", "stage", "layers", "heads", "vocabulary", "weights", "KV cache", "activations", "total", "from disk",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan of a layout, or the smallest layouts that fit when no sizes are given.
+    """Print the memory of each rank of a layout, or the smallest layouts that fit if no sizes are given.
 
     Raises:
         UserError: the model does not divide by the sizes, or a number is out of its range.
@@ -99,26 +102,8 @@ def _print_layouts(title: str, layouts: list[tuple[int, int, int]], memory: int)
 
 def _print_ranks(title: str, ranks: list[RankMemory], memory: int) -> None:
     print(title)
-    header = (
-        "rank",
-        "stage",
-        "layers",
-        "heads",
-        "vocabulary",
-        "weights",
-        "KV cache",
-        "activations",
-        "total",
-        "from disk",
-    )
-    rows = [header]
-    for number, rank in enumerate(ranks):
-        vocabulary = _range(rank.vocabulary_rows) if rank.vocabulary_rows else "-"
-        sizes = (rank.weights, rank.kv_cache, rank.activations, rank.total, rank.read_from_disk)
-        rows.append(
-            (str(number), str(rank.stage), _range(rank.layers), _range(rank.heads), vocabulary, *map(_gb, sizes))
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    rows = [_COLUMNS, *(_row(number, rank) for number, rank in enumerate(ranks))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     fullest = max(rank.total for rank in ranks)
@@ -126,6 +111,12 @@ def _print_ranks(title: str, ranks: list[RankMemory], memory: int) -> None:
         print(f"fits: {_gb(fullest)} on the fullest rank, {_gb(memory)} a device")
     else:
         print(f"does not fit: {_gb(fullest)} on the fullest rank, but {_gb(memory)} a device")
+
+
+def _row(number: int, rank: RankMemory) -> tuple[str, ...]:
+    vocabulary = _range(rank.vocabulary_rows) if rank.vocabulary_rows else "-"
+    sizes = (rank.weights, rank.kv_cache, rank.activations, rank.total, rank.read_from_disk)
+    return str(number), str(rank.stage), _range(rank.layers), _range(rank.heads), vocabulary, *map(_gb, sizes)
 
 
 def _range(numbers: range) -> str:

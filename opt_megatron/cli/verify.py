@@ -1,4 +1,4 @@
-"""opt-megatron verify: a checkpoint against its manifest, or against another one."""
+"""opt-megatron verify: compares a checkpoint with its manifest, or with another checkpoint."""
 
 from __future__ import annotations
 
@@ -41,46 +41,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Name every difference; end with exit code 1 if there is one.
+    """Print every difference; exit with code 1 if there is one.
 
     Raises:
         UserError: a checkpoint cannot be read, or there is nothing to compare with.
     """
-    from ..checkpoint.compare import differences_between, differences_from_manifest
     from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.locate import locate
-    from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
-    from ..files import progress_bar
 
     if args.logits and args.other is None:
         raise UserError("--logits compares two checkpoints; name a second one")
     first = open_checkpoint(locate(args.checkpoint), config_argument(args))
     second = open_checkpoint(locate(args.other), config_argument(args)) if args.other else None
-    total = sum(source.num_bytes for source in first.tensors.values())
+    are_equal = _compare_weights(first, second, args.workers)
+    if args.logits and second is not None:
+        are_equal &= _compare_logits(first, second)
+    if not are_equal:
+        sys.exit(1)
+
+
+def _compare_weights(first: Checkpoint, second: Checkpoint | None, workers: int) -> bool:
+    """Print every difference and a verdict; returns whether there is no difference.
+
+    Args:
+        second: None compares with the manifest.
+    """
+    from ..checkpoint.compare import differences_between, differences_from_manifest
+    from ..checkpoint.manifest import comparable_config, config_differences, read_manifest
+    from ..files import progress_bar
+
+    total = sum(tensor.num_bytes for tensor in first.tensors.values())
     with progress_bar("reading", unit="B", unit_scale=True, total=total) as bar:
-        options = {"workers": args.workers, "progress": bar.update}
-        found = differences_between(first, second, **options) if second else differences_from_manifest(first, **options)
-    theirs = comparable_config(second.config) if second else read_manifest(first.path).config
+        if second is None:
+            found = differences_from_manifest(first, workers=workers, progress=bar.update)
+        else:
+            found = differences_between(first, second, workers=workers, progress=bar.update)
+    theirs = read_manifest(first.path).config if second is None else comparable_config(second.config)
     configs = config_differences(comparable_config(first.config), theirs)
     for difference in found:
         print(f"{shorten([difference.name])} {difference.what}")
     for sentence in configs:
         print(sentence)
-    with_what = f"{second.path} ({second.format_description})" if second else "its manifest"
+    with_what = "its manifest" if second is None else f"{second.path} ({second.format_description})"
     verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
     values = f"{len(configs)} value" + ("s" if len(configs) > 1 else "")
     beside = f", {'and' if found else 'but differ in'} {values} of the config" if configs else ""
     names = first.tensors.keys() | {difference.name for difference in found}
     print(f"{first.path} ({first.format_description}) and {with_what} {verdict} {len(names)} tensors{beside}")
-    failed = bool(found or configs)
-    if args.logits:
-        failed |= not _compare_logits(first, second)
-    if failed:
-        sys.exit(1)
+    return not found and not configs
 
 
 def _compare_logits(first: Checkpoint, second: Checkpoint) -> bool:
-    """Print how far the logits of both are apart, in float32 on 64 fixed tokens; whether they agree to 1e-4."""
+    """Print the largest difference of the logits of 64 fixed tokens, in float32; returns whether it is at most 1e-4."""
     import torch
 
     from ..checkpoint.load import load_model
