@@ -79,7 +79,7 @@ def test_a_client_that_goes_away_ends_its_request(server, stream):
     assert aborted(server) == before + 1
     assert server.brake.steps - steps <= 3  # of 500
     assert server.metric("vllm:num_requests_running") == 0
-    assert server.async_engine.model.engine._scheduler.memory.used_tokens == 0
+    assert server.async_engine.model.engine.kv_cache_usage == 0
 
 
 def test_a_client_that_goes_away_between_tokens(server):
