@@ -26,6 +26,7 @@ Shapes: b sequences, s tokens of each, H the hidden size.
 # What a script may import, in the order of the page.
 PUBLIC = (
     ("opt_megatron", ("OPT",)),
+    ("opt_megatron.weights", ("Weights",)),
     ("opt_megatron.generation.sampling.sampling_params", ("SamplingParams",)),
     ("opt_megatron.generation.request", ("Request", "TokenEvent", "Completion")),
     ("opt_megatron.generation.core.engine", ("Engine",)),
