@@ -15,6 +15,7 @@ from .checkpoint.convert import ConversionOptions, convert
 from .checkpoint.storage.blocks import Block
 from .checkpoint.storage.lazy_tensor import LazyTensor
 from .errors import UserError
+from .parallel.command_loop import CommandLoop
 from .parallel.context import ParallelContext, on_all_ranks
 from .pretrained import Pretrained
 from .weights import Weights
@@ -37,20 +38,23 @@ def save_weights(
 
     def write() -> None:
         checkpoint = Checkpoint(source.path, "OPT", pretrained.config, gathering.lazy_tensors())
-        try:
+        with gathering.commands.leading():
             convert(checkpoint, directory, options, tokenizer=pretrained.tokenizer_directory, force=force, workers=1)
-        finally:
-            gathering.stop()
 
-    on_all_ranks(parallel, write if parallel.is_leader else gathering.follow)
+    on_all_ranks(parallel, write if parallel.is_leader else gathering.commands.follow)
 
 
 class _Gathering:
-    """Whole tensors for the leader; the other ranks take part in gathering the ones that it names."""
+    """Whole tensors for the leader; the other ranks take part in gathering the ones that it names.
+
+    Attributes:
+        commands: a command is the index of a weight.
+    """
 
     def __init__(self, weights: Weights, parallel: ParallelContext) -> None:
+        self.commands = CommandLoop(parallel, lambda index, _: self._gather(index))
         self._weights = weights
-        self._parallel = parallel
+        self._names = list(weights)
         self._name: str | None = None
         self._tensor: Tensor | None = None
 
@@ -61,19 +65,15 @@ class _Gathering:
     def read(self, name: str) -> Tensor:
         """On the leader: the whole tensor on the CPU, gathered unless it was the latest one."""
         if self._tensor is None or self._name != name:
-            self._parallel.broadcast_object(name)
             self._tensor = None  # freed before the next one is made
-            self._name, self._tensor = name, self._weights[name].cpu()
+            index = self._names.index(name)
+            self.commands.send(index)
+            self._name, self._tensor = name, self._gather(index).cpu()
         return self._tensor
 
-    def stop(self) -> None:
-        """On the leader: let the other ranks go."""
-        self._parallel.broadcast_object(None)
-
-    def follow(self) -> None:
-        """On another rank: gather what the leader names, until it stops."""
-        while (name := self._parallel.broadcast_object(None)) is not None:
-            _ = self._weights[name]
+    def _gather(self, index: int) -> Tensor:
+        """On every rank: the whole tensor."""
+        return self._weights[self._names[index]]
 
 
 class _GatheredTensor(LazyTensor):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from opt_megatron.generation.request import Completion, Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
 from opt_megatron.parallel.collectives import Distributed, SharedMemory, tensor_parallel_collectives
+from opt_megatron.parallel.command_loop import CommandLoop
 from opt_megatron.parallel.context import ParallelContext, init_parallel, on_all_ranks
 
 
@@ -187,6 +189,25 @@ def served_from_a_queue(directory: Path, tp: int) -> dict[int, str]:
     if parallel.is_leader:
         thread.join()
     return ends
+
+
+def commands_executed(tp: int, commands: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
+    """What a rank executes of the commands that the leader sends, which fails at the end and leads once more."""
+    parallel = start(tp, 1)
+    executed: list[tuple[int, list[int]]] = []
+    loop = CommandLoop(parallel, lambda *command: executed.append(command))
+    if parallel.is_leader:
+        with suppress(ZeroDivisionError), loop.leading():
+            for command, numbers in commands:
+                loop.send(command, numbers)
+                loop.keep_alive()
+            raise ZeroDivisionError
+        with loop.leading():
+            loop.send(0)
+        return executed
+    loop.follow()
+    loop.follow()
+    return executed
 
 
 def shared_memory_and_distributed(tp: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from ..api import OPT
 from ..errors import UserError
-from ..generation.core.command_loop import CommandLoop
 from ..generation.request import Completion, Request
 from ..model.scoring import Item, Score, check_items
+from ..parallel.command_loop import CommandLoop
 from ..parallel.context import on_all_ranks
 
 T = TypeVar("T")

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ...parallel.command_loop import CommandLoop
 from ...parallel.context import ParallelContext
 from ..decoding.sequences import CachedSequence
 from ..step import KVCacheBlocks, StepInput
-from .command_loop import CommandLoop
 
 
 class Runner(Protocol):

@@ -9,13 +9,13 @@ from rule_model import RuleModel, rule_engine
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
-from opt_megatron.generation.core.command_loop import STOP
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.core.executor import Command, Executor
 from opt_megatron.generation.decoding.sampling_group import seed_of_choice
 from opt_megatron.generation.request import Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.step import BLOCK_SIZE
+from opt_megatron.parallel.command_loop import STOP
 
 VOCABULARY = 12
 BASE = tuple(n * n % 11 for n in range(60))  # prompts begin with it, so that they share prefixes

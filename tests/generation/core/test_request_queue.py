@@ -9,7 +9,6 @@ from rule_model import RuleModel, rule_engine
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.generation.core import engine as engine_module
-from opt_megatron.generation.core.command_loop import KEEP_ALIVE, STOP
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.core.request_queue import RequestQueue
 from opt_megatron.generation.decoding.sampling_group import SamplingGroup
@@ -18,6 +17,7 @@ from opt_megatron.generation.sampling import sampler
 from opt_megatron.generation.sampling.sampler import choose_token
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.step import BLOCK_SIZE
+from opt_megatron.parallel.command_loop import KEEP_ALIVE, STOP
 
 VOCABULARY = 12
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...parallel.context import ParallelContext
+from .context import ParallelContext
 
 STOP, KEEP_ALIVE = -1, -2  # commands of the loop itself
 _HEADER_SIZE = 2
