@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint.convert import ConversionOptions
+from .checkpoint.conversion_options import ConversionOptions
 from .checkpoint.load import load_model, locate_on_all_ranks
 from .config import OPTConfig
 from .errors import UserError

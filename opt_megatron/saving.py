@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.convert import ConversionOptions, convert
+from .checkpoint.conversion_options import ConversionOptions
+from .checkpoint.convert import convert
 from .checkpoint.storage.blocks import Block
 from .checkpoint.storage.lazy_tensor import LazyTensor
 from .errors import UserError

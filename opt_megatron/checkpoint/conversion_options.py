@@ -6,39 +6,40 @@ from dataclasses import dataclass
 
 from ..config import check_dtype
 from ..errors import UserError
+from ..option_kinds import Size
+from ..options import Options, option
 from ..parallel.layout import check_sizes
-from .formats.registry import output_format
+from .formats.registry import output_format, output_format_names
+
+_NAMES = output_format_names()
 
 
 @dataclass(frozen=True)
-class ConversionOptions:
-    """What to write.
-
-    Attributes:
-        to: a name of `output_format_names`.
-        tensor_model_parallel_size: ranks of Megatron, parts of metaseq and FlagAI.
-        decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers: of Megatron's first and last pipeline
-            stage; None for as many layers as the others.
-        dtype: cast to this; None keeps the bits of every tensor.
-        max_shard_bytes: of one file of Hugging Face's.
+class ConversionOptions(Options):
+    """What a conversion writes.
 
     Raises:
         UserError: a value is out of its range, or the format does not have what it asks for.
     """
 
-    to: str = "megatron"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    decoder_first_pipeline_num_layers: int | None = None
-    decoder_last_pipeline_num_layers: int | None = None
-    dtype: str | None = None
-    max_shard_bytes: int = 5_000_000_000
+    to: str = option("megatron", help=f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}", metavar="FORMAT")
+    tensor_model_parallel_size: int = option(
+        1, help="Megatron's ranks that share each layer, metaseq's and FlagAI's parts", metavar="T"
+    )
+    pipeline_model_parallel_size: int = option(1, help="Megatron's stages, each with a part of the layers", metavar="P")
+    decoder_first_pipeline_num_layers: int | None = option(None, help="layers of the first stage, if not as the others")
+    decoder_last_pipeline_num_layers: int | None = option(None, help="layers of the last stage, if not as the others")
+    dtype: str | None = option(
+        None, help="float32, float16 or bfloat16", default_text="every tensor stays as it is stored"
+    )
+    max_shard_size: Size = option("5GB", help="of a file with --to hf", metavar="SIZE")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         written = output_format(self.to)
         if self.dtype is not None:
             check_dtype(self.dtype)
         check_sizes(self.tensor_model_parallel_size, self.pipeline_model_parallel_size)
         written.check_options(self)
-        if self.max_shard_bytes < 1:
-            raise UserError(f"the largest shard is {self.max_shard_bytes} bytes, but must be at least 1")
+        if self.max_shard_size < 1:
+            raise UserError(f"the largest shard is {self.max_shard_size} bytes, but must be at least 1")

@@ -7,32 +7,21 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..checkpoint.conversion_options import ConversionOptions
 from ..errors import UserError
-from ..option_kinds import Size
-from ..options import Options, option
-from .arguments import LayoutOptions, ModelConfigOptions, RequiredLoadOptions, config_argument, say_derived
+from ..options import Options, from_arguments, option
+from .arguments import ModelConfigOptions, RequiredLoadOptions, config_argument, say_derived
 from .option_groups import Groups, add_groups
-
-if TYPE_CHECKING:
-    from ..checkpoint.conversion_options import ConversionOptions
 
 HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(Options):
-    """What is written, and how."""
+    """Where a conversion writes, and how."""
 
     save: str = option(help="the directory to write", metavar="DIR", required=True, is_path=True)
-    to: str = option("megatron", help="megatron, hf, metaseq or flagai", metavar="FORMAT")
-    decoder_first_pipeline_num_layers: int | None = option(None, help="layers of the first stage, if not as the others")
-    decoder_last_pipeline_num_layers: int | None = option(None, help="layers of the last stage, if not as the others")
-    dtype: str | None = option(
-        None, help="float32, float16 or bfloat16", default_text="every tensor stays as it is stored"
-    )
-    max_shard_size: Size = option("5GB", help="of a file with --to hf", metavar="SIZE")
     tokenizer: str | None = option(
         None, help="tokenizer files to copy beside", metavar="DIR", default_text="the source's", is_path=True
     )
@@ -42,7 +31,7 @@ class ConvertOptions(Options):
     no_fsync: bool = option(False, help="do not wait for the disk; a power failure may then leave holes")
 
 
-OPTIONS: Groups = {"": (RequiredLoadOptions, ConvertOptions, LayoutOptions, ModelConfigOptions)}
+OPTIONS: Groups = {"": (RequiredLoadOptions, ConvertOptions, ConversionOptions, ModelConfigOptions)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.locate import locate
     from ..files import progress_bar
 
-    options = _options(args)
+    options = from_arguments(ConversionOptions, args)
     started = time.monotonic()
     with progress_bar("writing", unit="B", unit_scale=True, leave=True) as bar:
 
@@ -99,17 +88,3 @@ def _save_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # no such user
         raise UserError(f"--save {text}: {error}") from None
-
-
-def _options(args: argparse.Namespace) -> ConversionOptions:
-    from ..checkpoint.conversion_options import ConversionOptions
-
-    return ConversionOptions(
-        to=args.to,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        decoder_first_pipeline_num_layers=args.decoder_first_pipeline_num_layers,
-        decoder_last_pipeline_num_layers=args.decoder_last_pipeline_num_layers,
-        dtype=args.dtype,
-        max_shard_bytes=args.max_shard_size,
-    )

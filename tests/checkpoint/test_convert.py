@@ -54,7 +54,7 @@ TARGETS = [
     megatron(2, 2),
     megatron(4),
     ConversionOptions(to="hf"),
-    ConversionOptions(to="hf", max_shard_bytes=1500),
+    ConversionOptions(to="hf", max_shard_size=1500),
     ConversionOptions(to="metaseq"),
     ConversionOptions(to="metaseq", tensor_model_parallel_size=4),
     ConversionOptions(to="flagai"),
@@ -113,7 +113,7 @@ def test_round_trips_of_random_models_lose_nothing(tmp_path_factory, data):
         to = draw(st.sampled_from(["megatron", "hf", "flagai", "metaseq"]))
         tp = draw(st.integers(1, 6)) if to != "hf" else 1
         pp = draw(st.integers(1, 5)) if to == "megatron" else 1
-        options = ConversionOptions(to, tp, pp, max_shard_bytes=draw(st.integers(1, 3000)))
+        options = ConversionOptions(to, tp, pp, max_shard_size=draw(st.integers(1, 3000)))
         fits = not any(n % tp for n in (heads, ours.ffn_hidden_size, ours.vocab_size)) and layers % pp == 0
         if to == "metaseq" and post_norm and tp > 1:
             fits = False
@@ -168,7 +168,7 @@ def test_megatron_qkv_is_rebuilt_from_the_source_by_hand(tmp_path):
     assert torch.equal(file["model"]["decoder.layers.2.self_attention.linear_qkv.weight"], expected)
 
 
-@pytest.mark.parametrize("options", [ConversionOptions(to="hf"), ConversionOptions(to="hf", max_shard_bytes=2_000_000)])
+@pytest.mark.parametrize("options", [ConversionOptions(to="hf"), ConversionOptions(to="hf", max_shard_size=2_000_000)])
 def test_transformers_loads_the_export_without_a_warning(tmp_path, models, options, caplog, recwarn):
     from transformers import OPTForCausalLM
 

@@ -69,12 +69,12 @@ class HuggingFaceFormat(OutputFormat):
         return Checkpoint(path, f"Hugging Face {kind}{shards}", config, canonical, notes)
 
     def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
-        """Safetensors as transformers writes them: one file, or shards of at most `options.max_shard_bytes`."""
+        """Safetensors as transformers writes them: one file, or shards of at most `options.max_shard_size`."""
         tensors = [
             StoredTensor.of_block(name, name, whole(shape), dtype_of(name))
             for name, shape in canonical_shapes(config).items()
         ]
-        shards = _shards(tensors, options.max_shard_bytes)
+        shards = _shards(tensors, options.max_shard_size)
         if len(shards) == 1:
             return [OutputFile(Path("model.safetensors"), "safetensors", tuple(tensors))]
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
