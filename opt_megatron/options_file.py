@@ -82,10 +82,17 @@ def read_options_file(path: Path, options: Iterable[Option]) -> dict[str, Any]:
         if declared.argument in values:
             raise UserError(f"{path}: {declared.argument} is there twice")
         if value is not None:
-            label = f"{path}: {key}"
-            values[declared.argument] = declared.convert(value, label)
-            declared.check_range(values[declared.argument], label)
+            values[declared.argument] = _checked(declared, value, f"{path}: {key}")
     return values
+
+
+def _checked(declared: Option, value: Any, label: str) -> Any:
+    try:
+        converted = declared.convert(value, label)
+        declared.check_range(converted, label)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(label) else f"{label}: {error}") from None
+    return converted
 
 
 def write_options(groups: Mapping[str, Mapping[str, Any]], header: str) -> str:
@@ -109,7 +116,7 @@ def _names(declared: Option) -> set[str]:
 
 
 def _like(key: str, known: Mapping[str, Option]) -> str:
-    near = difflib.get_close_matches(key[:100].replace("-", "_"), known, cutoff=0.5)
+    near = difflib.get_close_matches(key[:100].replace("-", "_"), known)
     return f"; did you mean {' or '.join(near)}?" if near else "; see --help"
 
 

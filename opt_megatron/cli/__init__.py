@@ -94,6 +94,8 @@ def _report(program: str, message: str, code: int) -> int:
     elif "torch" in sys.modules or code == 2:
         # torchrun ends every rank as soon as one fails; a silent one that fails first would silence the leader.
         time.sleep(_SECONDS_FOR_THE_LEADER)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # the leader runs on: it has found no mistake (a file is there alone)
+            print(f"{program}: error: rank {_rank()}: {message}", file=sys.stderr, flush=True)
     return code
 
 

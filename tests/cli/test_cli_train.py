@@ -268,6 +268,37 @@ def test_two_runs_do_not_write_one_directory(data: Path, tmp_path: Path, capsys:
         process.wait(30)
 
 
+def test_a_run_is_repeated_from_its_file_of_options(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    first = training(Path("."), tmp_path / "first", "--train-iters", "6", "--lr-warmup-iters", "2")
+    assert run(capsys, *first)[0] == 0
+    text = (tmp_path / "first" / "run.yaml").read_text()
+    assert f"save: {tmp_path / 'first'}\n" in text and "min_lr: 0.0001\n" in text and "seq_length: 64\n" in text
+    assert f"model_config: {data / 'config.json'}\n" in text and f"- {data / 'texts_text_document'}\n" in text
+    assert "tokenizer: story\n" in text
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "train", "--config", "first/run.yaml")
+    assert code == 0 and "nothing to do: 6 of 6" in err
+    code, out, err = run(capsys, "train", "--config", "first/run.yaml", "--save", "second")
+    assert (code, out) == (0, "second\n"), err
+    assert losses_of(tmp_path / "second") == losses_of(tmp_path / "first")
+    assert (tmp_path / "second" / "run.yaml").read_text() == text.replace(
+        f"{tmp_path / 'first'}", f"{tmp_path / 'second'}"
+    )
+
+
+def test_options_of_something_else_are_left_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("mine: true\n")
+    code, _, err = run(capsys, *training(data, tmp_path / "run"))
+    assert code == 2 and "holds a run.yaml of something else" in err and err.count("\n") == 1
+    assert (tmp_path / "run" / "run.yaml").read_text() == "mine: true\n"
+
+
 def test_what_cannot_be_resumed_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save = tmp_path / "run"
     assert run(capsys, *training(data, save, "--exit-iters", "2"))[0] == 0
