@@ -132,7 +132,8 @@ class Option:
         if self.has_range and value is not None:
             items = value if self.kind.is_list else (value,)
             if not all(map(self._is_in_range, items)):
-                raise UserError(f"{label} is {value}, but must {self.must or self._range_in_words()}")
+                must = self.must or f"be {self.range_in_words() or 'a finite number'}"
+                raise UserError(f"{label} is {value}, but must {must}")
 
     def _is_in_range(self, value: Any) -> bool:
         if self.choices:
@@ -145,20 +146,14 @@ class Option:
             and (self.below is None or value < self.below)
         )
 
-    def _range_in_words(self) -> str:
+    def range_in_words(self) -> str:
+        """The range, as "at least 1"; nothing where there is none."""
         if self.choices:
-            return f"be one of {', '.join(self.choices)}"
+            return f"one of {', '.join(self.choices)}"
         if self.minimum is not None and self.maximum is not None:
-            return f"be from {self.minimum} to {self.maximum}"
-        words = (
-            ("at least", self.minimum),
-            ("above", self.above),
-            ("at most", self.maximum),
-            ("below", self.below),
-        )
-        return "be " + (
-            " and ".join(f"{word} {bound}" for word, bound in words if bound is not None) or "a finite number"
-        )
+            return f"from {self.minimum} to {self.maximum}"
+        bounds = (("at least", self.minimum), ("above", self.above), ("at most", self.maximum), ("below", self.below))
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
     def help_with_default(self) -> str:
         """The help text for a command line."""

@@ -34,16 +34,15 @@ class DataOptions(Options):
 class SupervisedOptions(Options):
     """JSON lines with `src` and `tgt` (or `text`) instead of an indexed corpus."""
 
-    train: tuple[str, ...] | None = option(
-        None,
+    train: tuple[str, ...] = option(
         help="JSON lines with src and tgt, or text",
         argument="supervised_data",
         nargs="+",
         metavar="FILE",
         is_path=True,
     )
-    valid: tuple[str, ...] | None = option(
-        None,
+    valid: tuple[str, ...] = option(
+        (),
         help="the same for validation",
         argument="supervised_valid_data",
         nargs="+",

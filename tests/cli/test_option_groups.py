@@ -55,7 +55,7 @@ def test_later_files_go_before_earlier_ones_and_other_files_are_the_models_confi
 @pytest.mark.parametrize(
     ("command", "text", "message"),
     [
-        ("generate", "top_q: 1", "run.yaml: there is no option 'top_q'; did you mean top_p or top_k?"),
+        ("generate", "top_q: 1", "run.yaml: there is no option 'top_q'; did you mean top_p or top_k"),
         ("generate", "config: other.yaml", "run.yaml: there is no option 'config'"),
         ("generate", "top_p: 2", "run.yaml: top_p is 2, but must be above 0 and at most 1"),
         ("serve", "port: http", "run.yaml: port is 'http', but must be a whole number"),

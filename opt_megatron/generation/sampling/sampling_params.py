@@ -25,14 +25,17 @@ class SamplingParams:
     """
 
     max_new_tokens: int = option(
-        64, help="new tokens at the most; 0 scores the prompt (with --echo)", minimum=0, api_name="max_tokens"
+        64,
+        help="maximum number of new tokens; 0 only scores the prompt (with --echo)",
+        minimum=0,
+        api_name="max_tokens",
     )
     min_new_tokens: int = option(
-        0, help="no end of sequence and no stop token id before so many", minimum=0, api_name="min_tokens"
+        0, help="no end of sequence and no stop token id before this many new tokens", minimum=0, api_name="min_tokens"
     )
     temperature: float = option(
         1.0,
-        help="divides the scores; 0 is greedy",
+        help="divides the logits; 0 is greedy",
         minimum=0,
         must="be 0 (greedy) or above",
         api_name="temperature",
@@ -40,7 +43,7 @@ class SamplingParams:
     )
     top_k: int = option(
         0,
-        help="keep the K best, and those that tie with the last of them; 0 keeps all",
+        help="keep the K most likely tokens, and those tied with the last of them; 0 keeps all",
         minimum=0,
         must="be 0 (all tokens) or above",
         api_name="top_k",
@@ -48,7 +51,7 @@ class SamplingParams:
     )
     top_p: float = option(
         1.0,
-        help="keep the best until their probabilities reach P, the one that crosses it included",
+        help="keep the most likely tokens until their probabilities reach P, the one that crosses it included",
         above=0,
         maximum=1,
         must="be above 0 and at most 1",
@@ -56,7 +59,7 @@ class SamplingParams:
     )
     min_p: float = option(
         0.0,
-        help="drop what is less likely than this share of the best one's probability; 0 keeps all",
+        help="drop tokens less likely than this share of the most likely one's probability; 0 keeps all",
         minimum=0,
         maximum=1,
         must="be from 0 (all tokens) to 1",
@@ -71,42 +74,47 @@ class SamplingParams:
     )
     repetition_penalty: float = option(
         1.0,
-        help="above 1: against tokens of prompt and output; 1 is none",
+        help="above 1 makes tokens of the prompt and the output less likely; 1 is off",
         above=0,
         api_name="repetition_penalty",
         api_maximum=100,
     )
     presence_penalty: float = option(
         0.0,
-        help="taken off the score of every token of the output so far",
+        help="subtracted from the score of every token that occurs in the output so far",
         api_name="presence_penalty",
         api_minimum=-2,
         api_maximum=2,
     )
     frequency_penalty: float = option(
         0.0,
-        help="the same for every occurrence of the token",
+        help="subtracted from a token's score once for every time it occurs in the output so far",
         api_name="frequency_penalty",
         api_minimum=-2,
         api_maximum=2,
     )
     prompt_presence_penalty: float = option(
-        0.0, help="taken off the score of every token of the prompt", api_minimum=-2, api_maximum=2
+        0.0, help="subtracted from the score of every token that occurs in the prompt", api_minimum=-2, api_maximum=2
     )
     prompt_frequency_penalty: float = option(
-        0.0, help="the same for every occurrence of the token", api_minimum=-2, api_maximum=2
+        0.0,
+        help="subtracted from a token's score once for every time it occurs in the prompt",
+        api_minimum=-2,
+        api_maximum=2,
     )
-    omega_bound: float = option(0.0, help="factual nucleus: top-p gets no smaller than this", minimum=0, maximum=1)
+    omega_bound: float = option(
+        0.0, help="factual nucleus: the smallest value that top-p decays to", minimum=0, maximum=1
+    )
     lambda_decay: float = option(
         1.0,
-        help="factual nucleus: top-p shrinks by this at every token of a sentence; 1 is off",
+        help="factual nucleus: top-p is multiplied by this at every token of a sentence; 1 is off",
         above=0,
         maximum=1,
         must="be above 0 and at most 1 (no decay)",
     )
     n: int = option(
         1,
-        help="continuations of each prompt",
+        help="continuations per prompt",
         minimum=1,
         maximum=MOST_CONTINUATIONS,
         # torchrun takes --n for an abbreviation of its own options, even behind the script's name.
@@ -116,29 +124,30 @@ class SamplingParams:
     )
     best_of: int | None = option(
         None,
-        help="draw so many and keep the n likeliest; none draws n",
+        help="draw this many continuations and return the n most likely",
+        default_text="n",
         maximum=MOST_CONTINUATIONS,
         api_name="best_of",
         api_minimum=1,
         api_maximum=128,
     )
-    num_beams: int = option(1, help="beam search with so many beams; 1 is none", minimum=1, maximum=MOST_ROWS)
+    num_beams: int = option(1, help="beam search with this many beams; 1 is off", minimum=1, maximum=MOST_ROWS)
     # The range is one in which the longest sequence to this power is still a number.
     length_penalty: float = option(
-        1.0, help="beams: divide the log-probability by the length to this power", minimum=-20, maximum=20
+        1.0, help="beam search: divide a beam's log-probability by its length to this power", minimum=-20, maximum=20
     )
-    early_stopping: bool = option(False, help="beams: end as soon as num_beams have ended")
+    early_stopping: bool = option(False, help="beam search: end as soon as num_beams beams have ended")
     penalty_alpha: float = option(
         0.0,
-        help="contrastive search among the --top-k best: the weight of the penalty for being like the text so far; "
-        "0 is none",
+        help="contrastive search among the --top-k best: weight of the penalty for similarity to the text so far; "
+        "0 is off",
         minimum=0,
         maximum=1,
         must="be from 0 (no contrastive search) to 1",
     )
     logprobs: int | None = option(
         None,
-        help="report log-probabilities: of the chosen token, and of the N best",
+        help="report log-probabilities of the chosen token and of the N most likely ones",
         minimum=0,
         maximum=MOST_LOGPROBS,
         must=f"be none, or from 0 (the chosen token's only) to {MOST_LOGPROBS}",
