@@ -1,7 +1,4 @@
-"""Megatron's indexed token files (.bin and .idx): opened, and found sound or refused.
-
-megatron-core asserts some of this, and takes the rest on trust.
-"""
+"""Reading Megatron's indexed token files (.bin and .idx), with the checks that megatron-core does not make."""
 
 from __future__ import annotations
 
@@ -18,20 +15,20 @@ _MAGIC = b"MMIDIDX\0\0"
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # core's DType
 _INDEX_BLOCK = 2**20  # sequences checked at once
 _SCAN_BLOCK = 2**22  # bytes of token ids read at once
-_SCAN_BLOCKS = 64  # how many of them, evenly spread, where a file has more
+_SCAN_BLOCKS = 64  # at most this many, evenly spread over a larger file
 
 
 def exists(prefix: str) -> bool:
-    """Whether one of the two files is there."""
+    """Whether one of the two files of this prefix exists."""
     return Path(f"{prefix}.bin").is_file() or Path(f"{prefix}.idx").is_file()
 
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A .bin/.idx pair whose index has been found sound.
+    """A .bin/.idx pair whose index has been checked.
 
     The format is megatron-core's (datasets/indexed_dataset.py, _IndexWriter): the header, int32 lengths of the
-    sequences in tokens, int64 byte offsets of them, int64 borders of the documents.
+    sequences in tokens, their int64 byte offsets, int64 borders of the documents.
     """
 
     prefix: str
@@ -40,16 +37,16 @@ class IndexedFile:
 
     @property
     def bin_path(self) -> Path:
-        """The token ids."""
+        """The file of the token ids."""
         return Path(f"{self.prefix}.bin")
 
     def num_tokens(self, begin: int, end: int) -> int:
-        """Tokens of the sequences [begin, end)."""
+        """Number of tokens in the sequences [begin, end)."""
         return int(self.lengths[begin:end].sum(dtype=np.int64))
 
 
 def open_indexed(prefix: str) -> IndexedFile:
-    """Open the index and compare it with itself and with the size of the .bin.
+    """Open a pair of files, and check that the index is consistent and fits the size of the .bin.
 
     Raises:
         UserError: a file is missing, damaged, or not of this format.
@@ -66,7 +63,7 @@ def open_indexed(prefix: str) -> IndexedFile:
     if number != 1 or code not in _DTYPES:
         raise UserError(f"{idx_path}: version {number} with dtype code {code} is not known; only version 1 of integers")
     size, expected = idx_path.stat().st_size, _HEADER.size + 12 * sequences + 8 * borders
-    if size not in (expected, expected + sequences):  # with a byte each for modes, which are not used here
+    if size not in (expected, expected + sequences):  # the latter has a mode byte for each, not used here
         raise UserError(
             f"{idx_path}: {sequences} sequences and {borders} borders take {expected} bytes, but it has {size}: "
             "it is damaged, preprocess it again"
@@ -102,15 +99,18 @@ def _check_layout(idx_path: Path, bin_path: Path, lengths: np.ndarray, pointers:
         total += int(num_bytes.sum())
     if bin_path.stat().st_size != total:
         raise UserError(
-            f"{bin_path}: has {bin_path.stat().st_size} bytes, but its index tells of {total}: "
+            f"{bin_path}: has {bin_path.stat().st_size} bytes, but its index says {total}: "
             "they do not belong together or one is cut short; preprocess it again"
         )
 
 
 def check_tokens(file: IndexedFile, vocab_size: int) -> None:
-    """Compare all token ids with the vocabulary, or of a big file an evenly spread quarter of a gibibyte.
+    """Check that the token ids are in the vocabulary: all of them, or an evenly spread 256 MiB of a larger file.
 
-    What is missed here is met by PretrainingDataset, sample by sample.
+    PretrainingDataset checks the rest, sample by sample.
+
+    Raises:
+        UserError: an id is not in the vocabulary.
     """
     limits = np.iinfo(file.dtype)
     if limits.min == 0 and limits.max < vocab_size:
@@ -124,11 +124,11 @@ def check_tokens(file: IndexedFile, vocab_size: int) -> None:
         tokens = np.fromfile(file.bin_path, file.dtype, count, offset=start)
         if tokens.max() >= vocab_size or tokens.min() < 0:
             worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
-            raise UserError(beyond(str(file.bin_path), worst, vocab_size))
+            raise UserError(outside_vocabulary(str(file.bin_path), worst, vocab_size))
 
 
-def beyond(where: str, token: int, vocab_size: int) -> str:
-    """What to say of a token id that the model does not have."""
+def outside_vocabulary(where: str, token: int, vocab_size: int) -> str:
+    """The error message for a token id that the model does not have."""
     return (
         f"{where}: the token id {token} is not in the model's vocabulary of {vocab_size}: "
         "the data were made with another tokenizer"
