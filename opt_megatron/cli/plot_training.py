@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, draw.
+    """Read the curves, draw them, and print the name of the file.
 
     Raises:
-        UserError: a run has no such curve, or the file is there.
+        UserError: a run does not have the measure, or the file exists and --force is not given.
     """
     from ..training.plot_curves import plot_curves, read_curve
 

@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the files, with a progress bar in bytes, and say what was written.
+    """Write the files, with a progress bar in bytes, and print what was written.
 
     Raises:
-        UserError: of any kind; no output is left then.
+        UserError: the input or the tokenizer cannot be used, or the output cannot be written; none of it is left.
     """
     from ..checkpoint.locate import locate
     from ..data.jsonl import check_inputs

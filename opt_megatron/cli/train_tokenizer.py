@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, write, and say what was written.
+    """Train, write the files, and print what was written.
 
     Raises:
-        UserError: of any kind; no output is left then.
+        UserError: the input cannot be used, or the output cannot be written; none of it is left.
     """
     from ..data.train_tokenizer import train_tokenizer
 

@@ -1,4 +1,4 @@
-"""Global batches of a map-style dataset, divided among data-parallel ranks.
+"""Global batches of a map-style data set, divided among data-parallel ranks.
 
     global batch, G = 8, micro-batch 2, two ranks          sample  0 1 | 2 3 | 4 5 | 6 7
                                                            rank     0     1     0     1
@@ -22,7 +22,7 @@ MicroBatch = dict[str, torch.Tensor]  # name -> [b, s]
 
 
 class SampleDataset(Protocol):
-    """What batches are made of: samples by number, each a dict of tensors of equal shapes."""
+    """Samples by number, each a dict of tensors, which have the same shapes in all samples."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -32,7 +32,7 @@ class SampleDataset(Protocol):
 
 
 def num_micro_batches(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
-    """Micro-batches that each rank computes in one step.
+    """Number of micro-batches that each rank computes in one step.
 
     Raises:
         UserError: the sizes are not positive, or the global batch is not a whole number of micro-batches a rank.
@@ -50,16 +50,16 @@ def num_micro_batches(global_batch_size: int, micro_batch_size: int, data_parall
 
 
 class BatchLoader:
-    """This rank's share of one global batch after the other, the next one being read in a background thread.
+    """Iterates over this rank's shares of the global batches, and reads the next one in a background thread.
 
     The thread starts with the first batch. Iteration ends when fewer than `global_batch_size` samples are left.
 
     Args:
         dataset: read by one thread at a time.
-        consumed_samples: samples of all ranks that earlier steps have had; the position to resume at.
+        consumed_samples: samples that earlier steps have taken on all ranks; the position to resume at.
 
     Raises:
-        UserError: sizes that do not divide, or a position outside the dataset.
+        UserError: the sizes do not divide, or the position is outside the data set.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class BatchLoader:
 
     @property
     def consumed_samples(self) -> int:
-        """Samples of all ranks in the batches that were handed out; what a checkpoint stores."""
+        """Number of samples in the global batches returned so far; what a checkpoint stores."""
         return self._consumed
 
     def __len__(self) -> int:
-        """Whole global batches that are left."""
+        """Number of whole global batches that are left."""
         return (len(self._dataset) - self._consumed) // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -103,7 +103,7 @@ class BatchLoader:
     def __next__(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next global batch, in order.
 
-        Whatever the dataset raised in the background is raised here, and the position stays as it was.
+        An exception of the data set in the background thread is raised here, and the position does not change.
         """
         if self._closed:
             raise ValueError("these batches are closed")
@@ -118,7 +118,7 @@ class BatchLoader:
         return batch
 
     def close(self) -> None:
-        """End the background thread, after the sample that it is reading. The position can still be asked for."""
+        """Stop the background thread after the sample that it is reading. `consumed_samples` remains valid."""
         self._closed = True
         self._next = None
         if self._reader is not None:
@@ -141,7 +141,7 @@ class BatchLoader:
         begin = first + self._rank * self.micro_batch_size
         try:
             return [self._micro_batch(begin + n * stride) for n in range(self.num_micro_batches)]
-        except StopIteration as error:  # passed on as it is, it would end the caller's loop as if all were well
+        except StopIteration as error:  # unchanged, it would end the caller's loop without an error
             raise RuntimeError("the data set raised StopIteration") from error
 
     def _micro_batch(self, first: int) -> MicroBatch:

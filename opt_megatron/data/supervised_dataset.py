@@ -5,9 +5,9 @@
                    labels     a    b C D  </s> e    F </s>  position_ids 0 1 2 3 4 0 1 2
                    loss_mask  0    0 1 1  1    0    1 1
 
-`src` and `tgt` are tokenised apart and joined as they are, so that the ids of `src` are those of a prompt when the
+`src` and `tgt` are tokenised separately and concatenated, so that the ids of `src` are those of a prompt when the
 model is used; a space between them belongs to the beginning of `tgt`. White space at the end of `tgt` and `text`
-is dropped, as in pre-training.
+is removed, as in pre-training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..tokenizer import OPTTokenizer
 from .fast_encoder import FastEncoder
 from .jsonl import BadLine, BadLines, check_inputs, get_string, get_text, parse_object, read_chunks
 
-_OPEN_ROWS = 64  # rows that an example may still be put into
+_OPEN_ROWS = 64  # rows that an example can still be added to
 _PAD_TOKEN, _DEFAULT_PAD = "<pad>", 1
 
 
@@ -35,22 +35,23 @@ class SupervisedDataset(torch.utils.data.Dataset):
     """Rows by number: tokens, labels, position_ids, segment_ids (int64) and loss_mask (float32), each [s].
 
     Segments are numbered from 1 in each row, and 0 is padding; attention must stay inside a segment, and
-    positions begin at 0 in each. Each epoch shuffles the examples anew, by seed and epoch alone, and packs them:
-    an example goes to the first of the open rows that has room for it; where none has, a new row is opened, and
-    the fullest is closed when more than 64 are open. The rows of an epoch are shuffled, too.
+    positions start at 0 in each. Each epoch shuffles the examples, by seed and epoch alone, and packs them: an
+    example is added to the first open row with room for it; if there is none, a new row is opened, and the fullest
+    is closed when more than 64 are open. The rows of an epoch are shuffled, too.
 
-    Examples that are too long: of `src` the beginning is cut off (after the first `</s>`); where `tgt` alone does
-    not fit, the example is skipped; a `text` goes on in further examples.
+    Examples that are too long: `src` loses its beginning (after the first `</s>`); if `tgt` alone does not fit, the
+    example is skipped; a `text` is split into several examples.
 
     Args:
         num_samples: rows of the whole run, over as many epochs as that takes; default: one epoch.
-        pack: False puts each example into a row of its own.
-        strict: a bad line is an error, and not skipped.
+        pack: False gives each example a separate row.
+        strict: a bad line is an error; otherwise it is skipped.
 
     Attributes:
-        num_examples: of all files; `num_truncated` and `num_skipped` were too long.
-        num_split: texts that became several examples.
-        bad: lines that hold no example.
+        num_examples: number of examples in all files.
+        num_truncated, num_skipped: number of examples whose `src` was cut, and that were skipped, for their length.
+        num_split: number of texts that became several examples.
+        bad: the lines that hold no example.
 
     Raises:
         UserError: a file cannot be read, or there is no example that fits.
@@ -73,7 +74,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
             raise UserError(f"--seq-length is {seq_length}, but an example needs at least 2")
         self._seq_length, self._seed, self._pack = seq_length, seed, pack
         self._pad = tokenizer.get_vocab().get(_PAD_TOKEN, _DEFAULT_PAD)
-        reader = _Reader(tokenizer, seq_length)
+        reader = _ExampleReader(tokenizer, seq_length)
         self.bad = BadLines()
         self._examples = reader.read(paths, self.bad, strict)
         self.num_examples = len(self._examples.lengths)
@@ -81,7 +82,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self.num_split = reader.num_split
         if not self.num_examples:
             raise UserError("; ".join(["there is no example to train on", *self.report()]))
-        self._starts = [0]  # first row of each epoch that has been packed so far, and of the next one
+        self._starts = [0]  # number of the first row of each epoch packed so far, and of the next epoch
         self._epoch, self._rows = -1, [np.zeros(0, np.int64)]
         self._length = len(self._rows_of(0)) if num_samples is None else num_samples
 
@@ -97,7 +98,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return self._row(self._rows_of(epoch)[index - self._starts[epoch]])
 
     def report(self) -> list[str]:
-        """Lines for the user on what was skipped or cut; none where all is well."""
+        """Lines for the user on what was skipped or cut; an empty list if nothing was."""
         lines = self.bad.report()
         if self.num_truncated:
             lines.append(f"src was cut at its beginning in {self.num_truncated} examples, to {self._seq_length} tokens")
@@ -110,9 +111,9 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return lines
 
     def _rows_of(self, epoch: int) -> list[np.ndarray]:
-        """The numbers of the examples in each row."""
+        """The numbers of the examples in each row of an epoch."""
         if epoch != self._epoch:
-            # RandomState, because numpy promises that its sequences never change.
+            # RandomState, because numpy guarantees that its sequences never change.
             random = np.random.RandomState([self._seed, epoch])
             order = random.permutation(self.num_examples)
             rows = first_fit(order, self._examples.lengths, self._seq_length) if self._pack else list(order[:, None])
@@ -140,52 +141,53 @@ class SupervisedDataset(torch.utils.data.Dataset):
 
 
 def first_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Put examples, in this order, each into the first open row with room for it (see SupervisedDataset).
+    """Pack examples into rows: each, in this order, into the first open row with room (see SupervisedDataset).
 
     Args:
-        lengths: positions that each example takes, none above `capacity`.
+        order: numbers of the examples.
+        lengths: number of positions of each example, at most `capacity`.
 
     Returns:
         For each row the numbers of its examples, whose lengths add up to at most `capacity`.
     """
     rows: list[list[int]] = []
     opened: list[int] = []  # numbers of the open rows, oldest first
-    room = np.zeros(0, np.int64)  # what each of them has left
+    room = np.zeros(0, np.int64)  # positions left in each of them
     for example in order:
         fitting = np.flatnonzero(room >= lengths[example])
         if len(fitting):
-            place = fitting[0]
+            row = fitting[0]
         else:
             if len(opened) == _OPEN_ROWS:
                 fullest = int(room.argmin())
                 del opened[fullest]
                 room = np.delete(room, fullest)
-            place = len(opened)
+            row = len(opened)
             opened.append(len(rows))
             room = np.append(room, capacity)
             rows.append([])
-        rows[opened[place]].append(example)
-        room[place] -= lengths[example]
+        rows[opened[row]].append(example)
+        room[row] -= lengths[example]
     return [np.array(row) for row in rows]
 
 
 @dataclass(frozen=True)
 class _Examples:
-    ids: np.ndarray  # int32, one example after the other, BOS and the last label included
+    ids: np.ndarray  # int32, all examples concatenated, each with BOS and the last label
     starts: np.ndarray  # int64 [n + 1]
-    prompts: np.ndarray  # int64 [n], labels without loss at the beginning of each
+    prompts: np.ndarray  # int64 [n], number of labels without loss at the beginning of each
 
     @property
     def lengths(self) -> np.ndarray:
-        """Positions that each example takes in a row: its last id is only a label."""
+        """Number of positions of each example in a row; its last id is only a label."""
         return np.diff(self.starts) - 1
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         return self.ids[self.starts[number] : self.starts[number + 1]], int(self.prompts[number])
 
 
-class _Reader:
-    """Lines to examples of at most `seq_length` positions."""
+class _ExampleReader:
+    """Turns lines into examples of at most `seq_length` positions."""
 
     def __init__(self, tokenizer: OPTTokenizer, seq_length: int) -> None:
         self.num_truncated = self.num_skipped = self.num_split = 0
@@ -218,7 +220,7 @@ class _Reader:
             raise ValueError("has neither 'src' and 'tgt' nor 'text'")
 
     def _pair(self, source: list[int], target: list[int]) -> Iterator[tuple[list[int], int]]:
-        room = self._seq_length - len(target)  # of the row, for src: BOS takes a position, the last </s> none
+        room = self._seq_length - len(target)  # for src: BOS takes a position, the last </s> is only a label
         if room < 0:
             self.num_skipped += 1
             return

@@ -1,7 +1,7 @@
-"""Training a byte-level BPE in OPT's layout: four special tokens, the 256 bytes, then the merges.
+"""Training a byte-level BPE with OPT's ids: four special tokens, the 256 bytes, then the merges.
 
-The special tokens have OPT's ids (fairseq's order) and are no part of the merges: in a text, `</s>` is four
-characters, which GPT-2's pattern cuts into three pieces.
+The special tokens have OPT's ids (fairseq's order) and take no part in the merges: in a text, `</s>` is four
+characters, which GPT-2's pattern splits into three pieces.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .jsonl import BadLines, check_inputs, read_texts
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
-LARGEST_VOCABULARY = 2**24  # the library reserves memory for it
+LARGEST_VOCABULARY = 2**24  # the library allocates memory for it in advance
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
-_MIN_FREQUENCY = 2  # a pair that occurs once teaches nothing
-# What facebook/opt-125m says of its tokenizer (special_tokens_map.json, tokenizer_config.json).
+_MIN_FREQUENCY = 2  # a pair that occurs once is not worth an entry
+# The contents of facebook/opt-125m's special_tokens_map.json and tokenizer_config.json.
 _ROLES = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 _CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **_ROLES}
 
 
 @dataclass
 class TokenizerTrainingResult:
-    """What a tokenizer was trained on, and its size."""
+    """What a tokenizer was trained on, and the size of its vocabulary."""
 
     vocab_size: int = 0
     texts: int = 0
@@ -52,12 +52,12 @@ def train_tokenizer(
     """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json to the directory `output`.
 
     The same texts give the same files. A small corpus may hold too few pairs for `vocab_size`; the vocabulary is
-    smaller then, as the result says.
+    then smaller, which the result shows.
 
     Args:
         inputs: JSON lines, each an object with a text under `json_key`; also `.gz`.
         vocab_size: special tokens and bytes included.
-        force: replace a tokenizer that is in the directory; other files there stay in any case.
+        force: replace a tokenizer that is in the directory; other files there are kept.
 
     Raises:
         UserError: a size below 260, files that cannot be read, no text in them, a tokenizer there without `force`.

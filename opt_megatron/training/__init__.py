@@ -1,4 +1,4 @@
-"""Training: data, objective, optimizer, loop, save and resume."""
+"""Training: setup of data, model and optimizer, the loop, metrics, saving and resuming."""
 
 from ..parallel.core_warnings import silence_core
 
