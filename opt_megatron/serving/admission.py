@@ -24,7 +24,7 @@ class AdmissionQueue:
         self._last_end = time.monotonic()
 
     def check(self, continuations: int) -> None:
-        """Check that so many more continuations may wait.
+        """Check that this many more continuations may wait.
 
         Raises:
             ApiError: 400, more than may ever wait; 429 with `Retry-After`, the queue is too full at present.

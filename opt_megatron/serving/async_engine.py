@@ -82,7 +82,7 @@ class AsyncEngine:
         return self._model
 
     def check_queue(self, continuations: int) -> None:
-        """Raise ApiError unless so many more continuations may wait (`AdmissionQueue.check`)."""
+        """Raise ApiError unless this many more continuations may wait (`AdmissionQueue.check`)."""
         self._admission.check(continuations)
 
     def submit(self, requests: Sequence[EngineRequest]) -> OutputCollector:
@@ -95,12 +95,12 @@ class AsyncEngine:
             ApiError: the queue is too full, or the server takes no requests.
         """
         _ = self.model  # raises unless the engine is ready
-        self.check_queue(sum(one.request.params.num_sampled for one in requests))
+        self.check_queue(sum(item.request.params.num_sampled for item in requests))
         output = OutputCollector(self._thread.queue.cancel)
-        for index, one in enumerate(requests):
-            number = self._thread.queue.put(one.request)
+        for index, item in enumerate(requests):
+            number = self._thread.queue.put(item.request)
             output.add_request(number, index)
-            state = RequestState(output, len(one.request.prompt), one.request.params, self.metrics)
+            state = RequestState(output, len(item.request.prompt), item.request.params, self.metrics)
             self._requests[number] = state
             self._admission.add(state.num_continuations)
         if self._idle.is_set():

@@ -17,7 +17,7 @@ from .protocol import API_NAMES, CompletionRequest, MetaseqRequest
 from .served_model import ServedModel
 
 DEFAULT_MAX_TOKENS = 16
-# Up to so many characters or ids are encoded or decoded in the event loop; more would delay other requests.
+# Up to this many characters or ids are encoded or decoded in the event loop; more would delay other requests.
 _MAX_IN_EVENT_LOOP = 10_000
 
 

@@ -103,6 +103,7 @@ LogitBias = Annotated[
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(max_length=_MAX_TOKEN_IDS)]
 Name = Annotated[str, Field(max_length=256)]
+ModelName = Annotated[Name | None, Field(description="a name that /v1/models lists; default: the model that is served")]
 
 # By the annotation of an option: the type of its field over HTTP, and the default if it is not the option's.
 FIELD_TYPES: dict[str, tuple[Any, Any]] = {

@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema
 
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import Option, options_of
-from .fields import FIELD_TYPES, MAX_INT, Name, Prompts, Text, TokenId
+from .fields import FIELD_TYPES, MAX_INT, ModelName, Name, Prompts, Text, TokenId
 
 _OPTIONS = options_of(SamplingParams)
 # Field of the API -> the option of `SamplingParams`.
@@ -59,7 +59,7 @@ class SamplingBody(RequestBody):
 
     sampling_fields: ClassVar[Mapping[str, str]] = {}
 
-    prompt: Prompts
+    prompt: Prompts = Field(description="what to continue: texts, or lists of token ids")
 
     def sampling_options(self) -> dict[str, Any]:
         """The values of the sampling options, by their names in `SamplingParams`."""
@@ -117,7 +117,7 @@ def _description(option: Option) -> str:
 class StreamOptions(RequestBody):
     """The field `stream_options`."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="end with a chunk that has the number of tokens")
 
 
 @with_sampling_options(
@@ -128,14 +128,14 @@ class StreamOptions(RequestBody):
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
-    model: Name | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    model: ModelName = None
+    stream: bool = Field(False, description="send tokens as server-sent events as soon as they are generated")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
     user: Name | None = Field(None, description="accepted and not used")
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, le=MAX_INT, description="keep so many of the prompt's last tokens; -1: as many as fit"
+        None, ge=-1, le=MAX_INT, description="keep this many of the prompt's last tokens; -1: as many as fit"
     )
-    add_special_tokens: bool = Field(True, description="begin a text with BOS")
+    add_special_tokens: bool = Field(True, description="begin the prompts that are texts with BOS")
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -159,13 +159,13 @@ class MetaseqRequest(SamplingBody):
 class TokenizeRequest(RequestBody):
     """POST /tokenize."""
 
-    model: Name | None = None
-    prompt: Text
-    add_special_tokens: bool = True
+    model: ModelName = None
+    prompt: Text = Field(description="the text")
+    add_special_tokens: bool = Field(True, description="begin with BOS")
 
 
 class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
-    model: Name | None = None
-    tokens: list[TokenId] = Field(max_length=1_000_000)
+    model: ModelName = None
+    tokens: list[TokenId] = Field(max_length=1_000_000, description="the ids")

@@ -37,12 +37,12 @@ class ResponseBuilder:
         }
         self._choices = [  # [prompt][choice]; a choice's index counts over all prompts
             [
-                ChoiceBuilder(model, one, prompt_index * one.request.params.n + choice)
-                for choice in range(one.request.params.n)
+                ChoiceBuilder(model, item, prompt_index * item.request.params.n + choice)
+                for choice in range(item.request.params.n)
             ]
-            for prompt_index, one in enumerate(requests)
+            for prompt_index, item in enumerate(requests)
         ]
-        self._prompt_tokens = sum(len(one.request.prompt) for one in requests)
+        self._prompt_tokens = sum(len(item.request.prompt) for item in requests)
         self._completion_tokens = 0
 
     def add_events(self, events: Sequence[PromptEvent]) -> list[Choice]:

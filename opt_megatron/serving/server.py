@@ -16,8 +16,8 @@ from .async_engine import AsyncEngine, EngineState
 from .connection import BoundedConnection
 
 _ANSWER_SECONDS = 5  # to send the last responses after the engine has stopped
-# torchrun forwards to its processes a signal that the terminal has already sent to them: within so many seconds
-# a second signal is the same one.
+# torchrun forwards to its processes a signal that the terminal has already sent to them, so a second signal within
+# this time is the same one.
 _SAME_SIGNAL_SECONDS = 1.0
 
 

@@ -1,21 +1,22 @@
-// The page: sends prompts to /v1/completions and shows tokens as they come. Text goes in by textContent alone.
+// The page: streams completions from /v1/completions. Text enters the document through textContent only, so no text of
+// the model or the server can become markup.
 
 const ALTERNATIVES = 5;
-const MOST_BITS = 10; // of surprise, from which on a token has the strongest tint: one chance in a thousand
+const MAX_SURPRISE_BITS = 10; // a token of probability 2^-10 or less gets the strongest tint
 const SLIDERS = [
   "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "min_p", "presence_penalty", "frequency_penalty",
 ];
-const ENDS = { stop: "came to an end", length: "all new tokens written" };
+const FINISH_TEXTS = { stop: "came to an end", length: "all new tokens written" };
 
 const at = (id) => document.getElementById(id);
 const form = at("form"), prompt = at("prompt"), tokens = at("tokens"), alternatives = at("alternatives");
 
 let modelName = null;
 let running = null; // the AbortController of what is being generated
-let asked = null; // the prompt that it was generated from
-let written = ""; // what has been generated
-let active = null; // the token whose alternatives are shown
-const reports = new WeakMap(); // a token's element -> its choices, likeliest first
+let generatedFrom = null; // the prompt of what is shown
+let generatedText = "";
+let active = null; // the token element whose alternatives are shown
+const candidates = new WeakMap(); // token element -> the likeliest tokens at its place, most probable first
 
 // --- talking to the server ---
 
@@ -104,7 +105,7 @@ async function generate(text) {
       meter.count(choice.logprobs.tokens.length);
       addToken(choice);
       at("stats").textContent = meter.text();
-      end = choice.finish_reason ? ENDS[choice.finish_reason] : end;
+      end = choice.finish_reason ? FINISH_TEXTS[choice.finish_reason] : end;
     }
   } catch (error) {
     if (error.name === "AbortError") end = "stopped";
@@ -139,7 +140,7 @@ class Meter {
 }
 
 function begin(text) {
-  [asked, written] = [text, ""];
+  [generatedFrom, generatedText] = [text, ""];
   hideAlternatives();
   active = null;
   tokens.removeAttribute("aria-activedescendant");
@@ -159,7 +160,7 @@ function begin(text) {
 
 function finish(meter, end) {
   tokens.classList.remove("writing");
-  if (end === null && written === "") {
+  if (end === null && generatedText === "") {
     [tokens.hidden, at("empty").hidden] = [true, false];
   }
   at("status").textContent = end ? `Done: ${meter.text()}; ${end}` : "";
@@ -170,8 +171,8 @@ function finish(meter, end) {
 function setButtons() {
   at("generate").disabled = running !== null;
   at("stop").disabled = running === null;
-  // What was written goes on from the prompt that it came from, and from no other.
-  at("continue").disabled = running !== null || written === "" || prompt.value !== asked;
+  // A continuation is only valid for the prompt that it was generated from.
+  at("continue").disabled = running !== null || generatedText === "" || prompt.value !== generatedFrom;
 }
 
 function showError(message) {
@@ -179,11 +180,11 @@ function showError(message) {
   at("error").hidden = false;
 }
 
-// --- tokens and what else was likely ---
+// --- tokens and their alternatives ---
 
 function addToken({ text, logprobs }) {
-  if (text === "") return; // half a character, or what may become the end: it comes with a later token
-  written += text;
+  if (text === "") return; // an incomplete character or stop string; its text comes with a later token
+  generatedText += text;
   const last = logprobs.tokens.length - 1;
   const probability = Math.exp(logprobs.token_logprobs[last]);
   const choices = Object.entries(logprobs.top_logprobs[last])
@@ -195,9 +196,9 @@ function addToken({ text, logprobs }) {
   span.setAttribute("role", "option");
   span.setAttribute("aria-selected", "false");
   span.setAttribute("aria-label", `${spoken(text)}, ${percent(probability)}`);
-  span.style.setProperty("--surprise", Math.min(1, -Math.log2(probability) / MOST_BITS).toFixed(3));
+  span.style.setProperty("--surprise", Math.min(1, -Math.log2(probability) / MAX_SURPRISE_BITS).toFixed(3));
   span.textContent = text;
-  reports.set(span, choices);
+  candidates.set(span, choices);
   tokens.append(span);
 }
 
@@ -207,7 +208,7 @@ function select(token) {
   token.setAttribute("aria-describedby", alternatives.id);
   token.setAttribute("aria-selected", "true");
   tokens.setAttribute("aria-activedescendant", token.id);
-  alternatives.replaceChildren(...reports.get(token).map(row));
+  alternatives.replaceChildren(...candidates.get(token).map(row));
   alternatives.hidden = false;
   place(token);
 }
@@ -297,13 +298,13 @@ form.addEventListener("input", () => {
 });
 at("stop").addEventListener("click", () => running?.abort());
 at("continue").addEventListener("click", () => {
-  prompt.value += written;
+  prompt.value += generatedText;
   generate(prompt.value);
 });
 at("key-use").addEventListener("click", connect);
 at("key").addEventListener("keydown", (event) => {
   if (event.key !== "Enter") return;
-  event.preventDefault(); // it would send the form
+  event.preventDefault(); // Enter would submit the form
   connect();
 });
 for (const example of document.querySelectorAll(".example")) {
