@@ -1,19 +1,15 @@
-"""The CPU optimizer's rules: clipping, skipping, loss scaling; and which random numbers ranks share."""
+"""The CPU optimizer's rules: clipping, skipping, loss scaling."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-import training_jobs as jobs
-from ranks import RankPool
 from torch import nn
 
 from opt_megatron.parallel.context import ParallelContext
 from opt_megatron.training.cpu_optimizer import CPUOptimizer
-from opt_megatron.training.loss_scale import LossScale
 from opt_megatron.training.options import OptimizerOptions
 
 
@@ -72,19 +68,3 @@ def test_the_loss_scale_follows_overflows(alone: ParallelContext) -> None:
     assert outcome.grad_norm == pytest.approx(2 * math.sqrt(8))  # unscaled
     optimizer.step(0.1)
     assert optimizer.scale_loss(torch.tensor(1.0)) == 4.0
-
-
-def test_the_loss_scale_has_a_bottom() -> None:
-    scale = LossScale(OptimizerOptions(initial_loss_scale=1.0, min_loss_scale=0.25), is_used=True)
-    assert [scale.update(overflowed=True) for _ in range(4)] == [True, True, False, False]
-    assert scale.value == 0.25
-
-
-def test_ranks_agree_on_hidden_dropout_and_differ_in_their_heads(ranks: Callable[[int], RankPool]) -> None:
-    (first, own, later), (first_2, own_2, later_2) = ranks(2).run(jobs.dropped, 2)
-    assert torch.equal(first, first_2)
-    assert torch.equal(later, later_2)
-    assert not torch.equal(own, own_2)
-    (first, own, _), (first_2, own_2, _) = ranks(2).run(jobs.dropped, 1)  # data parallel
-    assert not torch.equal(first, first_2)
-    assert not torch.equal(own, own_2)
