@@ -13,7 +13,7 @@ gives transformers' values to the bit. `generate` and `stream` make an engine, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -65,6 +65,7 @@ class OPT:
         self.pretrained = pretrained
         self.batch_size = batch_size
         self._model = model
+        self._has_open_stream = False
         self._dtype, self._quantization = dtype, quantization
         self._engine_options = EngineOptions(max_batch_size=batch_size) if engine is None else engine
 
@@ -220,8 +221,45 @@ class OPT:
             UserError: a prompt or an option is wrong, or hooks are active: the engine's own pass does not run them.
         """
         params = self._params("generate", options)
+        self._check_no_open_stream()
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return self.engine.complete([self.request(prompt, params) for prompt in prompts])
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Continue a prompt (a text, or ids that begin with BOS) and give the text in pieces, as it is generated.
+
+            for piece in opt.stream("Once upon a time", max_new_tokens=50):
+                print(piece, end="", flush=True)
+
+        Every rank reads the same pieces. Closing the iterator, or dropping it, ends the generation; on several ranks
+        every rank does so after the same piece. Until then `generate` and other streams are refused.
+
+        Args:
+            options: of `SamplingParams`, as for `generate`; `n` must be 1.
+
+        Raises:
+            UserError: the prompt or an option is wrong, there is no tokenizer, or hooks are active.
+        """
+        params = self._params("stream", options)
+        if params.n != 1:
+            raise UserError(f"stream gives one continuation, but n is {params.n}: use generate")
+        if self.pretrained.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer to make text of ids: use generate")
+        request = self.request(prompt, params)
+        self.engine.check(request)  # at once, and not when the first piece is read
+        return self._pieces(request)
+
+    def _pieces(self, request: Request) -> Iterator[str]:
+        self._check_no_open_stream()
+        self._has_open_stream = True
+        try:
+            yield from self.engine.stream(request)
+        finally:
+            self._has_open_stream = False
+
+    def _check_no_open_stream(self) -> None:
+        if self._has_open_stream:
+            raise UserError("a stream is open: read it to its end, or close it")
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         """A prompt (text, or ids that begin with BOS) for the engine.

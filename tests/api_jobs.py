@@ -134,6 +134,33 @@ def lens(directory: Path, tp: int, pp: int, tokens: Tensor) -> Lens:
     return logit_lens(_load(directory, tp, pp), tokens)
 
 
+def streamed(tp: int, pp: int) -> dict[str, Any]:
+    """What streams of text give on this rank: whole ones, and one that is closed early."""
+    opt = OPT.from_pretrained(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "seed": 4, "ignore_eos": True}
+    pieces = list(opt.stream("Once upon a time — très", **options))
+    text = opt.generate("Once upon a time — très", **options)[0].text
+    stream = opt.stream("The king", **options)
+    first = [next(stream), next(stream)]
+    logits = opt.logits([2, 5])  # between two pieces all ranks are free
+    refused = []
+    for action in (lambda: opt.generate("x"), lambda: next(iter(opt.stream("x")))):
+        try:
+            action()
+        except UserError as error:
+            refused.append(str(error))
+    stream.close()
+    for message in (lambda: opt.stream("x", n=2), lambda: opt.stream("x" * 9999), lambda: opt.stream("x", heat=1)):
+        try:
+            message()
+        except UserError as error:
+            refused.append(str(error))
+    again = opt.generate("The king", **options)[0].text
+    dropped = next(opt.stream("The king", **options))  # not closed by anybody
+    assert torch.equal(opt.logits([2, 5]), logits)
+    return {"pieces": pieces, "text": text, "first": first, "again": again, "dropped": dropped, "refused": refused}
+
+
 def weights_before_and_after_generating(
     directory: Path, tp: int, pp: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

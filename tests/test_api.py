@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import OPTForCausalLM
 
+from opt_megatron import OPT
+from opt_megatron.errors import UserError
+
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 MODELS = ["pre-norm", "post-norm"]
 TOLERANCE = 1e-4
@@ -159,8 +162,6 @@ def test_a_hook_that_fails_on_one_stage_fails_on_all_and_leaves_them_in_step(mod
 
 
 def test_tokens_and_layers_come_in_all_kinds(alone):
-    from opt_megatron import OPT
-
     opt = OPT.from_pretrained()
     ids = opt.tokens("Once upon a time")
     wanted = opt.logits(ids)
@@ -174,8 +175,6 @@ def test_tokens_and_layers_come_in_all_kinds(alone):
 
 
 def test_hooks_act_on_scores(models, alone):
-    from opt_megatron import OPT
-
     opt = OPT.from_pretrained()
     plain = opt.score([("Once upon a", " time")])[0].total
     with opt.hooks({"layers.0": lambda hidden: hidden * 0}):
@@ -220,6 +219,25 @@ def test_mistakes_are_the_same_line_on_every_rank(models, ranks):
         strict=True,
     ):
         assert part in message
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_streams_give_every_rank_the_text_in_pieces_and_may_be_closed(ranks, tp, pp):
+    found, *others = ranks(tp * pp).run(api_jobs.streamed, tp, pp)
+    assert all(other == found for other in others)
+    assert "".join(found["pieces"]) == found["text"] and len(found["pieces"]) > 10 and all(found["pieces"])
+    assert found["again"].startswith("".join(found["first"])) and found["dropped"] == found["first"][0]
+    for message, part in zip(
+        found["refused"],
+        ("a stream is open", "a stream is open", "but n is 2: use generate", "tokens with BOS", "stream: got an unex"),
+        strict=True,
+    ):
+        assert part in message
+
+
+def test_a_stream_of_text_needs_a_tokenizer(models, alone):
+    with pytest.raises(UserError, match="no tokenizer to make text of ids: use generate"):
+        OPT.from_pretrained(str(models["pre-norm"][0])).stream([2, 5])
 
 
 def test_importing_the_package_stays_light():

@@ -26,7 +26,7 @@ import torch
 
 from .context import ParallelContext
 
-STOP, KEEP_ALIVE = -1, -2  # commands of the loop itself
+STOP, KEEP_ALIVE, SHARE = -1, -2, -3  # commands of the loop itself
 _HEADER_SIZE = 2
 _INLINE_SIZE = 510  # numbers in the first broadcast: 4 KiB with the header
 
@@ -61,8 +61,27 @@ class CommandLoop:
             command, numbers = self._receive()
             if command == STOP:
                 return
-            if command != KEEP_ALIVE:
+            if command >= 0:
                 self._execute(command, numbers)
+
+    def follow_shared(self) -> Iterator[list[int]]:
+        """`follow`, and yield what the leader shares. Closed early, it still follows until the leader stops."""
+        while True:
+            command, numbers = self._receive()
+            if command == STOP:
+                return
+            if command == SHARE:
+                try:
+                    yield numbers
+                except GeneratorExit:
+                    self.follow()  # the leader's steps need all ranks
+                    raise
+            elif command >= 0:
+                self._execute(command, numbers)
+
+    def share(self, numbers: Sequence[int]) -> None:
+        """On the leader: numbers for followers that read `follow_shared`; the others ignore them."""
+        self.send(SHARE, numbers)
 
     def keep_alive(self) -> None:
         """On the leader: send nothing to do, while there is nothing, so that no follower takes the leader for lost."""

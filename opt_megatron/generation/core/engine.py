@@ -10,7 +10,8 @@ and leave the batch at every step (`scheduler.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 
 from ...errors import UserError
@@ -92,7 +93,7 @@ class Engine:
             )
         return min(maximum, kv_cache_memory // (per_token * BLOCK_SIZE) * BLOCK_SIZE)
 
-    def generate(self, requests: Sequence[Request] | RequestQueue) -> Iterator[TokenEvent]:
+    def generate(self, requests: Sequence[Request] | RequestQueue) -> Generator[TokenEvent, None, None]:
         """Continue all requests; called on every rank, and read to its end there.
 
         Args:
@@ -130,6 +131,26 @@ class Engine:
         for event in self.generate(requests):
             builder.add(event)
         return builder.completions()
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The text of the request's continuation, in pieces as they are generated; called and read on every rank.
+
+        Closed early, on every rank, it ends the generation.
+
+        Raises:
+            UserError: the request cannot be run; raised on the leader, while the others just end (see `check`).
+        """
+        commands = self._executor.commands
+        if not self._parallel.is_leader:
+            for numbers in commands.follow_shared():
+                yield bytes(numbers).decode()
+            return
+        with closing(self.generate([request])) as events:
+            for event in events:
+                if event.text and not event.is_prompt:
+                    if commands.has_followers:
+                        commands.share(list(event.text.encode()))
+                    yield event.text
 
     def cancel(self, request_id: int) -> None:
         """End a request of the running `generate`, from any thread; its memory is free at the next step."""
