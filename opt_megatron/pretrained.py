@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -68,8 +68,7 @@ class Pretrained:
         """Read this rank's part of the weights into a new model (`checkpoint.load.load_model`); on every rank."""
         if self.checkpoint is None:
             raise UserError(f"{self.name} was not opened from a checkpoint, so there are no weights to load")
-        model = load_model(self.checkpoint, self.config, self.parallel, dtype, quantization=quantization)
-        return cast("OPTModel", model)
+        return load_model(self.checkpoint, self.config, self.parallel, dtype, quantization=quantization)
 
 
 def start_parallel(

@@ -6,7 +6,7 @@ This is the only module of the package that depends on the model and the process
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .checkpoint import Checkpoint
 from .formats.registry import open_checkpoint
 from .locate import locate
 from .parameter_mapping import Parameter, component_view, layers_of_stage, rank_block, stage_parameters
+
+if TYPE_CHECKING:
+    from ..model.opt_model import OPTModel
 
 
 def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:
@@ -33,7 +36,7 @@ def load_model(
     dtype: str = "auto",
     *,
     quantization: str | None = None,
-) -> nn.Module:
+) -> OPTModel:
     """Build this rank's part of the model and read its weights.
 
     Args:
@@ -49,7 +52,7 @@ def load_model(
     """
     from ..model.opt_model import build_model
 
-    def load() -> nn.Module:
+    def load() -> OPTModel:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source), config)
         torch_dtype = resolve_dtype(dtype, checkpoint.config, parallel.device)
         model = build_model(checkpoint.config, parallel, torch_dtype, quantization=quantization)
