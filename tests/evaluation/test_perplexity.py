@@ -1,5 +1,6 @@
 """Perplexity: the windows by eye, the figure against transformers, and the command."""
 
+import gzip
 import json
 import math
 
@@ -109,6 +110,8 @@ def test_files_of_texts(tmp_path):
     assert read_texts(lines) == ["a\u2028b", "c"]
     (tmp_path / "X.NDJSON").write_bytes(lines.read_bytes())
     assert read_texts(tmp_path / "X.NDJSON") == read_texts(lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    assert read_texts(tmp_path / "x.jsonl.gz") == read_texts(lines)
     whole = tmp_path / "x.txt"
     whole.write_text("a\nb\n", encoding="utf-8")
     assert read_texts(whole) == ["a\nb\n"]
