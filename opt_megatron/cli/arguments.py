@@ -51,7 +51,7 @@ class ModelConfigOptions(Options):
 
     model_config: str | None = option(
         None,
-        help="a config.json (or its directory) instead of what the checkpoint says of itself",
+        help="a config.json (or its directory) to use instead of the checkpoint's own",
         metavar="FILE",
         is_path=True,
     )
@@ -80,9 +80,9 @@ class RuntimeOptions(LayoutOptions):
 
     dtype: str = option("auto", help="float32, float16, bfloat16 or auto (float32 on a CPU, the checkpoint's on a GPU)")
     device: str | None = option(
-        None, help="where it runs", choices=("cpu", "cuda"), default_text="cuda where there is one"
+        None, help="device to run on", choices=("cpu", "cuda"), default_text="cuda where there is one"
     )
-    seed: int = option(1234, help="of all that is drawn")
+    seed: int = option(1234, help="seed of all random choices")
     quantization: str | None = option(
         None, help="8-bit weights, quantised while loading; a quarter of float32's memory", choices=quantizations()
     )

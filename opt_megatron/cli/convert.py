@@ -23,7 +23,7 @@ class ConvertOptions(Options):
 
     save: str = option(help="the directory to write", metavar="DIR", required=True, is_path=True)
     tokenizer: str | None = option(
-        None, help="tokenizer files to copy beside", metavar="DIR", default_text="the source's", is_path=True
+        None, help="tokenizer files to copy", metavar="DIR", default_text="the source's", is_path=True
     )
     force: bool = option(False, help="replace --save where it is a checkpoint already")
     resume: bool = option(False, help="go on where an interrupted run of the same command stopped")

@@ -39,9 +39,9 @@ class PlanOptions(Options):
         default_text="1, or with neither the smallest that fit",
     )
     dtype: str = option("float16", help="float32, float16 or bfloat16")
-    batch: int = option(1, help="rows that run at the same time")
-    context: int | None = option(None, help="tokens of a row", default_text="all of the model's positions")
-    device_memory: Size = option("80GB", help="of one device", metavar="SIZE")
+    batch: int = option(1, help="sequences that run at the same time")
+    context: int | None = option(None, help="tokens of a sequence", default_text="all of the model's positions")
+    device_memory: Size = option("80GB", help="memory of one device", metavar="SIZE")
 
 
 OPTIONS: Groups = {"": (PlanOptions,)}

@@ -42,7 +42,7 @@ class ServerOptions(Options):
     """Where the server listens, and under which names."""
 
     host: str = option("127.0.0.1", help="address to listen on", default_text="127.0.0.1, this machine alone")
-    port: int = option(5000, help="0 takes a free one", minimum=0, maximum=2**16 - 1)
+    port: int = option(5000, help="port to listen on; 0 picks a free one", minimum=0, maximum=2**16 - 1)
     served_model_name: tuple[str, ...] | None = option(
         None, help="what clients call the model; repeatable", metavar="NAME"
     )
@@ -57,8 +57,8 @@ class LimitOptions(Options):
 
     max_queue_length: int = option(1024, help="continuations that may wait", minimum=1)
     # More than may wait and run, so that too many requests get 429 and its Retry-After, and not uvicorn's 503.
-    max_connections: int = option(2048, help="at a time", minimum=1)
-    max_body_size: Size = option("2MiB", help="of a request", metavar="SIZE")
+    max_connections: int = option(2048, help="connections at a time", minimum=1)
+    max_body_size: Size = option("2MiB", help="maximum size of a request", metavar="SIZE")
     request_timeout: float = option(600.0, help="seconds for a request, waiting included", above=0, metavar="S")
     step_timeout: float = option(
         300.0,
@@ -68,7 +68,7 @@ class LimitOptions(Options):
     )
     shutdown_timeout: float = option(
         20.0,
-        help="seconds for what runs when the server is told to end (torchrun allows 30 in all)",
+        help="seconds for running requests when the server is told to end (torchrun allows 30 in all)",
         above=0,
         metavar="S",
     )

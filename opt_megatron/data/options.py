@@ -23,7 +23,7 @@ class DataOptions(Options):
     )
     data_cache_path: str | None = option(
         None,
-        help="for the shuffled indices",
+        help="directory of the shuffled indices",
         metavar="DIR",
         default_text="PREFIX/cache beside the first corpus, or a temporary one where that cannot be written",
         is_path=True,

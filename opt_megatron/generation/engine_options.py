@@ -12,14 +12,14 @@ from ..options import Options, option
 class EngineOptions(Options):
     """Options of `Engine` (`generation/core/engine.py`), with the draft model by name."""
 
-    max_batch_size: int = option(16, help="sequences at a time", minimum=1)
+    max_batch_size: int = option(16, help="sequences that run at a time", minimum=1)
     kv_cache_memory: Size | None = option(
         None,
-        help="of a rank at the most, as 2GB",
+        help="maximum memory of a rank's KV cache, as 2GB",
         metavar="SIZE",
         default_text="what the prompts need, in a server what --max-batch-size of the longest sequences need",
     )
-    prefill_chunk_size: int = option(256, help="tokens of prompts in a step", minimum=1)
+    prefill_chunk_size: int = option(256, help="prompt tokens per step", minimum=1)
     draft_model: str | None = option(
         None,
         help="a smaller OPT with the same tokenizer that proposes tokens (speculation)",
@@ -27,4 +27,4 @@ class EngineOptions(Options):
         is_path=True,
     )
     prompt_lookup: bool = option(False, help="propose what followed the newest tokens earlier (speculation)")
-    num_speculative_tokens: int = option(4, help="proposed at a time", minimum=1)
+    num_speculative_tokens: int = option(4, help="tokens proposed at a time", minimum=1)

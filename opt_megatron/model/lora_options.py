@@ -15,7 +15,7 @@ class LoRAOptions(Options):
     """What to adapt and how much. Megatron's `linear_qkv` is q, k and v in one: they share A."""
 
     rank: int = option(
-        help="train factors of this rank; 0: everything",
+        help="train LoRA factors of this rank; 0 trains all weights",
         argument="lora_rank",
         minimum=0,
         must="not be negative",
@@ -23,11 +23,16 @@ class LoRAOptions(Options):
         default_text="0",
     )
     alpha: float = option(
-        16.0, help="scale A / R", argument="lora_alpha", above=0, must="be a positive number", metavar="A"
+        16.0,
+        help="the update is scaled by A / R",
+        argument="lora_alpha",
+        above=0,
+        must="be a positive number",
+        metavar="A",
     )
     target_modules: tuple[str, ...] = option(
         LORA_TARGETS,
-        help=f"of {' '.join(LORA_TARGETS)}",
+        help=f"layers to adapt, of {' '.join(LORA_TARGETS)}",
         argument="lora_target_modules",
         nargs="+",
         metavar="NAME",

@@ -8,6 +8,8 @@ from ..options import Options, option
 from .lr_schedule import DECAY_STYLES
 from .recipe import INIT_STD
 
+_DECAY_RATE = "be a number from 0 up, and below 1"
+
 
 @dataclass(frozen=True)
 class StartOptions(Options):
@@ -26,7 +28,7 @@ class StartOptions(Options):
     )
     hidden_dropout: float | None = option(
         None,
-        help="of the residuals",
+        help="dropout of the residual branches",
         minimum=0,
         below=1,
         must="be from 0 up to 1",
@@ -35,7 +37,7 @@ class StartOptions(Options):
     )
     attention_dropout: float | None = option(
         None,
-        help="of the attention's probabilities",
+        help="dropout of the attention probabilities",
         minimum=0,
         below=1,
         must="be from 0 up to 1",
@@ -58,17 +60,17 @@ class TrainerOptions(Options):
         default_text="the preset's",
     )
     global_batch_size: int = option(
-        help="sequences a step", minimum=1, must="be positive", metavar="G", default_text="the preset's"
+        help="sequences per step", minimum=1, must="be positive", metavar="G", default_text="the preset's"
     )
-    seq_length: int = option(help="tokens of a sequence", minimum=1, metavar="S", default_text="the model's positions")
-    micro_batch_size: int = option(1, help="sequences at a time", minimum=1, metavar="B")
+    seq_length: int = option(help="tokens per sequence", minimum=1, metavar="S", default_text="the model's positions")
+    micro_batch_size: int = option(1, help="sequences per forward and backward pass", minimum=1, metavar="B")
     log_interval: int = option(10, help="steps between lines of progress", minimum=1)
     eval_interval: int = option(
-        0, help="steps between validations; 0 is never", minimum=0, must="not be negative", default_text="no validation"
+        0, help="steps between validations", minimum=0, must="not be negative", default_text="no validation"
     )
     eval_iters: int = option(
         0,
-        help="micro-batches of each data-parallel rank in a validation; 0 takes the whole validation set",
+        help="micro-batches of each data-parallel rank in a validation",
         minimum=0,
         must="not be negative",
         default_text="all there are",
@@ -90,35 +92,41 @@ class TrainerOptions(Options):
 class ScheduleOptions(Options):
     """The learning rate; `schedule.py` makes a function of the step of it."""
 
-    lr: float | None = option(None, help="the peak", above=0, must="be positive", default_text="the preset's")
-    min_lr: float | None = option(None, help="at the end", default_text="a tenth of --lr")
+    lr: float | None = option(None, help="peak learning rate", above=0, must="be positive", default_text="the preset's")
+    min_lr: float | None = option(None, help="learning rate at the end", default_text="a tenth of --lr")
     lr_warmup_iters: int | None = option(None, help="steps of linear warm-up", default_text="the preset's, else 0")
-    lr_decay_style: str = option("linear", help="from the peak to the end", choices=DECAY_STYLES)
+    lr_decay_style: str = option("linear", help="shape of the decay from the peak to the end", choices=DECAY_STYLES)
 
 
 @dataclass(frozen=True)
 class OptimizerOptions(Options):
     """Adam as in OPT's recipe."""
 
-    weight_decay: float = option(0.1, help="of matrices", minimum=0, must="be a number from 0 up")
-    adam_beta1: float = option(0.9, help="of the mean", minimum=0, below=1, must="be a number from 0 up, and below 1")
+    weight_decay: float = option(0.1, help="weight decay of the matrices", minimum=0, must="be a number from 0 up")
+    adam_beta1: float = option(0.9, help="decay rate of the mean gradient", minimum=0, below=1, must=_DECAY_RATE)
     adam_beta2: float = option(
-        0.95, help="of the variance", minimum=0, below=1, must="be a number from 0 up, and below 1"
+        0.95,
+        help="decay rate of the mean squared gradient",
+        minimum=0,
+        below=1,
+        must="be a number from 0 up, and below 1",
     )
-    adam_eps: float = option(1e-8, help="added to the root of the variance", above=0)
+    adam_eps: float = option(1e-8, help="added to the denominator", above=0)
     clip_grad: float = option(
         1.0, help="largest L2 norm of all gradients together; 0 does not clip", minimum=0, must="be a number from 0 up"
     )
     skip_grad_norm: float = option(
         0.0,
-        help="skip steps whose gradients have a larger norm; 0 makes all of them",
+        help="skip steps whose gradients have a larger norm; 0 skips none",
         minimum=0,
         must="be a number from 0 up",
         default_text="none",
     )
-    initial_loss_scale: float = option(4.0, help="of fp16; halved after an overflow", above=0)
-    loss_scale_window: int = option(256, help="of fp16: good steps until the loss scale is doubled", minimum=1)
-    min_loss_scale: float = option(2.0**-14, help="of fp16: the loss scale gets no smaller", above=0, cli=False)
+    initial_loss_scale: float = option(4.0, help="fp16: first loss scale; it is halved after an overflow", above=0)
+    loss_scale_window: int = option(
+        256, help="fp16: steps without an overflow after which the loss scale is doubled", minimum=1
+    )
+    min_loss_scale: float = option(2.0**-14, help="fp16: smallest loss scale", above=0, cli=False)
     use_distributed_optimizer: bool = option(False, help="CUDA: divide Adam's state over the data-parallel ranks")
 
 
@@ -128,7 +136,7 @@ class SavingOptions(Options):
 
     save: str | None = option(
         None,
-        help="checkpoints, metrics.jsonl and run.yaml, the options; a run there is resumed",
+        help="directory of checkpoints, metrics.jsonl and run.yaml (the options); a run there is resumed",
         metavar="DIR",
         is_path=True,
     )
@@ -143,13 +151,13 @@ class SavingOptions(Options):
 class ExecutionOptions(Options):
     """How the computation is divided and repeated."""
 
-    sequence_parallel: bool = option(False, help="divide norms and dropout over tensor ranks too")
+    sequence_parallel: bool = option(False, help="divide norms and dropout over the tensor parallel ranks too")
     recompute_granularity: str | None = option(
         None,
         help="recompute activations: of whole layers, or the attention's alone",
         choices=("full", "selective"),
     )
-    seed: int = option(1, help="of the first weights, dropout and the order of the data")
+    seed: int = option(1, help="seed of the first weights, of dropout and of the order of the data")
 
 
 @dataclass(frozen=True)
@@ -159,5 +167,5 @@ class DeviceOptions(Options):
     bf16: bool = option(False, help="bfloat16 with float32 main parameters")
     fp16: bool = option(False, help="float16 with those and dynamic loss scaling")
     device: str | None = option(
-        None, help="where it runs", choices=("cpu", "cuda"), default_text="cuda where there is one"
+        None, help="device to run on", choices=("cpu", "cuda"), default_text="cuda where there is one"
     )
