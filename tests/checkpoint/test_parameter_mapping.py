@@ -11,8 +11,7 @@ from opt_megatron.checkpoint.parameter_mapping import (
     rank_block,
     stage_parameters,
 )
-from opt_megatron.checkpoint.storage.blocks import whole
-from opt_megatron.checkpoint.storage.lazy_tensor import Concatenated, wrap_tensor
+from opt_megatron.checkpoint.storage.lazy_tensor import wrap_tensor
 from opt_megatron.config import RELEASED_SIZES, OPTConfig
 
 
@@ -30,15 +29,6 @@ def test_each_split_cuts_its_dimension():
     assert rank_block((4, 6), Split.COLUMN, 1, 2) == (slice(2, 4), slice(0, 6))
     assert rank_block((4, 6), Split.ROW, 2, 3) == (slice(0, 4), slice(4, 6))
     assert rank_block((4, 6), Split.REPLICATED, 2, 3) == (slice(0, 4), slice(0, 6))
-
-
-def test_blocks_reach_across_pieces():
-    pieces = [wrap_tensor(torch.tensor([[1, 2]])), wrap_tensor(torch.tensor([[3, 4], [5, 6]]))]
-    rows = Concatenated(pieces, 0)
-    assert rows.shape == (3, 2)
-    assert rows.read(whole(rows.shape)).tolist() == [[1, 2], [3, 4], [5, 6]]
-    assert rows.read((slice(0, 2), slice(1, 2))).tolist() == [[2], [4]]
-    assert rows.read((slice(2, 3), slice(0, 2))).tolist() == [[5, 6]]
 
 
 def test_rank_one_of_two_holds_the_second_head():
@@ -63,7 +53,3 @@ def test_canonical_tensors_add_up_to_the_parameter_count():
         # The keys of Hugging Face's files: the tied head is stored once more there.
     assert len(canonical_shapes(RELEASED_SIZES["opt-125m"].config)) == 197 - 1
     assert len(canonical_shapes(RELEASED_SIZES["opt-350m"].config)) == 389 - 1
-
-
-def test_whole_block():
-    assert whole((2, 3)) == (slice(0, 2), slice(0, 3))

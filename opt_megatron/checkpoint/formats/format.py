@@ -92,6 +92,8 @@ class OutputFormat(Format):
 
     def describe_output(self, options: ConversionOptions) -> str:
         """What was written, for the last line that `convert` prints."""
+        if not self.has_tensor_parts:
+            return self.title
         parts = options.tensor_model_parallel_size
         return f"{self.title}, {parts} part" + ("s" if parts > 1 else "")
 

@@ -88,10 +88,6 @@ class HuggingFaceFormat(OutputFormat):
         index = {"metadata": {"total_size": sum(file.num_bytes for file in files)}, "weight_map": weight_map}
         return {INDEX_FILES[0]: json.dumps(index, indent=2) + "\n"}
 
-    def describe_output(self, options: ConversionOptions) -> str:
-        """The format's name; there is nothing to count."""
-        return self.title
-
 
 FORMAT = HuggingFaceFormat()
 

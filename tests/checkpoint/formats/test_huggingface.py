@@ -1,17 +1,24 @@
-"""The Hugging Face reader: every variant of names and files gives the same canonical tensors, or a clear no."""
+"""Hugging Face's directories: every variant of names and files is read the same, and transformers loads the export."""
 
 import json
 
 import pytest
 import torch
+from checkpoint_samples import PRE, TENSORS, assert_holds, megatron
+from formats import random_tensors, write_hf
 from safetensors.torch import save_file
 
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
+from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.checkpoint.parameter_mapping import canonical_shapes
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import CheckpointError
 
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+
+
 CONFIG = OPTConfig(
     num_layers=2,
     hidden_size=8,
@@ -150,9 +157,40 @@ def test_bin_that_would_run_code_runs_none(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_directories_that_hold_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="no such directory"):
-        open_checkpoint(tmp_path / "nowhere")
-    (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(CheckpointError, match=r"it holds notes\.txt"):
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_named_is_the_one_that_is_read(tmp_path, name):
+    other = random_tensors(PRE, seed=4)
+    write_hf(tmp_path, PRE, TENSORS)
+    torch.save(other, tmp_path / "pytorch_model.bin")
+    assert_holds(tmp_path / name, TENSORS if name.endswith("safetensors") else other)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    write_hf(tmp_path, PRE, TENSORS)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    assert_holds(tmp_path, TENSORS)
+
+
+def test_hugging_face_without_config_takes_heads_from_the_table_or_asks(tmp_path):
+    write_hf(tmp_path, PRE, TENSORS)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="--config"):
         open_checkpoint(tmp_path)
+    (tmp_path / "elsewhere.json").write_text(json.dumps(PRE))
+    assert_holds(tmp_path, TENSORS, OPTConfig.from_file(tmp_path / "elsewhere.json"))
+
+
+@pytest.mark.parametrize("options", [ConversionOptions(to="hf"), ConversionOptions(to="hf", max_shard_size=2_000_000)])
+def test_transformers_loads_the_export_without_a_warning(tmp_path, models, options, caplog, recwarn):
+    from transformers import OPTForCausalLM
+
+    convert(EMBEDDED_DIRECTORY, tmp_path / "m", megatron(2, 2), fsync=False)
+    convert(tmp_path / "m", tmp_path / "hf", options, fsync=False)
+    caplog.clear()
+    loaded, report = OPTForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert [record.message for record in caplog.records] == []
+    assert not [w for w in recwarn.list if "opt" in str(w.message).lower()]
+    tokens = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, models["story"][1](tokens).logits)
