@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from opt_megatron.cli import Parser, end_with
+from opt_megatron.cli import Parser, run_and_exit
 from opt_megatron.config import OPTConfig, released_config, released_name
 from opt_megatron.errors import UserError
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Measure, and end the process with its exit code."""
     from .session import run
 
-    end_with("benchmark.py", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
+    run_and_exit("benchmark.py", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def parse(argv: list[str]) -> Settings:

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from opt_megatron.cli import Parser, end_with
+from opt_megatron.cli import Parser, run_and_exit
 from opt_megatron.errors import UserError
 
 from .load_client import Asked, Got, LoadClient, keep_streams
@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Measure, and end the process with its exit code."""
-    end_with("load_test.py", lambda: run(_parser().parse_args(sys.argv[1:] if argv is None else argv)))
+    run_and_exit("load_test.py", lambda: run(_parser().parse_args(sys.argv[1:] if argv is None else argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

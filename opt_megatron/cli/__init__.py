@@ -1,7 +1,7 @@
-"""The `opt-megatron` command: subcommands, and what happens when something goes wrong.
+"""The `opt-megatron` command: its subcommands, and how errors are reported.
 
-A user's mistake is one line on stderr and exit code 2, a lost rank one line and exit code 1. Nothing heavy
-is imported before the arguments are known to be good, so that `--help` is instant.
+A user's mistake is one line on stderr and exit code 2, a lost rank one line and exit code 1. Heavy modules are
+imported only after the arguments have been parsed, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as the other mistakes are reported: in one line."""
+    """Reports a wrong argument in one line, as other mistakes are."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage on every rank."""
+        """Raise a UserError, where argparse would print the usage on every rank."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         arguments.run(arguments)
 
-    end_with("opt-megatron", run)
+    run_and_exit("opt-megatron", run)
 
 
-def end_with(program: str, action: Callable[[], None]) -> NoReturn:
-    """Do the action and end the process: with 0, or with a line about what went wrong and its exit code.
+def run_and_exit(program: str, action: Callable[[], None]) -> NoReturn:
+    """Run the action and exit: with code 0, or with one line about the error and its code.
 
     Args:
-        program: how the line begins.
+        program: the line's first word.
     """
     try:
         action()
@@ -71,7 +71,7 @@ def end_with(program: str, action: Callable[[], None]) -> NoReturn:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        _end_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}")
+        _exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}")
     sys.exit(code)
 
 
@@ -88,11 +88,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _report(program: str, message: str, code: int) -> int:
-    # All ranks find the same mistakes; the leader speaks for them.
+    # All ranks find the same mistake, and the leader reports it.
     if _rank() == 0:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     elif "torch" in sys.modules or code == 2:
-        # torchrun ends every rank as soon as one fails; a silent one that fails first would silence the leader.
+        # torchrun ends all ranks as soon as one fails, so the others must not exit before the leader has printed.
         time.sleep(_SECONDS_FOR_THE_LEADER)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # the leader runs on: it has found no mistake (a file is there alone)
             print(f"{program}: error: rank {_rank()}: {message}", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def _report(program: str, message: str, code: int) -> int:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error means that another rank has gone, which `end_with` tells in one line."""
+    """Whether an error means that another rank has gone, which `run_and_exit` reports in one line."""
     if not isinstance(error, RuntimeError):
         return False
     distributed = sys.modules.get("torch.distributed")
@@ -109,7 +109,7 @@ def is_lost_rank(error: BaseException) -> bool:
     return any(sign in str(error) for sign in _LOST_RANK)
 
 
-def _end_now(message: str) -> NoReturn:
+def _exit_now(message: str) -> NoReturn:
     # Not sys.exit: the threads of a process group that has lost a member may never join.
     print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -117,7 +117,7 @@ def _end_now(message: str) -> NoReturn:
 
 def _first_line(error: BaseException) -> str:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[^\]]*\] ", "", text)[:160]  # without the place in gloo's sources
+    return re.sub(r"^\[[^\]]*\] ", "", text)[:160]  # without the file and line of gloo's sources
 
 
 def _rank() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..generation.engine_options import EngineOptions
 from ..generation.sampling.sampling_params import SamplingParams
@@ -68,28 +68,20 @@ def run(args: argparse.Namespace) -> None:
     check_engine_options(args)
     parallel = start_ranks(args)
     from ..parallel.context import on_all_ranks
-    from .output import show
+    from .output import print_events
 
     opt = open_model(args, parallel, needs_tokenizer=False, engine=engine_options(args))
     # The leader alone has the prompts. They are checked before the weights are read.
-    read = on_all_ranks(parallel, lambda: _read(args, parameters, opt) if parallel.is_leader else NOTHING)
+    prompts, requests = on_all_ranks(
+        parallel, lambda: _read_requests(args, parameters, opt) if parallel.is_leader else ([], [])
+    )
     print_notices(args, opt)
     opt.load()
-    show(opt.engine.generate(read.requests), read.prompts, read.requests, args.json, args.stream)
+    print_events(opt.engine.generate(requests), prompts, requests, args.json, args.stream)
 
 
-class Read(NamedTuple):
-    """What the leader has read and checked: prompts, and a request for each."""
-
-    prompts: list[Prompt]
-    requests: list[Request]
-
-
-NOTHING = Read([], [])
-
-
-def _read(args: argparse.Namespace, params: SamplingParams, opt: OPT) -> Read:
-    """Read and encode the prompts, and check that the model can run them."""
+def _read_requests(args: argparse.Namespace, params: SamplingParams, opt: OPT) -> tuple[list[Prompt], list[Request]]:
+    """The prompts, and a request for each, which has been checked against the model."""
     from ..generation.request import check_request
 
     prompts = read_prompts(args.prompt, args.prompt_file, args.prompt_tokens)
@@ -100,4 +92,4 @@ def _read(args: argparse.Namespace, params: SamplingParams, opt: OPT) -> Read:
         own = with_options(params, prompt.options, f"prompt {number}")
         requests.append(opt.request(prompt.tokens or () if prompt.text is None else prompt.text, own))
         check_request(requests[-1], opt.config, f"prompt {number}")
-    return Read(prompts, requests)
+    return prompts, requests

@@ -1,4 +1,4 @@
-"""Printing what the engine generates: text for people, JSON lines for programs, on the leader alone."""
+"""Prints what the engine generates, on the leader: text, or a JSON object a line."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..generation.request import Request, TokenEvent
 from .prompts import Prompt
 
 
-def show(
+def print_events(
     events: Iterator[TokenEvent], prompts: list[Prompt], requests: list[Request], as_json: bool, stream: bool
 ) -> None:
     """Print continuations to stdout and, on a terminal, progress to stderr.
 
-    Results appear in the order of the prompts; with `stream` and JSON, in the order in which they end. On
-    ranks that do not lead there are no prompts, and only the events are run through.
+    They are printed in the order of the prompts; with `stream` and JSON, in the order in which they end. On other
+    ranks than the leader there are no prompts and no events, and the engine's steps are run by iterating.
     """
     results = {
-        (index, choice): Result(index, choice, prompt, request)
+        (index, choice): Continuation(index, choice, prompt, request)
         for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         for choice in range(request.params.n)
     }
@@ -32,15 +32,15 @@ def show(
         for event in events:
             result = results[event.request, event.choice]
             result.add(event)
-            if event.finish_reason:  # a line may be printed now, and not behind the bar
+            if event.finish_reason:  # a line may be printed now, and must not follow the bar
                 progress.clear()
             printer.update(result, event)
             progress.update()
     sys.stdout.flush()
 
 
-class Result:
-    """What has been generated for one continuation of a prompt so far."""
+class Continuation:
+    """What has been generated so far for one continuation of a prompt."""
 
     def __init__(self, index: int, choice: int, prompt: Prompt, request: Request) -> None:
         self.index, self.choice = index, choice
@@ -56,7 +56,7 @@ class Result:
         self._prompt_events: list[TokenEvent] = []
 
     def add(self, event: TokenEvent) -> None:
-        """Take one more token."""
+        """Append one event's token and text."""
         self.finish_reason = event.finish_reason
         if event.is_prompt:
             self._prompt_events.append(event)
@@ -68,7 +68,7 @@ class Result:
             self._events.append(event)
 
     def to_json(self) -> str:
-        """The object that --json prints."""
+        """The JSON object that --json prints."""
         shown: dict[str, Any] = {"index": self.index}
         if self.num_choices > 1:
             shown["choice"] = self.choice
@@ -95,15 +95,15 @@ def _log_probabilities(events: list[TokenEvent], prefix: str) -> dict[str, Any]:
 
 
 class JSONPrinter:
-    """One object a line: in order, or with `stream` as they end."""
+    """Prints one object a line: in order, or with `stream` as continuations end."""
 
-    def __init__(self, results: list[Result], stream: bool) -> None:
+    def __init__(self, results: list[Continuation], stream: bool) -> None:
         self._results = results
         self._stream = stream
         self._next = 0
 
-    def update(self, result: Result, event: TokenEvent) -> None:
-        """Print what is due."""
+    def update(self, result: Continuation, event: TokenEvent) -> None:
+        """Print what can be printed after the event."""
         if self._stream:
             if event.finish_reason:
                 print(result.to_json(), flush=True)
@@ -114,37 +114,37 @@ class JSONPrinter:
 
 
 class TextPrinter:
-    """Prompt and continuation, one prompt after the other; with `stream` the one in front as it grows."""
+    """Prints prompts with their continuations, in order; with `stream` the first unfinished one as it grows."""
 
-    def __init__(self, results: list[Result], stream: bool) -> None:
+    def __init__(self, results: list[Continuation], stream: bool) -> None:
         self._results = results
         self._stream = stream
         self._num_prompts = len({result.index for result in results})
         self._next = 0
-        self._printed: int | None = None  # characters of the result in front; None: not even its prompt
+        self._printed: int | None = None  # characters of the first unfinished one; None: not even its prompt
 
-    def update(self, result: Result, event: TokenEvent) -> None:
-        """Print what is due."""
+    def update(self, result: Continuation, event: TokenEvent) -> None:
+        """Print what can be printed after the event."""
         while self._next < len(self._results):
-            front = self._results[self._next]
-            if not (front.finish_reason or (self._stream and front.tokens)):
+            current = self._results[self._next]
+            if not (current.finish_reason or (self._stream and current.tokens)):
                 return
-            self._print(front)
-            if not front.finish_reason:
+            self._print(current)
+            if not current.finish_reason:
                 return
             self._next, self._printed = self._next + 1, None
 
-    def _print(self, front: Result) -> None:
+    def _print(self, current: Continuation) -> None:
         if self._printed is None:
             if len(self._results) > 1:
-                print(f"{'' if front is self._results[0] else chr(10)}=== {self._title(front)} ===")
-            prompt = front.prompt.as_given
+                print(f"{'' if current is self._results[0] else chr(10)}=== {self._title(current)} ===")
+            prompt = current.prompt.as_given
             print(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)), end="")
             self._printed = 0
-        grown = front.text if front.has_text else "".join(f" {token}" for token in front.tokens)
-        print(grown[self._printed :], end="\n" if front.finish_reason else "", flush=True)
+        grown = current.text if current.has_text else "".join(f" {token}" for token in current.tokens)
+        print(grown[self._printed :], end="\n" if current.finish_reason else "", flush=True)
         self._printed = len(grown)
 
-    def _title(self, front: Result) -> str:
-        parts = [("prompt", front.index, self._num_prompts), ("continuation", front.choice, front.num_choices)]
+    def _title(self, current: Continuation) -> str:
+        parts = [("prompt", current.index, self._num_prompts), ("continuation", current.choice, current.num_choices)]
         return ", ".join(f"{name} {number + 1} of {count}" for name, number, count in parts if count > 1)

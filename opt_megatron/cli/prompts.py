@@ -1,4 +1,4 @@
-"""Where prompts come from: arguments, a file, standard input; text or token ids."""
+"""Reads prompts from arguments, a file or standard input, as text or as token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the user gave it: text, or token ids that are used as they are, and its own options."""
+    """A prompt as the user gave it: text, or token ids that are used as they are, with options for it alone."""
 
     text: str | None = None
     tokens: tuple[int, ...] | None = None
@@ -21,7 +21,7 @@ class Prompt:
 
     @property
     def as_given(self) -> str | list[int]:
-        """For the JSON output."""
+        """The text or the ids, for the output."""
         return self.text if self.text is not None else list(self.tokens or ())
 
 

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     limits, key = _limits(args), _api_key(args)
     parallel = start_ranks(args)
     if parallel.is_leader and "TORCHELASTIC_RUN_ID" in os.environ and args.shutdown_timeout > _TORCHRUN_WAITS:
-        _say(
+        _print_notice(
             f"--shutdown-timeout {args.shutdown_timeout:g} is more than there will be: torchrun kills its processes "
             "30 s after it is told to end"
         )
@@ -133,32 +133,35 @@ def _lead(
     from . import is_lost_rank
 
     url = url_of(listener)
-    _say(f"loading the model, to be served at {url}")
+    _print_notice(f"loading the model, to be served at {url}")
     if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        _say(f"whoever reaches {url} can use it: there is no --api-key")
+        _print_notice(f"whoever reaches {url} can use it: there is no --api-key")
 
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     name = _names(args)[0]
     async_engine = AsyncEngine(
-        lambda: _load(args, parallel), limits, Metrics(name), lambda: _say(f"serving {name} ({layout}) at {url}")
+        lambda: _load(args, parallel),
+        limits,
+        Metrics(name),
+        lambda: _print_notice(f"serving {name} ({layout}) at {url}"),
     )
     try:
         Server(async_engine, make_app(async_engine, key), args.max_connections).run([listener])
     except (UserError, SystemExit):
         raise
     except KeyboardInterrupt:
-        _end_now("interrupted", 130)
+        _exit_now("interrupted", 130)
     except BaseException as error:
         if is_lost_rank(error):
             raise
         if not isinstance(error, EngineTimeoutError):
             traceback.print_exception(error)
-        # Not by sys.exit: the engine's thread may wait for ever for a rank that is lost in silence.
-        _end_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
+        # Not by sys.exit: the engine's thread may wait forever for a rank that was lost without a sign.
+        _exit_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
 
 
 def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
-    # On the leader this is the engine's thread. Its GPU is the first of its host, which is every thread's own.
+    # On the leader this runs in the engine's thread. Its GPU is the first one, the default of every new thread.
     from ..serving.served_model import ServedModel
 
     opt = open_model(args, parallel, engine=engine_options(args))
@@ -167,7 +170,7 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:
-    """What clients call the model: a path's last part, a name as it is."""
+    """The names by which clients call the model: by default the last part of --load's path, or its name."""
     if args.served_model_name:
         return tuple(args.served_model_name)
     if args.load is None:
@@ -220,10 +223,10 @@ def _check_packages() -> None:
         raise UserError(f"{', '.join(missing)} must be installed for serving: pip install -e '.[serve]'")
 
 
-def _say(text: str) -> None:
+def _print_notice(text: str) -> None:
     print(f"opt-megatron: {text}", file=sys.stderr, flush=True)
 
 
-def _end_now(message: str, code: int) -> NoReturn:
+def _exit_now(message: str, code: int) -> NoReturn:
     print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
