@@ -1,1 +1,1 @@
-"""Generation: sampling as pure functions, a KV cache that knows no text, and an engine that one rank leads."""
+"""Generation: sampling, decoding, and the engine that runs them; each imports only those before it."""

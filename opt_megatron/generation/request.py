@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it."""
+"""The engine's input and output: requests, events of tokens, and completions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TopLogProbs = tuple[tuple[int, float], ...]
 
 
 class TextDecoder(Protocol):
-    """Turns ids into text one at a time (the tokenizer's StreamDecoder, for one)."""
+    """Turns ids into text one at a time (for example the tokenizer's StreamDecoder)."""
 
     def push(self, token: int) -> str:
-        """Text that is complete once `token` has arrived."""
+        """The text that is complete with `token`; possibly none."""
 
     def flush(self) -> str:
-        """Text that was held back."""
+        """The text that was held back because it is incomplete."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Request:
     """One prompt to continue.
 
     Attributes:
-        prompt: token ids, BOS included, as they are fed to the model.
+        prompt: token ids, BOS included.
         decoder: makes a decoder for the events' text, a new one for every continuation (`tokenizer.stream`);
             without it text is empty and stop strings cannot be used.
     """
@@ -44,15 +44,15 @@ class TokenEvent:
     """One token, or the end of a request that was cancelled or refused, or failed.
 
     Attributes:
-        request: the request's number, in the order given to `generate`.
+        request: the request's id: its index in the list given to `generate`, or what `RequestQueue.put` returned.
         token: its id; an end-of-sequence token is reported too. None when cancelled, refused or failed.
         text: what this token adds to the text, possibly nothing (half a character, the start of a stop string);
-            of a refused or failed request the reason.
+            the reason where a request is refused or has failed.
         finish_reason: on the last event of a continuation, else None.
         choice: which of the request's `n` continuations.
-        logprob: natural logarithm of the model's own probability, before any filter; None where not asked for,
-            and for the first token of a prompt.
-        top_logprobs: the likeliest ids with theirs, best first.
+        logprob: natural logarithm of the model's own probability, before any processor; None where it is not
+            asked for, and for the first token of a prompt.
+        top_logprobs: the likeliest ids with their log-probabilities, best first.
         is_prompt: a token of the prompt, when `echo` asks for them (with choice 0, before all others).
     """
 
@@ -68,7 +68,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """All that was generated for one continuation of a request; `prompt_events` only with `echo`."""
+    """One continuation of a request; `prompt_events` only with `echo`."""
 
     tokens: tuple[int, ...]
     text: str
@@ -81,14 +81,14 @@ class Completion:
 
 
 class CompletionBuilder:
-    """Gathers events into completions."""
+    """Collects events into completions."""
 
     def __init__(self) -> None:
         self._events: dict[tuple[int, int], list[TokenEvent]] = {}
         self._prompts: dict[int, list[TokenEvent]] = {}
 
     def add(self, event: TokenEvent) -> None:
-        """Take the next event."""
+        """Add the next event."""
         if event.is_prompt:
             self._prompts.setdefault(event.request, []).append(event)
             if event.finish_reason is None:
@@ -96,7 +96,7 @@ class CompletionBuilder:
         self._events.setdefault((event.request, event.choice), []).append(event)
 
     def completions(self) -> list[Completion]:
-        """In the order of requests and their continuations."""
+        """One completion for each continuation, in the order of requests."""
         return [self._complete(key, events) for key, events in sorted(self._events.items())]
 
     def _complete(self, key: tuple[int, int], events: list[TokenEvent]) -> Completion:
@@ -141,7 +141,7 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
 
 
 def _check_length(length: int, params: SamplingParams, limit: int, what: str) -> None:
-    longest = limit if params.max_new_tokens == 0 else limit - 1  # scoring alone needs no room
+    longest = limit if params.max_new_tokens == 0 else limit - 1  # scoring alone generates nothing
     if length > longest:
         raise UserError(
             f"{what} has {length} tokens with BOS, and the model has {limit} positions: "

@@ -122,8 +122,5 @@ def _bind(layer: TransformerLayer, attention_norm: nn.Module, mlp_norm: nn.Modul
 def _bound_norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if not isinstance(module, nn.LayerNorm):  # Apex's or TransformerEngine's
         return module
-    return partial(_norm, module.normalized_shape, module.weight, module.bias, module.eps)
-
-
-def _norm(shape: tuple[int, ...], weight: Tensor, bias: Tensor, epsilon: float, x: Tensor) -> Tensor:
-    return torch.layer_norm(x, shape, weight, bias, epsilon)
+    shape, weight, bias, epsilon = module.normalized_shape, module.weight, module.bias, module.eps
+    return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=epsilon)

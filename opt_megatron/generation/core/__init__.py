@@ -1,1 +1,1 @@
-"""The engine: scheduling, the KV cache, and the model passes that one rank leads."""
+"""The engine: the scheduler, the KV cache, and the execution of steps on all ranks."""

@@ -39,7 +39,7 @@ class _PromptPiece:
 
 
 class KVCache:
-    """The cache of one model on this rank, and the attention over it (`incremental_forward.Attention`).
+    """The cache of one model on this rank, and the attention over it (`incremental_forward.AttentionBackend`).
 
     Args:
         num_layers: L.

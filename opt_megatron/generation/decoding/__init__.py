@@ -1,1 +1,1 @@
-"""Decoding: the state of each sequence, the search methods, and the text that tokens become."""
+"""Decoding: the state of sequences, the searches, speculative decoding, and detokenization."""

@@ -1,14 +1,14 @@
 """Stop strings and regular expressions in a stream of text: found across token borders, never shown in part.
 
 The stream ends at the match that is complete first, and of several that are complete at the same character, at the
-one that begins first. So it does not matter in which pieces the text arrives: it is judged as if it came one
-character at a time. For regular expressions this means:
+one that begins first. So the result does not depend on the pieces in which the text arrives: it is the same as if it
+arrived one character at a time. For regular expressions this means:
 
-- A match is taken as soon as there is one, also where more text could make it longer: `\\d+` ends at one digit.
-- What a pattern asks about the text after the match (`$`, `\\b`, a negative lookahead) is asked at the
-  end of the text so far: `foo\\b` matches the first three letters of "food", and `foo\\Bd` matches nothing.
-- What it asks about the text before (`^`, `\\b`, a lookbehind) is answered from the last `CONTEXT` characters shown.
-- Text is held back for as long as it may become a match, so `a.*b` holds back everything after an a.
+- The first complete match counts, also where more text could make it longer: `\\d+` ends at one digit.
+- Conditions on the text after the match (`$`, `\\b`, a negative lookahead) are evaluated at the end of the text so far:
+  `foo\\b` matches the first three letters of "food", and `foo\\Bd` matches nothing.
+- Conditions on the text before it (`^`, `\\b`, a lookbehind) see the last `CONTEXT` characters that were shown.
+- Text is held back as long as it may become a match, so `a.*b` holds back everything after an a.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Span = tuple[int, int]
 
 
 class StopScanner:
-    """Lets text through except what may yet become a stop string.
+    """Passes text on, except what may still become a stop string.
 
     Args:
         stops: strings, none of them empty.
         patterns: regular expressions, none of which matches the empty string.
-        include_stop: show the match too.
+        include_stop: pass the match on too.
 
     Raises:
         UserError: a pattern cannot be used, or takes too long (from `push`).
@@ -42,7 +42,11 @@ class StopScanner:
         self._reset()
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Text that can be shown now, and whether the end was reached (text before it is still shown)."""
+        """Add text.
+
+        Returns:
+            the text that can be shown now, and whether a match ends the stream (text before it is still shown).
+        """
         known = len(self._text)
         self._text += text
         match = self._find(known)
@@ -54,14 +58,14 @@ class StopScanner:
         return self._release(min([len(self._text) - self._possible_start(), *self._begins])), False
 
     def flush(self) -> str:
-        """What was held back and turned out not to be a stop string."""
+        """The text that was held back, once no more follows that could make it a stop string."""
         text = self._text[self._shown :]
         self._reset()
         return text
 
     def _reset(self) -> None:
-        self._text = ""  # the last that was shown, for context, and what is held back
-        self._shown = 0  # where the latter begins
+        self._text = ""  # the last characters shown, for context, and those held back
+        self._shown = 0  # where those held back begin
         self._begins = [0] * len(self._patterns)  # where each pattern's match could begin
 
     def _release(self, end: int) -> str:
@@ -103,7 +107,7 @@ class StopScanner:
         return None
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for size in range(min(longest, len(self._text) - self._shown), 0, -1):
             end = self._text[len(self._text) - size :]

@@ -11,10 +11,10 @@ _MOVES_START = regex.compile(r"(?<!\\)(?:\\\\)*\\K")
 
 
 def compile_stop_regex(pattern: str) -> regex.Pattern:
-    """A regular expression that can end a stream.
+    """Compile a regular expression that can end a stream.
 
     Raises:
-        UserError: it is not one, or cannot be used so.
+        UserError: it is not a regular expression, or not one that can end a stream.
     """
     try:
         compiled = regex.compile(pattern)
@@ -25,6 +25,6 @@ def compile_stop_regex(pattern: str) -> regex.Pattern:
         raise UserError(f"stop_regex {pattern!r} matches the empty string, so nothing would be generated")
     if compiled.flags & regex.REVERSE:
         raise UserError(f"stop_regex {pattern!r} searches backwards, which a stream cannot: leave out (?r)")
-    if _MOVES_START.search(pattern):  # what stands before \K would be let through before the match is complete
+    if _MOVES_START.search(pattern):  # the text before \K would be shown before the match is complete
         raise UserError(f"stop_regex {pattern!r} moves the start of the match: write a lookbehind instead of \\K")
     return compiled
