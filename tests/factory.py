@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +50,13 @@ def save(model: OPTForCausalLM, directory: Path) -> Path:
     """Write it as a Hugging Face directory."""
     model.save_pretrained(directory)
     return directory
+
+
+def prompts_for(model: OPTForCausalLM, lengths: Sequence[int] = (5, 31, 1, 17, 9, 2, 25, 12)) -> list[tuple[int, ...]]:
+    """Random ids of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(11)
+    size = model.config.vocab_size
+    return [tuple(torch.randint(4, min(size, 500), (n,), generator=generator).tolist()) for n in lengths]
 
 
 def oracle_greedy(model: OPTForCausalLM, prompt: list[int], new_tokens: int) -> tuple[int, ...]:

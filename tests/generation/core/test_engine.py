@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import rank_jobs
 import torch
-from factory import oracle_greedy
+from factory import oracle_greedy, prompts_for
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
@@ -17,12 +17,6 @@ from opt_megatron.tokenizer import OPTTokenizer
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
 GREEDY_200 = SamplingParams(max_new_tokens=200, temperature=0, ignore_eos=True)
-
-
-def prompts_for(model, lengths=(5, 31, 1, 17, 9, 2, 25, 12)) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(11)
-    size = model.config.vocab_size
-    return [tuple(torch.randint(4, min(size, 500), (n,), generator=generator).tolist()) for n in lengths]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import rank_jobs
 import torch
-from test_engine import prompts_for
+from factory import prompts_for
 from torch.nn.functional import cosine_similarity
 
 from opt_megatron.checkpoint.load import load_model

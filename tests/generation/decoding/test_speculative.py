@@ -5,9 +5,8 @@ import itertools
 import pytest
 import rank_jobs
 import torch
-from factory import oracle_greedy, random_model, save
+from factory import oracle_greedy, prompts_for, random_model, save
 from rule_model import RuleModel, rule_engine
-from test_engine import prompts_for
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
