@@ -1,17 +1,21 @@
 """The benchmark behind `tools/benchmark.py`: this project against transformers and CTranslate2.
 
-A tour, in the order in which things happen:
+In the order in which things happen:
 
-    command.py    arguments -> Settings -> session.run
-    workload.py   what is asked of every system: prompts, lengths and arrival times, by seed
-    weights.py    one random model in the forms that the systems read
-    worker.py     child processes, one for each system (two for tensor parallel)
-    peer.py       what all systems are asked; peers.py: in a child, one class for each
-    serving.py    in a child: how a system without continuous batching serves a stream of requests
-    measure.py    alternating runs, medians and spread, memory, the memory-bandwidth limit
-    session.py    the loop over sizes, dtypes and workloads; writes the JSON
-    report.py     the table; plot.py: the PNG
+    command.py            arguments -> BenchmarkOptions (options.py) -> session.run
+    workload.py           the requests that every system gets: prompts, lengths and arrival times, by seed
+    weights.py            one random model in the formats that the systems read
+    worker.py             child processes, one for each system (two for tensor parallel)
+    system_protocol.py    the methods of a system; systems.py: this project, transformers and CTranslate2, in a child
+    training_systems.py   in a child: the same for a training step
+    static_batching.py    in a child: how a system without continuous batching serves a stream of requests
+    measure.py            alternating runs, medians and spread, the memory-bandwidth limit; peak_memory.py
+    workload_runs.py      how each workload is measured, with all systems loaded
+    session.py            the loop over sizes, dtypes and workloads; writes the JSON
+    report.py             the table; plot.py: the PNG
 
-Everything is measured inside the children; the parent only tells them whose turn it is. It does not import
-torch, so that starting a child costs no memory that is later taken for a system's own.
+Everything is measured inside the children; the parent only says which one runs. It does not import torch,
+so that a child starts from a small parent and its memory is the system's.
+
+`tools/load_test.py` measures a running server instead: load_test.py, load_client.py.
 """

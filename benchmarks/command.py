@@ -1,4 +1,4 @@
-"""The arguments of `tools/benchmark.py`, and how it ends: a user's mistake is one line and exit code 2."""
+"""The arguments of `tools/benchmark.py`. A user's mistake ends it with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from opt_megatron.config import OPTConfig, released_config, released_name
 from opt_megatron.errors import UserError
 
 from .machine import usable_cores
-from .peers import DTYPES, OURS, PEERS
-from .settings import Settings
-from .workload import QUICK, WORKLOADS, Shape
+from .options import BenchmarkOptions
+from .systems import DTYPES, OURS, SYSTEMS
+from .workload import QUICK, WORKLOADS, WorkloadSizes
 
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _DESCRIPTION = (
@@ -29,29 +29,32 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Measure, and end the process with its exit code."""
     from .session import run
 
-    run_and_exit("benchmark.py", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
+    def measure() -> None:
+        run(parse(sys.argv[1:] if argv is None else argv))
+
+    run_and_exit("benchmark.py", measure)
 
 
-def parse(argv: list[str]) -> Settings:
-    """The settings that the arguments stand for.
+def parse(argv: list[str]) -> BenchmarkOptions:
+    """The options that the arguments give.
 
     Raises:
         UserError: one of them cannot be used.
     """
     args = _parser().parse_args(argv)
     device, quick = args.device, args.quick
-    shape = QUICK if quick else Shape()
+    workload_sizes = QUICK if quick else WorkloadSizes()
     if args.requests is not None:
-        shape = replace(shape, requests=args.requests)
-    peers = _words(args.peers, [name for name in PEERS if name != OURS], "--peers")
+        workload_sizes = replace(workload_sizes, requests=args.requests)
+    peers = _words(args.peers, [name for name in SYSTEMS if name != OURS], "--peers")
     if device == "cuda":
         peers = [peer for peer in peers if peer == "transformers"]
-    return Settings(
+    return BenchmarkOptions(
         sizes=dict(_size(word) for word in args.sizes or (["125m"] if quick else ["125m", "1.3b"])),
         dtypes=tuple(_DTYPE_NAMES.get(word, word) for word in args.dtypes or DTYPES[device]),
         workloads=tuple(_words(args.workloads, list(WORKLOADS), "--workloads")),
         systems=(OURS, *peers),
-        shape=shape,
+        workload_sizes=workload_sizes,
         threads=usable_cores() if args.threads is None else args.threads,
         repeats=(2 if quick else 5) if args.repeats is None else args.repeats,
         mixed_repeats=(1 if quick else 3) if args.mixed_repeats is None else args.mixed_repeats,

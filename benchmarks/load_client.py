@@ -1,4 +1,4 @@
-"""Clients of a running server that stream completions, many at a time, and note when each token came."""
+"""Clients of a running server that stream completions, many at a time, and record when each token arrived."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _DATA, _DONE = b"data: ", b"[DONE]"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request: everything else is the same for all."""
+class LoadRequest:
+    """One request; all other fields are the same for all requests."""
 
     prompt: str
     seed: int
 
 
 @dataclass
-class Got:
-    """What came of it.
+class LoadResult:
+    """The outcome of a request.
 
     Attributes:
-        status: of HTTP; 0 where the connection broke.
-        times: of each event of the stream that brought text, in seconds since the request.
-        error: the message, where something went wrong.
+        status: of HTTP; 0 if the connection failed.
+        times: of each event of the stream with text, in seconds since the request.
+        error: the message, if something went wrong.
     """
 
-    asked: Asked
+    request: LoadRequest
     status: int = 0
     text: str = ""
     times: list[float] = field(default_factory=list)
@@ -60,36 +60,36 @@ class LoadClient:
         self._options = options
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
-    async def stream(self, asked: Asked) -> Got:
-        """One request, from its connection to the last event."""
-        got, begun = Got(asked), time.perf_counter()
+    async def stream(self, request: LoadRequest) -> LoadResult:
+        """Send one request and read its stream to the last event."""
+        result, begun = LoadResult(request), time.perf_counter()
         try:
             reader, writer = await asyncio.open_connection(self._host, self._port)
         except OSError as error:
-            got.error = str(error)
-            return got
+            result.error = str(error)
+            return result
         try:
-            writer.write(self._request(asked))
-            await self._read(reader, got, begun)
+            writer.write(self._encode(request))
+            await self._read(reader, result, begun)
         except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-            got.error = f"{type(error).__name__}: {error}"
+            result.error = f"{type(error).__name__}: {error}"
         finally:
             writer.close()
-        return got
+        return result
 
-    def _request(self, asked: Asked) -> bytes:
-        body = {"prompt": asked.prompt, "seed": asked.seed, "stream": True, **self._options}
+    def _encode(self, request: LoadRequest) -> bytes:
+        body = {"prompt": request.prompt, "seed": request.seed, "stream": True, **self._options}
         content = json.dumps(body).encode()
-        # HTTP/1.0: the answer ends with the connection, and needs no decoding of chunks.
+        # HTTP/1.0: the response ends with the connection and is not sent in chunks, which would need decoding.
         head = f"POST /v1/completions HTTP/1.0\r\nHost: {self._host}\r\nContent-Type: application/json\r\n{self._key}"
         return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
-    async def _read(self, reader: asyncio.StreamReader, got: Got, begun: float) -> None:
-        got.status = int((await reader.readline()).split()[1])
+    async def _read(self, reader: asyncio.StreamReader, result: LoadResult, begun: float) -> None:
+        result.status = int((await reader.readline()).split()[1])
         while (await reader.readline()).strip():
             pass
-        if got.status != 200:
-            got.error = json.loads(await reader.read())["error"]["message"]
+        if result.status != 200:
+            result.error = json.loads(await reader.read())["error"]["message"]
             return
         is_done = False
         while line := await reader.readline():
@@ -99,27 +99,28 @@ class LoadClient:
             if content == _DONE:
                 is_done = True
                 continue
-            self._take(json.loads(content), got, now)
+            self._add_event(json.loads(content), result, now)
         if not is_done:
-            got.error = got.error or "the stream ended without [DONE]"
+            result.error = result.error or "the stream ended without [DONE]"
 
     @staticmethod
-    def _take(event: dict, got: Got, now: float) -> None:
+    def _add_event(event: dict, result: LoadResult, now: float) -> None:
         if "error" in event:
-            got.error = event["error"]["message"]
+            result.error = event["error"]["message"]
             return
-        got.text += event["choices"][0]["text"]
-        got.times.append(now)
+        result.text += event["choices"][0]["text"]
+        result.times.append(now)
 
 
 async def keep_streams(
-    client: LoadClient, asked: list[Asked], streams: int, seconds: float, on_done: asyncio.Queue[int]
-) -> list[Got]:
-    """Keep so many streams open, each with the next request as its last one ends, until the time is over.
+    client: LoadClient, requests: list[LoadRequest], streams: int, seconds: float, on_done: asyncio.Queue[int]
+) -> list[LoadResult]:
+    """Keep `streams` streams open for so many seconds, starting the next request whenever one ends.
 
-    Streams that are open then are read to their end. `on_done` is told how many have ended, at each end.
+    Streams that are open then are read to their end. `on_done` receives the number of ended requests at each end.
     """
-    waiting, results = iter(asked), []
+    waiting = iter(requests)
+    results: list[LoadResult] = []
     end = time.perf_counter() + seconds
 
     async def one_after_another() -> None:

@@ -1,4 +1,4 @@
-"""The machine that is measured on: what it is, and whether the models fit."""
+"""The machine: its description in the results, and whether the models fit into its memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opt_megatron.config import OPTConfig
 from opt_megatron.errors import UserError
 
 from .measure import weight_bytes
-from .settings import Settings
+from .options import BenchmarkOptions
 
 _CACHE_ON_A_GPU = 8 * 10**9  # bytes
 _LIBRARIES = ("torch", "megatron-core", "transformers", "ctranslate2")
@@ -33,27 +33,27 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def check_memory(name: str, config: OPTConfig, settings: Settings) -> None:
+def check_memory(name: str, config: OPTConfig, options: BenchmarkOptions) -> None:
     """Raise UserError unless all systems that are loaded at the same time fit in what is free now."""
-    for dtype in settings.dtypes:
-        systems = settings.systems_for(dtype)
-        copies = max(len(systems), 2 if "tensor_parallel" in settings.workloads else 1)
+    for dtype in options.dtypes:
+        systems = options.systems_for(dtype)
+        copies = max(len(systems), 2 if "tensor_parallel" in options.workloads else 1)
         needed, free = copies * weight_bytes(config, dtype), psutil.virtual_memory().available
-        if settings.device == "cpu" and needed > 0.95 * free:
+        if options.device == "cpu" and needed > 0.95 * free:
             raise UserError(
                 f"{name} in {dtype} takes {needed / 1e9:.1f} GB in {copies} processes, and {free / 1e9:.1f} GB are "
                 "free: measure a smaller size, or fewer systems with --peers"
             )
 
 
-def cache_limit(config: OPTConfig, settings: Settings, dtype: str) -> int:
+def cache_limit(config: OPTConfig, options: BenchmarkOptions, dtype: str) -> int:
     """Bytes that one system's keys and values may take while the weights of all are loaded.
 
     They run in turn, so each may take most of what is left.
     """
-    if settings.device != "cpu":
+    if options.device != "cpu":
         return _CACHE_ON_A_GPU
-    free = psutil.virtual_memory().available - len(settings.systems_for(dtype)) * weight_bytes(config, dtype)
+    free = psutil.virtual_memory().available - len(options.systems_for(dtype)) * weight_bytes(config, dtype)
     return int(0.6 * free)
 
 

@@ -1,4 +1,4 @@
-"""Alternating runs, what is made of their times, and the limit that the memory sets."""
+"""Alternating runs, statistics of their times, and the limit set by the memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _BYTES = {"float32": 4, "int8": 1, "bfloat16": 2, "float16": 2}
 def alternate(
     runs: Mapping[str, Callable[[int], dict[str, float]]], repeats: int, settle_seconds: float
 ) -> dict[str, dict[str, list[float]]]:
-    """Let every system run once, then all once more, `repeats` times, each round beginning with another one.
+    """Run every system once, `repeats` times over, each round beginning with another one.
 
-    So what changes on the machine meanwhile changes for all of them.
+    A change of the machine's speed meanwhile then affects all of them.
 
     Args:
         runs: for each system a function of the round's number that measures once: metric -> value.
@@ -64,7 +64,7 @@ def weight_bytes(config: OPTConfig, dtype: str) -> int:
 
 
 def cache_bytes(config: OPTConfig, dtype: str, tokens: int) -> int:
-    """Bytes of keys and values that one row's decoding step reads behind `tokens` tokens (float32 with int8)."""
+    """Bytes of keys and values that one row's decoding step reads after `tokens` tokens (float32 with int8)."""
     size = _BYTES["float32" if dtype == "int8" else dtype]
     return 2 * config.num_layers * config.hidden_size * tokens * size
 
@@ -102,7 +102,7 @@ def measure_bandwidth(threads: int, device: str, repeats: int = 7) -> dict[str, 
 
 
 def _last_level_cache() -> int:
-    """Bytes, or 0 where the system does not say."""
+    """Its size in bytes, or 0 where the system does not give it."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

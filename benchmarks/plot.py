@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import TITLES, Row, distinct, number
+from .report import TITLES, ResultRow, distinct, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ _ALPHAS = (1.0, 0.5, 0.3)  # first dtype, second, third
 _GROUP_WIDTH = 0.84  # of the distance between two cases
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def save_plot(result: dict[str, Any], path: Path) -> None:
     """Write the plot; every bar is a median, its whiskers are the lowest and the highest run."""
     import matplotlib
 
@@ -43,14 +43,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _arrange(rows: list[Row]) -> tuple[list[tuple[str, str]], int]:
+def _arrange(rows: list[ResultRow]) -> tuple[list[tuple[str, str]], int]:
     """(size, workload) of each panel, and the number of columns: one for each size where there are several."""
     sizes, workloads = distinct(row["size"] for row in rows), distinct(row["workload"] for row in rows)
     panels = [(size, workload) for workload in workloads for size in sizes]
     return panels, len(sizes) if len(sizes) > 1 else min(_COLUMNS, len(panels))
 
 
-def _panel(axis: Axes, rows: list[Row]) -> None:
+def _panel(axis: Axes, rows: list[ResultRow]) -> None:
     """Bars in groups by case, coloured by system, paler from one dtype to the next."""
     cases = distinct(_case(row, rows) for row in rows)
     bars = distinct((row["dtype"], system) for row in rows for system in row["systems"])
@@ -59,8 +59,8 @@ def _panel(axis: Axes, rows: list[Row]) -> None:
     for row in rows:
         middle = cases.index(_case(row, rows))
         for system, values in row["systems"].items():
-            place = bars.index((row["dtype"], system))
-            left = middle - _GROUP_WIDTH / 2 + place * width
+            position = bars.index((row["dtype"], system))
+            left = middle - _GROUP_WIDTH / 2 + position * width
             _bar(axis, left, width, values, systems.index(system), dtypes.index(row["dtype"]))
             if "limit" in row:
                 axis.hlines(row["limit"], left, left + width, color="black", linewidth=1.6, zorder=3)
@@ -73,8 +73,8 @@ def _panel(axis: Axes, rows: list[Row]) -> None:
 
 
 def _bar(axis: Axes, left: float, width: float, values: dict[str, Any], system: int, dtype: int) -> None:
-    median, style = values["median"], {"color": _COLORS[system % len(_COLORS)], "alpha": _ALPHAS[dtype % len(_ALPHAS)]}
-    axis.bar(left, median, width * 0.94, align="edge", **style)
+    median, color, alpha = values["median"], _COLORS[system % len(_COLORS)], _ALPHAS[dtype % len(_ALPHAS)]
+    axis.bar(left, median, width * 0.94, align="edge", color=color, alpha=alpha)
     middle = left + width * 0.47
     if len(values["samples"]) > 1:
         axis.vlines(middle, values["min"], values["max"], color="#404040", linewidth=0.9, zorder=2)
@@ -97,7 +97,7 @@ def _legend(axis: Axes, bars: list[tuple[str, str]], systems: list[str], dtypes:
     axis.legend(handles=handles, fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _case(row: Row, rows: list[Row]) -> str:
+def _case(row: ResultRow, rows: list[ResultRow]) -> str:
     """What stands below a group of bars: the metric where a panel has several, else the case."""
     return row["metric"] if len({row["metric"] for row in rows}) > 1 else row["case"]
 

@@ -1,4 +1,4 @@
-"""From the result to a table, with the limit that the memory sets."""
+"""The table of a result, with the limit set by the memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 TITLES = {
     "prefill": "prefill: ms of a call that makes one token",
     "decode": "decode: ms a step, by rows of the batch",
@@ -61,7 +61,7 @@ def _header(result: dict[str, Any]) -> str:
 
 
 def _equality(entry: dict[str, Any]) -> str:
-    """One line: float32 must be equal; with other dtypes each system rounds in its own way."""
+    """One line: float32 must be equal; with other dtypes each system rounds differently."""
     counts = [
         f"{system} {counts['equal']} of {counts['tokens']} ({counts['equal_rows']} of {counts['rows']} rows)"
         for system, counts in entry["systems"].items()
@@ -77,7 +77,7 @@ def _tuned(entry: dict[str, Any]) -> str:
     return f"{entry['system']} {entry['dtype']} serves {best} (tried: {tried})"
 
 
-def _section(rows: list[Row], workload: str) -> str:
+def _section(rows: list[ResultRow], workload: str) -> str:
     systems = distinct(system for row in rows for system in row["systems"])
     limited = any("limit" in row for row in rows)
     has_metrics = len({row["metric"] for row in rows}) > 1
@@ -97,7 +97,7 @@ def _section(rows: list[Row], workload: str) -> str:
     return "\n".join(["", TITLES[workload], *body, *_throughput(rows, workload), *_growth(rows), *_losses(rows)])
 
 
-def _throughput(rows: list[Row], workload: str) -> list[str]:
+def _throughput(rows: list[ResultRow], workload: str) -> list[str]:
     """For the mixed workload: tokens that were asked for, by the time until the last of them; and for training."""
     return [
         f"{row['dtype']}, tokens a second: {', '.join(f'{s} {number(v)}' for s, v in row['tokens_per_second'].items())}"
@@ -106,7 +106,7 @@ def _throughput(rows: list[Row], workload: str) -> list[str]:
     ]
 
 
-def _losses(rows: list[Row]) -> list[str]:
+def _losses(rows: list[ResultRow]) -> list[str]:
     """For training: whether all have computed the same."""
     return [
         f"{row['dtype']}, {row['case']}: the losses of one batch are apart from {row['loss']:.5f} by "
@@ -116,7 +116,7 @@ def _losses(rows: list[Row]) -> list[str]:
     ]
 
 
-def _growth(rows: list[Row]) -> list[str]:
+def _growth(rows: list[ResultRow]) -> list[str]:
     """For contexts: what the longest costs more than the shortest, beside the time to read its larger cache."""
     lines = []
     for dtype in distinct(row["dtype"] for row in rows):
@@ -135,7 +135,7 @@ def _growth(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _cell(row: Row, system: str) -> str:
+def _cell(row: ResultRow, system: str) -> str:
     values = row["systems"].get(system)
     if values is None:
         return "-"
@@ -143,12 +143,12 @@ def _cell(row: Row, system: str) -> str:
     return median if len(values["samples"]) == 1 else f"{median} [{low}-{high}]"
 
 
-def _ours(row: Row) -> dict[str, Any]:
+def _ours(row: ResultRow) -> dict[str, Any]:
     return next(iter(row["systems"].values()))
 
 
 def number(value: float | None) -> str:
-    """Three digits that mean something."""
+    """Formatted with about three significant digits."""
     if value is None:
         return "-"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3

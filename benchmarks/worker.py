@@ -1,4 +1,4 @@
-"""Child processes: each holds one system with one model, and does what the parent says when it is its turn.
+"""Child processes: each has one system with one model, and runs the methods that the parent calls.
 
 with Worker("transformers", setup) as worker: ...
 """
@@ -19,30 +19,30 @@ from typing import Any
 
 from opt_megatron.errors import UserError
 
-from .peer import Setup
+from .system_protocol import Setup
 
-_PATIENCE = 30  # seconds for a child to end by itself
+_PATIENCE = 30  # seconds to wait for a child to end
 
 
 class Worker:
-    """A system in a process of its own, or in `setup.ranks` processes.
+    """A system in a child process, or in `setup.ranks` of them.
 
     Args:
-        kinds: module and name of the table in which the system's class stands.
+        kinds: module and name of the dictionary from system names to classes.
     """
 
-    def __init__(self, system: str, setup: Setup, kinds: str = "peers:PEERS") -> None:
+    def __init__(self, system: str, setup: Setup, kinds: str = "systems:SYSTEMS") -> None:
         self._name = f"{system} ({setup.dtype})"
         self._directory = tempfile.TemporaryDirectory(prefix="benchmark-ranks-")
         store = Path(self._directory.name) / "store"
         self._children = [
-            _Child(self._name, _serve_peer, system, replace(setup, rank=rank, store=store), kinds)
+            _Child(self._name, _serve_system, system, replace(setup, rank=rank, store=store), kinds)
             for rank in range(setup.ranks)
         ]
         self._answers()  # loaded
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the system's method, on every rank at once, and return what the first gives."""
+        """Call the system's method, on every rank at once, and return the first rank's result."""
         for child in self._children:
             child.send((method, args))
         return self._answers()[0]
@@ -74,12 +74,12 @@ class _Child:
     """A process with a pipe to it."""
 
     def __init__(self, name: str, target: Callable[..., None], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would take the parent's memory and threads along
+        context = multiprocessing.get_context("spawn")  # a fork would copy the parent's memory and threads
         self._name = name
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, *args), daemon=True)
         self._process.start()
-        theirs.close()  # or the pipe would outlive the child, and we would wait for a dead one
+        theirs.close()  # while it is open here, a child that has ended looks like one that is busy
 
     def send(self, message: Any) -> None:
         self._pipe.send(message)
@@ -105,7 +105,7 @@ class _Child:
         return value
 
     def close(self, patience: float) -> None:
-        """End it: by itself if it does so in this many seconds (it may be at work when something went wrong)."""
+        """Wait this many seconds for the process to end, then kill it (after an error it may still be computing)."""
         self._pipe.close()
         self._process.join(patience)
         if self._process.exitcode is None:
@@ -113,11 +113,11 @@ class _Child:
             self._process.join()
 
 
-def _serve_peer(pipe: Connection, system: str, setup: Setup, kinds: str) -> None:
-    _settle_environment(setup.threads)
+def _serve_system(pipe: Connection, system: str, setup: Setup, kinds: str) -> None:
+    _set_environment(setup.threads)
     os.environ |= {"RANK": str(setup.rank), "LOCAL_RANK": str(setup.rank), "WORLD_SIZE": str(setup.ranks)}
     if setup.ranks == 1:
-        del os.environ["WORLD_SIZE"]  # alone, this project needs no address to meet at
+        del os.environ["WORLD_SIZE"]  # a single rank of this project needs no rendezvous address
     module, name = kinds.split(":")
     kind = getattr(importlib.import_module(f"{__package__}.{module}"), name)[system]
 
@@ -125,22 +125,22 @@ def _serve_peer(pipe: Connection, system: str, setup: Setup, kinds: str) -> None
         kind.prepare(setup)
         return kind(setup)
 
-    peer = _answer(pipe, load, keep=True)
-    while peer is not None:
+    loaded = _answer(pipe, load, keep=True)
+    while loaded is not None:
         try:
             method, args = pipe.recv()
         except EOFError:
             return
-        _answer(pipe, getattr(peer, method), *args)
+        _answer(pipe, getattr(loaded, method), *args)
 
 
 def _call_once(pipe: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    _settle_environment(threads)
+    _set_environment(threads)
     _answer(pipe, function, *args)
 
 
 def _answer(pipe: Connection, function: Callable[..., Any], *args: Any, keep: bool = False) -> Any:
-    """Send what the function returns, or how it failed; with `keep`, return it instead and send that it is there."""
+    """Send the function's result, or how it failed; with `keep`, send None instead and return the result."""
     try:
         value = function(*args)
     except UserError as error:
@@ -152,8 +152,8 @@ def _answer(pipe: Connection, function: Callable[..., Any], *args: Any, keep: bo
         return value
 
 
-def _settle_environment(threads: int) -> None:
-    """The same threads for every library; before any of them is imported, since they read it only then."""
+def _set_environment(threads: int) -> None:
+    """Set the same number of threads for every library, before any is imported: they read it only then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
     os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,7 +1,7 @@
-"""What is asked of every system: prompts, output lengths and arrival times, as pure functions of a seed.
+"""The requests that every system gets: prompts, output lengths and arrival times, as pure functions of a seed.
 
-A round is one turn of all systems. Each has its own token ids, the same for all, so that none can answer from
-what it remembers of an earlier one; the lengths are those of the other rounds.
+In a round every system runs once. Each round has other token ids, the same for all systems, so that none can
+answer from a cache; the lengths are the same in all rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Prompt = tuple[int, ...]  # token ids
 
 
 @dataclass(frozen=True)
-class ServedRequest:
+class WorkloadRequest:
     """One request of the mixed workload: token ids, and how many new ones are wanted."""
 
     prompt: Prompt
@@ -26,17 +26,17 @@ class ServedRequest:
 
 
 @dataclass(frozen=True)
-class Shape:
+class WorkloadSizes:
     """How large each workload is.
 
     Attributes:
         prefill: (rows, tokens a row) of each measured prompt.
-        decode_batches: rows; each decodes `decode_steps` tokens behind a prompt of `decode_prompt`.
-        contexts: tokens of the prompt, one row; each decodes `context_steps` tokens behind it.
+        decode_batches: rows; each decodes `decode_steps` tokens after a prompt of `decode_prompt`.
+        contexts: tokens of the prompt, one row; each decodes `context_steps` tokens after it.
         requests: of the mixed workload, with prompts and outputs of `prompt_range` and `output_range` tokens,
             both ends included.
-        equality: (rows, tokens a row, new tokens) of the check that all systems answer alike.
-        memory: the same three of the run whose peak memory is taken.
+        equality: (rows, tokens a row, new tokens) of the check that all systems generate the same tokens.
+        memory: the same three of the run whose peak memory is measured.
         training: (rows, tokens a row) of a training step.
     """
 
@@ -71,7 +71,7 @@ class Shape:
             )
 
 
-QUICK = Shape(
+QUICK = WorkloadSizes(
     prefill=((1, 128), (1, 512)),
     decode_steps=16,
     contexts=(64, 512),
@@ -84,31 +84,31 @@ QUICK = Shape(
 
 
 def make_prompts(config: OPTConfig, rows: int, tokens: int, seed: int, label: str = "") -> list[Prompt]:
-    """`rows` prompts of `tokens` ids each: BOS, then ids drawn evenly from those that stand for text."""
-    drawn = random.Random(f"prompts {seed} {label}")
-    return [_prompt(config, tokens, drawn) for _ in range(rows)]
+    """`rows` prompts of `tokens` ids each: BOS, then ids drawn uniformly from those of text."""
+    rng = random.Random(f"prompts {seed} {label}")
+    return [_prompt(config, tokens, rng) for _ in range(rows)]
 
 
-def make_requests(config: OPTConfig, shape: Shape, seed: int, label: str = "") -> list[ServedRequest]:
-    """The requests of the mixed workload, lengths drawn evenly from the shape's ranges, in no order."""
-    lengths, drawn = random.Random(f"lengths {seed}"), random.Random(f"requests {seed} {label}")
+def make_requests(config: OPTConfig, sizes: WorkloadSizes, seed: int, label: str = "") -> list[WorkloadRequest]:
+    """The requests of the mixed workload, lengths drawn uniformly from the ranges of `sizes`, in no order."""
+    lengths, rng = random.Random(f"lengths {seed}"), random.Random(f"requests {seed} {label}")
     return [
-        ServedRequest(
-            _prompt(config, lengths.randint(*shape.prompt_range), drawn), lengths.randint(*shape.output_range)
+        WorkloadRequest(
+            _prompt(config, lengths.randint(*sizes.prompt_range), rng), lengths.randint(*sizes.output_range)
         )
-        for _ in range(shape.requests)
+        for _ in range(sizes.requests)
     ]
 
 
 def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
     """Arrival times in seconds, ascending: exponential gaps of mean 1 / `rate`, the first request at 0."""
-    drawn = random.Random(f"arrivals {seed}")
+    rng = random.Random(f"arrivals {seed}")
     times = [0.0]
     while len(times) < count:
-        times.append(times[-1] + drawn.expovariate(rate))
+        times.append(times[-1] + rng.expovariate(rate))
     return times[:count]
 
 
-def _prompt(config: OPTConfig, tokens: int, drawn: random.Random) -> Prompt:
-    # 0 to 3 are BOS, padding, end and unknown in every OPT: no text holds them.
-    return (config.bos_token_id, *(drawn.randrange(4, config.num_tokens) for _ in range(tokens - 1)))
+def _prompt(config: OPTConfig, tokens: int, rng: random.Random) -> Prompt:
+    # 0 to 3 are the special tokens of every OPT (BOS, padding, EOS, unknown), which no text contains.
+    return (config.bos_token_id, *(rng.randrange(4, config.num_tokens) for _ in range(tokens - 1)))

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import command, settings
-from benchmarks.cells import Group, compared, make_row
+from benchmarks import command, options
 from benchmarks.measure import alternate, cache_bytes, measure_bandwidth, percentile, weight_bytes
+from benchmarks.options import BenchmarkOptions
 from benchmarks.report import add_limits, format_table
-from benchmarks.serving import serve_in_batches
 from benchmarks.session import run
-from benchmarks.settings import Settings
+from benchmarks.static_batching import serve_in_batches
 from benchmarks.weights import make_model, model_directory
 from benchmarks.worker import in_child
-from benchmarks.workload import QUICK, ServedRequest, Shape, make_prompts, make_requests, poisson_arrivals
+from benchmarks.workload import QUICK, WorkloadRequest, WorkloadSizes, make_prompts, make_requests, poisson_arrivals
+from benchmarks.workload_runs import Group, compared, make_row
 from opt_megatron.config import OPTConfig, released_config
 from opt_megatron.errors import UserError
 
@@ -29,7 +29,7 @@ OPT_125M = released_config("opt-125m")
 TINY = OPTConfig(
     num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, word_embed_proj_dim=32, vocab_size=256
 )
-TINY_SHAPE = Shape(
+TINY_SIZES = WorkloadSizes(
     prefill=((1, 8),),
     decode_batches=(1, 3),
     decode_prompt=8,
@@ -45,27 +45,27 @@ TINY_SHAPE = Shape(
 HAS_CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
 
 
-def tiny_settings(output: Path, **changes: object) -> Settings:
+def tiny_options(output: Path, **changes: object) -> BenchmarkOptions:
     """A run of seconds."""
     values: dict[str, object] = {
         "sizes": {"tiny": TINY},
         "dtypes": ("float32",),
         "workloads": ("decode", "context", "poisson"),
         "systems": ("opt_megatron", "transformers", *(["ctranslate2"] if HAS_CTRANSLATE2 else [])),
-        "shape": TINY_SHAPE,
+        "workload_sizes": TINY_SIZES,
         "threads": 2,
         "repeats": 2,
         "mixed_repeats": 1,
         "settle_seconds": 0,
         "output": output,
     }
-    return Settings(**(values | changes))
+    return BenchmarkOptions(**(values | changes))
 
 
 def test_requests_repeat_by_seed_and_stay_within_their_bounds() -> None:
-    requests = make_requests(OPT_125M, Shape(), seed=7)
-    assert requests == make_requests(OPT_125M, Shape(), seed=7)
-    assert requests != make_requests(OPT_125M, Shape(), seed=8)
+    requests = make_requests(OPT_125M, WorkloadSizes(), seed=7)
+    assert requests == make_requests(OPT_125M, WorkloadSizes(), seed=7)
+    assert requests != make_requests(OPT_125M, WorkloadSizes(), seed=8)
     assert len(requests) == 64
     assert all(16 <= len(request.prompt) <= 512 and 16 <= request.new_tokens <= 256 for request in requests)
     assert all(request.prompt[0] == 2 and min(request.prompt[1:]) >= 4 for request in requests)
@@ -89,17 +89,17 @@ def test_arrivals_repeat_ascend_and_keep_their_rate() -> None:
 
 def test_a_model_with_too_few_positions_is_refused() -> None:
     with pytest.raises(UserError, match="tiny has 128 positions, but the workloads need 2017"):
-        Shape().check_fits(TINY.replace(max_position_embeddings=128), "tiny")
+        WorkloadSizes().check_fits(TINY.replace(max_position_embeddings=128), "tiny")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_hold_only_what_has_arrived(workers: int) -> None:
-    requests = [ServedRequest((2, n), n) for n in range(1, 8)]
+    requests = [WorkloadRequest((2, n), n) for n in range(1, 8)]
     arrivals = [0.0, 0.0, 0.0, 0.04, 0.04, 0.08, 0.08]
     started: list[tuple[float, list[int]]] = []
     begin = time.perf_counter()
 
-    def run_batch(batch: list[ServedRequest], mark: object) -> list[list[int]]:
+    def run_batch(batch: list[WorkloadRequest], mark: object) -> list[list[int]]:
         started.append((time.perf_counter() - begin, [request.new_tokens for request in batch]))
         time.sleep(0.01)
         for row in range(len(batch)):
@@ -114,10 +114,10 @@ def test_batches_hold_only_what_has_arrived(workers: int) -> None:
 
 
 def test_of_requests_that_come_together_the_lowest_rank_goes_first() -> None:
-    requests = [ServedRequest((2,) * n, 1) for n in (3, 9, 5)]
+    requests = [WorkloadRequest((2,) * n, 1) for n in (3, 9, 5)]
     batches: list[list[int]] = []
 
-    def run_batch(batch: list[ServedRequest], mark: object) -> list[list[int]]:
+    def run_batch(batch: list[WorkloadRequest], mark: object) -> list[list[int]]:
         batches.append([len(request.prompt) for request in batch])
         return [[] for _ in batch]
 
@@ -204,22 +204,22 @@ def test_the_table_shows_ratios_limits_and_differences() -> None:
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from benchmarks.plot import draw
+    from benchmarks.plot import save_plot
 
     result = synthetic_result()
     add_limits(result)
-    draw(result, tmp_path / "plot.png")
+    save_plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_arguments_become_settings(tmp_path: Path) -> None:
+def test_arguments_become_options(tmp_path: Path) -> None:
     plain = command.parse([])
     assert list(plain.sizes) == ["opt-125m", "opt-1.3b"]
     assert (plain.dtypes, plain.repeats) == (("float32", "int8"), 5)
     assert plain.systems == ("opt_megatron", "transformers", "ctranslate2")
     assert plain.systems_for("int8") == ("opt_megatron", "ctranslate2")
     quick = command.parse(["--quick", "--dtypes", "fp32", "--workloads", "mixed", "decode"])
-    assert (list(quick.sizes), quick.dtypes, quick.shape) == (["opt-125m"], ("float32",), QUICK)
+    assert (list(quick.sizes), quick.dtypes, quick.workload_sizes) == (["opt-125m"], ("float32",), QUICK)
     assert quick.workloads == ("decode", "mixed")
     cuda = command.parse(["--device", "cuda"])
     assert (cuda.systems, cuda.dtypes) == (("opt_megatron", "transformers"), ("float32", "bfloat16", "float16"))
@@ -252,16 +252,16 @@ def test_a_mistake_is_one_line(
 
 
 def test_a_result_is_not_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)  # as if all were installed
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: True)  # as if all were installed
     (tmp_path / "benchmark.json").write_text("{}")
     with pytest.raises(UserError, match=r"benchmark\.json exists: .* or replace it with --force"):
-        replace(tiny_settings(tmp_path), systems=("opt_megatron",)).check()
+        replace(tiny_options(tmp_path), systems=("opt_megatron",)).check()
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None if name == "ctranslate2" else True)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None if name == "ctranslate2" else True)
     with pytest.raises(UserError, match=r'ctranslate2 cannot be imported; .* pip install -e "\.\[bench\]"'):
-        replace(tiny_settings(tmp_path), systems=("opt_megatron", "ctranslate2")).check()
+        replace(tiny_options(tmp_path), systems=("opt_megatron", "ctranslate2")).check()
 
 
 def test_a_child_that_ends_is_told() -> None:
@@ -277,7 +277,7 @@ def test_bandwidth_is_that_of_the_best_kernel() -> None:
 
 def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    chosen = tiny_settings(tmp_path / "out", work_dir=tmp_path / "models")
+    chosen = tiny_options(tmp_path / "out", work_dir=tmp_path / "models")
     # Here, where transformers is imported already; the run takes what is there.
     conversions = ("float32",) if HAS_CTRANSLATE2 else ()
     make_model(model_directory(tmp_path / "models", "tiny", TINY), TINY, conversions)
@@ -309,8 +309,8 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_training_is_measured_on_the_same_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"workloads": ("training",), "systems": ("opt_megatron", "transformers")}
-    shape = replace(TINY_SHAPE, training=(2, 16))
-    result = run(tiny_settings(tmp_path / "out", shape=shape, **values))
+    workload_sizes = replace(TINY_SIZES, training=(2, 16))
+    result = run(tiny_options(tmp_path / "out", workload_sizes=workload_sizes, **values))
     times, memory = result["rows"]
     assert times["metric"] == "ms" and memory["metric"] == "growth, MB"
     assert times["loss_apart"]["transformers"] < 1e-5

@@ -1,4 +1,4 @@
-"""What all measured systems have in common: how they are started, and what they are asked."""
+"""The interface of a measured system: what it is started with, and its methods. systems.py has the implementations."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .serving import Served, Tokens
-from .workload import Prompt, ServedRequest
+from .static_batching import ServingResult, Tokens
+from .workload import Prompt, WorkloadRequest
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Setup:
         model: the directory that `weights.make_model` filled.
         dtype: float32, int8, bfloat16 or float16.
         threads: of each process.
-        cache_limit: bytes that the keys and values of all that runs may take; None: no limit.
+        cache_limit: bytes for the keys and values of all running requests; None: no limit.
         ranks: tensor parallel size; each rank is a process, and `rank` is this one's number.
-        store: a file in which the ranks find each other.
+        store: the file of torch.distributed's rendezvous.
     """
 
     model: Path
@@ -39,7 +39,7 @@ class Run:
 
     Attributes:
         seconds: the whole call.
-        steps: seconds from its start until each step's tokens were there.
+        steps: seconds from its start until each step's tokens were available.
         tokens: each prompt's new tokens.
     """
 
@@ -48,8 +48,8 @@ class Run:
     tokens: list[Tokens]
 
 
-class Peer(Protocol):
-    """A system with a model."""
+class System(Protocol):
+    """A system that has loaded a model."""
 
     def __init__(self, setup: Setup) -> None:
         """Load the model."""
@@ -61,8 +61,8 @@ class Peer(Protocol):
     def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
         """Continue equally long prompts as one batch."""
 
-    def tune(self, requests: list[ServedRequest]) -> dict[str, float]:
-        """Find the system's best setting for `serve`: seconds by setting, the best one kept; {} with none to try."""
+    def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
+        """Find the system's best parameters for `serve`, and keep them: seconds by name; {} if it has none."""
 
-    def serve(self, requests: list[ServedRequest], arrivals: list[float]) -> Served:
-        """Serve requests that arrive at these seconds."""
+    def serve(self, requests: list[WorkloadRequest], arrivals: list[float]) -> ServingResult:
+        """Serve requests that arrive after so many seconds each."""

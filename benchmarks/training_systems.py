@@ -1,6 +1,6 @@
 """The systems whose training is measured: this project, and the same loop with transformers and torch's AdamW.
 
-Both take the same batch in one piece, without dropout, clip at 1 and step with fused AdamW.
+Both train on the same batch in one piece, without dropout, clip gradients at norm 1 and step with fused AdamW.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any, Protocol
 
 from opt_megatron.config import OPTConfig
 
-from .peer import Setup
-from .peers import OptMegatron, Transformers
+from .system_protocol import Setup
+from .systems import OptMegatron, Transformers
 from .weights import huggingface_directory
 
 Rows = list[list[int]]  # [b][s + 1] token ids: inputs and shifted targets
 _LR = 1e-5
 
 
-class Trainer(Protocol):
+class TrainingSystem(Protocol):
     """A system with a model and its optimizer."""
 
     def __init__(self, setup: Setup) -> None:
@@ -33,11 +33,15 @@ class Trainer(Protocol):
         """One step: seconds, and the loss before it."""
 
 
-class OptMegatronTrainer:
+class OptMegatronTraining:
     """This project's objective and optimizer."""
 
     RECOMPUTE: str | None = None
-    prepare = staticmethod(OptMegatron.prepare)
+
+    @staticmethod
+    def prepare(setup: Setup) -> None:
+        """Import torch and Megatron-core, and start the process group."""
+        OptMegatron.prepare(setup)
 
     def __init__(self, setup: Setup) -> None:
         import torch
@@ -62,7 +66,7 @@ class OptMegatronTrainer:
         self._model.train()
 
     def step(self, rows: Rows) -> tuple[float, float]:
-        """As `Trainer.step`."""
+        """`TrainingSystem.step`"""
         import torch
 
         from opt_megatron.training.loss import forward_backward
@@ -84,16 +88,19 @@ class OptMegatronTrainer:
         return time.perf_counter() - start, loss
 
 
-class RecomputingTrainer(OptMegatronTrainer):
-    """With the activations of every layer recomputed."""
+class RecomputingTraining(OptMegatronTraining):
+    """This project, with the activations of every layer recomputed in the backward pass."""
 
     RECOMPUTE = "full"
 
 
-class TransformersTrainer:
+class TransformersTraining:
     """transformers' OPT in a plain loop."""
 
-    prepare = staticmethod(Transformers.prepare)
+    @staticmethod
+    def prepare(setup: Setup) -> None:
+        """Import torch and transformers."""
+        Transformers.prepare(setup)
 
     def __init__(self, setup: Setup) -> None:
         import torch
@@ -111,7 +118,7 @@ class TransformersTrainer:
         self._adam = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.95), fused=True)
 
     def step(self, rows: Rows) -> tuple[float, float]:
-        """As `Trainer.step`."""
+        """`TrainingSystem.step`"""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -126,23 +133,26 @@ class TransformersTrainer:
         return time.perf_counter() - start, float(loss.detach())
 
 
-TRAINERS: dict[str, type[Trainer]] = {"opt_megatron": OptMegatronTrainer, "transformers": TransformersTrainer}
+TRAINING_SYSTEMS: dict[str, type[TrainingSystem]] = {
+    "opt_megatron": OptMegatronTraining,
+    "transformers": TransformersTraining,
+}
 RECOMPUTING = "opt_megatron, recomputed"
 
 
-def training_memory(kind: type[Trainer], setup: Setup, rows: Rows) -> float:
+def training_memory(kind: type[TrainingSystem], setup: Setup, rows: Rows) -> float:
     """MB by which the process's peak of resident memory grows while it trains, from before the model is loaded."""
-    from .memory import status
+    from .peak_memory import known_status
 
     kind.prepare(setup)
-    before = status("VmRSS")
+    before = known_status("VmRSS")
     trainer = kind(setup)
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):  # the second step has the optimizer's state as well
         trainer.step(rows)
-    return status("VmHWM") - before
+    return known_status("VmHWM") - before
 
 
-def trainer_class(system: str) -> Any:
+def training_system_class(system: str) -> Any:
     """The class for the name of a system."""
-    return RecomputingTrainer if system == RECOMPUTING else TRAINERS[system]
+    return RecomputingTraining if system == RECOMPUTING else TRAINING_SYSTEMS[system]

@@ -1,7 +1,7 @@
-"""How each workload is measured, with all systems of one model and dtype loaded: rows of results come out.
+"""How each workload is measured, with all systems of one model and dtype loaded: functions that give result rows.
 
 A row is a dictionary for the JSON: what was measured, and under `systems` for each system the median, the
-lowest and highest, all samples, and the ratio of its median to this project's. Less is better in all of them.
+lowest and highest, all samples, and the ratio of its median to this project's. Lower is better in all of them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from typing import Any
 from opt_megatron.config import OPTConfig
 
 from .measure import alternate, cache_bytes, percentile, spread, weight_bytes
-from .serving import Served, Tokens
-from .settings import Settings
+from .options import BenchmarkOptions
+from .report import ResultRow
+from .static_batching import ServingResult, Tokens
 from .worker import Worker
-from .workload import Prompt, ServedRequest, make_prompts, make_requests, poisson_arrivals
-
-Row = dict[str, Any]
+from .workload import Prompt, WorkloadRequest, make_prompts, make_requests, poisson_arrivals
 
 
 @dataclass(frozen=True)
 class Group:
     """The systems that are measured against each other; the first is this project."""
 
-    settings: Settings
+    options: BenchmarkOptions
     name: str
     config: OPTConfig
     dtype: str
@@ -40,26 +39,28 @@ class Group:
 
     def prompts(self, rows: int, tokens: int, label: object = "") -> list[Prompt]:
         """Prompts for this model; other ones for every label."""
-        return make_prompts(self.config, rows, tokens, self.settings.seed, str(label))
+        return make_prompts(self.config, rows, tokens, self.options.seed, str(label))
 
     def alternate(
         self, measure: Callable[[Worker, int], dict[str, float]], repeats: int | None = None
     ) -> dict[str, dict[str, list[float]]]:
         """`measure(worker, round)` for each in turn; metric -> system -> samples."""
         runs = {system: partial(measure, worker) for system, worker in self.workers.items()}
-        return alternate(runs, repeats or self.settings.repeats, self.settings.settle_seconds)
+        return alternate(runs, repeats or self.options.repeats, self.options.settle_seconds)
 
     def warm_up(self, rows: int, tokens: int) -> None:
-        """Let every system see this shape once, so that no sample pays for what is prepared only once."""
+        """Run every system once at this size, so that no sample includes work that is done only once."""
         for worker in self.workers.values():
             worker.call("generate", self.prompts(rows, tokens, "warm-up"), 2)
 
-    def row(self, workload: str, case: str, metric: str, samples: dict[str, list[float]], **more: Any) -> Row:
+    def row(self, workload: str, case: str, metric: str, samples: dict[str, list[float]], **more: Any) -> ResultRow:
         """One line of the table."""
         return make_row(self.name, self.dtype, workload, case, metric, samples) | more
 
 
-def make_row(size: str, dtype: str, workload: str, case: str, metric: str, samples: dict[str, list[float]]) -> Row:
+def make_row(
+    size: str, dtype: str, workload: str, case: str, metric: str, samples: dict[str, list[float]]
+) -> ResultRow:
     """One line of the table; `samples` begins with this project's."""
     systems = {system: spread(values) for system, values in samples.items()}
     ours = next(iter(systems.values()))["median"]
@@ -71,14 +72,14 @@ def make_row(size: str, dtype: str, workload: str, case: str, metric: str, sampl
 
 def equality(group: Group) -> dict[str, Any]:
     """Whether all systems generate the same greedy tokens."""
-    rows, length, new_tokens = group.settings.shape.equality
+    rows, length, new_tokens = group.options.workload_sizes.equality
     prompts = group.prompts(rows, length)
     tokens = {system: worker.call("generate", prompts, new_tokens).tokens for system, worker in group.workers.items()}
     return compared(group, f"{rows} prompts of {length} tokens, {new_tokens} new", tokens)
 
 
 def compared(group: Group, what: str, tokens: dict[str, list[Tokens]]) -> dict[str, Any]:
-    """How many of each system's tokens are this project's; behind a first difference all others may follow."""
+    """How many of each system's tokens equal this project's; after a first difference all later ones may differ."""
     ours = tokens[group.ours]
     systems = {}
     for system, theirs in tokens.items():
@@ -93,9 +94,9 @@ def compared(group: Group, what: str, tokens: dict[str, list[Tokens]]) -> dict[s
     return {"size": group.name, "dtype": group.dtype, "what": what, "systems": systems}
 
 
-def prefill(group: Group) -> Iterator[Row]:
+def prefill(group: Group) -> Iterator[ResultRow]:
     """Time of a whole call that generates one token."""
-    for rows, length in group.settings.shape.prefill:
+    for rows, length in group.options.workload_sizes.prefill:
 
         def measure(worker: Worker, number: int, rows: int = rows, length: int = length) -> dict[str, float]:
             return {"ms": worker.call("generate", group.prompts(rows, length, number), 1).seconds * 1e3}
@@ -106,15 +107,15 @@ def prefill(group: Group) -> Iterator[Row]:
         yield group.row("prefill", f"{rows} x {length} tokens", "ms", samples, tokens_per_second=rates)
 
 
-def decode(group: Group) -> Iterator[Row]:
+def decode(group: Group) -> Iterator[ResultRow]:
     """Time of a step, by the number of rows."""
-    for rows in group.settings.shape.decode_batches:
+    for rows in group.options.workload_sizes.decode_batches:
         yield decode_row(group, "decode", rows)
 
 
-def decode_row(group: Group, workload: str, rows: int) -> Row:
+def decode_row(group: Group, workload: str, rows: int) -> ResultRow:
     """Time of a step: the difference between a run of N + 1 and one of 1 new tokens, divided by N."""
-    steps, length = group.settings.shape.decode_steps, group.settings.shape.decode_prompt
+    steps, length = group.options.workload_sizes.decode_steps, group.options.workload_sizes.decode_prompt
 
     def measure(worker: Worker, number: int) -> dict[str, float]:
         long = worker.call("generate", group.prompts(rows, length, f"{number} long"), steps + 1)
@@ -128,14 +129,14 @@ def decode_row(group: Group, workload: str, rows: int) -> Row:
     return group.row(workload, f"batch {rows}", "ms", samples, limit_bytes=limit, tokens_per_second=rates)
 
 
-def context(group: Group) -> Iterator[Row]:
+def context(group: Group) -> Iterator[ResultRow]:
     """Time of a step of one row, by the tokens before it.
 
-    From the first new token to the last within one run: the difference of two runs would drown in what a
-    prompt of 2000 tokens takes. (Both ways agree where both can be measured.)
+    From the first new token to the last within one run: the difference of two runs would be lost in the noise of a
+    prompt of 2000 tokens. (Both ways agree where both can be measured.)
     """
-    steps = group.settings.shape.context_steps
-    for length in group.settings.shape.contexts:
+    steps = group.options.workload_sizes.context_steps
+    for length in group.options.workload_sizes.contexts:
 
         def measure(worker: Worker, number: int, length: int = length) -> dict[str, float]:
             times = worker.call("generate", group.prompts(1, length, number), steps + 1).steps
@@ -148,9 +149,9 @@ def context(group: Group) -> Iterator[Row]:
         yield group.row("context", f"{length} tokens", "ms", samples, limit_bytes=limit, cache_bytes=cache)
 
 
-def training(group: Group) -> Iterator[Row]:
+def training(group: Group) -> Iterator[ResultRow]:
     """Time of a training step, and how far the losses of the first one are apart."""
-    rows, length = group.settings.shape.training
+    rows, length = group.options.workload_sizes.training
     losses: dict[Worker, float] = {}
 
     def measure(worker: Worker, number: int) -> dict[str, float]:
@@ -175,19 +176,19 @@ def _rates(milliseconds: dict[str, list[float]], tokens: int) -> dict[str, float
     return {system: tokens / statistics.median(values) * 1e3 for system, values in milliseconds.items()}
 
 
-class Serving:
+class ServingRuns:
     """The mixed workload, all requests at once and as a Poisson stream."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._count = group.settings.shape.requests
+        self._count = group.options.workload_sizes.requests
         self._at_once = [0.0] * self._count
         self._ours_per_second: float | None = None
         self.tuned: dict[str, dict[str, float]] = {}
         self.equality: list[dict[str, Any]] = []
 
     def warm_up(self) -> None:
-        """Let every system serve a few short requests, and find its best setting."""
+        """Let every system serve a few short requests, and find its best parameters."""
         requests = self._requests("tune")
         short = [replace(request, new_tokens=4) for request in requests[:4]]
         for system, worker in self._group.workers.items():
@@ -195,7 +196,7 @@ class Serving:
             if tuned := worker.call("tune", requests):
                 self.tuned[system] = tuned
 
-    def mixed(self) -> Iterator[Row]:
+    def mixed(self) -> Iterator[ResultRow]:
         """All requests at once: time until the last one is done."""
         samples = self._serve("all at once", self._at_once)["all done"]
         self._ours_per_second = self._count / statistics.median(samples[self._group.ours])
@@ -203,20 +204,22 @@ class Serving:
         rates = {system: useful / statistics.median(values) for system, values in samples.items()}
         yield self._group.row("mixed", "all at once", "all done, s", samples, tokens_per_second=rates)
 
-    def poisson(self) -> Iterator[Row]:
+    def poisson(self) -> Iterator[ResultRow]:
         """A Poisson stream: time from a request's arrival until it is done, and until the last one is."""
-        rate = self._group.settings.poisson_rate or self._ours_per_second or self._measure_rate()
-        arrivals = poisson_arrivals(self._count, rate, self._group.settings.seed)
+        rate = self._group.options.poisson_rate or self._ours_per_second or self._measure_rate()
+        arrivals = poisson_arrivals(self._count, rate, self._group.options.seed)
         case = f"{rate:.3g} a second"
         more = {"rate": rate, "last_arrival": arrivals[-1]}
         for metric, samples in self._serve(case, arrivals).items():
             yield self._group.row("poisson", case, f"{metric}, s", samples, **more)
 
-    def _requests(self, label: object) -> list[ServedRequest]:
-        return make_requests(self._group.config, self._group.settings.shape, self._group.settings.seed, str(label))
+    def _requests(self, label: object) -> list[WorkloadRequest]:
+        return make_requests(
+            self._group.config, self._group.options.workload_sizes, self._group.options.seed, str(label)
+        )
 
     def _measure_rate(self) -> float:
-        """As many requests a second as this project serves when all are there from the start."""
+        """The requests per second that this project serves when all arrive at once."""
         worker = self._group.workers[self._group.ours]
         return self._count / worker.call("serve", self._requests("rate"), self._at_once).seconds
 
@@ -224,7 +227,7 @@ class Serving:
         tokens: dict[Worker, list[Tokens]] = {}
 
         def measure(worker: Worker, number: int) -> dict[str, float]:
-            served: Served = worker.call("serve", self._requests(number), arrivals)
+            served: ServingResult = worker.call("serve", self._requests(number), arrivals)
             tokens[worker] = served.tokens
             waits = [done - arrival for done, arrival in zip(served.finished, arrivals, strict=True)]
             return {
@@ -233,7 +236,7 @@ class Serving:
                 "all done": served.seconds,
             }
 
-        samples = self._group.alternate(measure, self._group.settings.mixed_repeats)
+        samples = self._group.alternate(measure, self._group.options.mixed_repeats)
         last = {system: tokens[worker] for system, worker in self._group.workers.items()}
         self.equality.append(compared(self._group, f"mixed workload, {case}", last))
         return samples

@@ -1,7 +1,7 @@
 """Serving a stream of requests with a system that runs whole batches: a batch begins when a worker is free.
 
-This project's engine lets requests join and leave a running batch and needs none of this. What is counted is
-the same for all: when each request had all the tokens that it asked for.
+This project's engine lets requests join and leave a running batch and needs none of this. The measure is
+the same for all: when each request had all its tokens.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from .workload import ServedRequest
+from .workload import WorkloadRequest
 
 Tokens = list[int]
 Mark = Callable[[int], None]  # mark(row): this row of the batch has all its tokens now
-RunBatch = Callable[[list[ServedRequest], Mark], list[Tokens]]
+RunBatch = Callable[[list[WorkloadRequest], Mark], list[Tokens]]
 
 
 @dataclass
-class Served:
-    """What came out of a stream of requests.
+class ServingResult:
+    """The outcome of a stream of requests.
 
     Attributes:
         finished: seconds from the start until each request had its last token.
@@ -39,13 +39,13 @@ class Served:
 
 @dataclass
 class StepClock:
-    """When each step's tokens were there, in seconds since `start` (the last row of a batch counts)."""
+    """When each step's tokens were available, in seconds since `start` (the last row of a batch counts)."""
 
     start: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
 
     def tick(self, step: int) -> None:
-        """A row has got token number `step` (from 0)."""
+        """Note that a row has received token number `step` (from 0)."""
         now = time.perf_counter() - self.start
         if step == len(self.times):
             self.times.append(now)
@@ -54,25 +54,25 @@ class StepClock:
 
 
 def serve_in_batches(
-    requests: list[ServedRequest],
+    requests: list[WorkloadRequest],
     arrivals: list[float],
     run_batch: RunBatch,
     *,
     batch_size: int,
     workers: int = 1,
-    rank: Callable[[ServedRequest], float] = lambda request: 0,
-) -> Served:
+    rank: Callable[[WorkloadRequest], float] = lambda request: 0,
+) -> ServingResult:
     """Serve all requests, none of them before its arrival (seconds from now).
 
-    A worker that is free takes the oldest waiting requests, at most `batch_size`; of those that came at the
-    same moment, the ones with the lowest `rank`. It waits only when there is nothing to take.
+    A worker that is free runs the oldest waiting requests, at most `batch_size`; of those that arrived at the
+    same moment, the ones with the lowest `rank`. It waits only while there are none.
     """
-    line = _Line(requests, arrivals, batch_size, rank)
-    served = Served([0.0] * len(requests), [[] for _ in requests])
+    queue = _ArrivalQueue(requests, arrivals, batch_size, rank)
+    served = ServingResult([0.0] * len(requests), [[] for _ in requests])
     start = time.perf_counter()
 
     def work() -> None:
-        while batch := line.take(start):
+        while batch := queue.next_batch(start):
 
             def mark(row: int, batch: list[int] = batch) -> None:
                 served.finished[batch[row]] = time.perf_counter() - start
@@ -89,23 +89,23 @@ def serve_in_batches(
     return served
 
 
-class _Line:
-    """Requests in the order in which they are taken."""
+class _ArrivalQueue:
+    """Requests in the order in which they are served."""
 
     def __init__(
         self,
-        requests: list[ServedRequest],
+        requests: list[WorkloadRequest],
         arrivals: list[float],
         batch_size: int,
-        rank: Callable[[ServedRequest], float],
+        rank: Callable[[WorkloadRequest], float],
     ) -> None:
         self._arrivals = arrivals
         self._order = sorted(range(len(requests)), key=lambda n: (arrivals[n], rank(requests[n])))
         self._batch_size = batch_size
         self._lock = threading.Lock()
 
-    def take(self, start: float) -> list[int]:
-        """The next batch as indices of requests, waiting for one to arrive; empty when all are taken."""
+    def next_batch(self, start: float) -> list[int]:
+        """The next batch as indices of requests; waits for one to arrive, and is empty after the last one."""
         with self._lock:
             if not self._order:
                 return []

@@ -1,7 +1,7 @@
-"""The systems that are measured: one class each, all with `Peer`'s methods. They live in child processes.
+"""The systems that are measured: one class each, all with `System`'s methods, created in child processes.
 
-Each runs as its own documentation would have it, on the same number of threads, greedily, and past every end
-of sequence, so that all make exactly the tokens that were asked for.
+Each runs as its own documentation recommends, on the same number of threads, greedily, and past every end
+of sequence, so that all generate exactly the requested number of tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from opt_megatron.config import OPTConfig
 
 from .measure import cache_bytes
-from .peer import Peer, Run, Setup
-from .serving import Mark, Served, StepClock, Tokens, serve_in_batches
+from .static_batching import Mark, ServingResult, StepClock, Tokens, serve_in_batches
+from .system_protocol import Run, Setup, System
 from .weights import ctranslate2_directory, huggingface_directory
-from .workload import Prompt, ServedRequest
+from .workload import Prompt, WorkloadRequest
 
 if TYPE_CHECKING:
-    from opt_megatron.generation.request import Request
+    from opt_megatron.generation.request import Request, TokenEvent
 
 _PADDING = 1
 
@@ -39,8 +39,8 @@ class OptMegatron:
 
         torch.set_num_threads(setup.threads)
         if setup.ranks > 1:
-            where = {"init_method": f"file://{setup.store}", "rank": setup.rank, "world_size": setup.ranks}
-            dist.init_process_group("gloo", **where)
+            method = f"file://{setup.store}"
+            dist.init_process_group("gloo", init_method=method, rank=setup.rank, world_size=setup.ranks)
         parallel.init_parallel(setup.ranks, 1, seed=1234, device=setup.device)
 
     def __init__(self, setup: Setup) -> None:
@@ -54,33 +54,38 @@ class OptMegatron:
         self._engine = Engine(model, parallel, max_batch_size=self.BATCH, kv_cache_memory=setup.cache_limit)
 
     def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
-        """As `Peer.generate`; ranks that only follow get a run without tokens."""
-        requests = [_request(ServedRequest(prompt, new_tokens)) for prompt in prompts]
+        """`System.generate`; the ranks after the first get a run without tokens."""
+        requests = [_request(WorkloadRequest(prompt, new_tokens)) for prompt in prompts]
         tokens: list[Tokens] = [[] for _ in prompts]
         clock = StepClock()
         for event in self._engine.generate(requests):
             clock.tick(len(tokens[event.request]))
-            tokens[event.request].append(event.token)
+            tokens[event.request].append(_token(event))
         return Run(time.perf_counter() - clock.start, clock.times, tokens)
 
-    def tune(self, requests: list[ServedRequest]) -> dict[str, float]:
-        """Nothing to choose: requests join the batch as they come."""
+    def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
+        """{}: requests join the running batch when they arrive."""
         return {}
 
-    def serve(self, requests: list[ServedRequest], arrivals: list[float]) -> Served:
-        """A list when all are there from the start, else the engine's queue, filled by a second thread."""
+    def serve(self, requests: list[WorkloadRequest], arrivals: list[float]) -> ServingResult:
+        """`System.serve`: a list if all arrive at the start, else the engine's queue, filled by a second thread."""
         made = [_request(request) for request in requests]
-        served = Served([0.0] * len(made), [[] for _ in made])
+        served = ServingResult([0.0] * len(made), [[] for _ in made])
         start = time.perf_counter()
         source = _queue(made, arrivals, start) if any(arrivals) else made
         for event in self._engine.generate(source):
-            served.tokens[event.request].append(event.token)
+            served.tokens[event.request].append(_token(event))
             if event.finish_reason:
                 served.finished[event.request] = time.perf_counter() - start
         return served
 
 
-def _request(request: ServedRequest) -> Request:
+def _token(event: TokenEvent) -> int:
+    assert event.token is not None, "the benchmark cancels no request"
+    return event.token
+
+
+def _request(request: WorkloadRequest) -> Request:
     from opt_megatron.generation.request import Request
     from opt_megatron.generation.sampling.sampling_params import SamplingParams
 
@@ -126,29 +131,29 @@ class Transformers:
 
         directory = huggingface_directory(setup.model)
         self._device = setup.device
-        self._model = OPTForCausalLM.from_pretrained(directory, dtype=getattr(torch, setup.dtype))
-        self._model = self._model.eval().to(setup.device)
-        # Without an end of sequence there is no filter to apply: plain greedy, as long as was asked for.
+        model = OPTForCausalLM.from_pretrained(directory, dtype=getattr(torch, setup.dtype))
+        self._model: Any = model.eval().to(setup.device)  # transformers' types do not describe `generate` of a model
+        # Without an end-of-sequence token nothing stops generation early.
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = _PADDING
 
     def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
-        """As `Peer.generate`."""
+        """`System.generate`"""
         clock = StepClock()
         tokens = self._generate(prompts, new_tokens, _Streamer(clock.tick))
         return Run(time.perf_counter() - clock.start, clock.times, tokens)
 
-    def tune(self, requests: list[ServedRequest]) -> dict[str, float]:
-        """Batches of 16 as they come."""
+    def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
+        """{}: batches of 16 in the order of arrival."""
         return {}
 
-    def serve(self, requests: list[ServedRequest], arrivals: list[float]) -> Served:
-        """Batches of 16 as they come, each to its longest output.
+    def serve(self, requests: list[WorkloadRequest], arrivals: list[float]) -> ServingResult:
+        """`System.serve`: batches of 16 in the order of arrival, each run to its longest output.
 
-        A request counts as done at the step that makes its last token, though `generate` returns later.
+        A request counts as done at the step of its last token, though `generate` returns later.
         """
 
-        def run(batch: list[ServedRequest], mark: Mark) -> list[Tokens]:
+        def run(batch: list[WorkloadRequest], mark: Mark) -> list[Tokens]:
             def step(number: int) -> None:
                 for row, request in enumerate(batch):
                     if request.new_tokens == number + 1:
@@ -177,7 +182,7 @@ class Transformers:
 
 
 class _Streamer:
-    """What `generate` hands each step's tokens to; it begins with the prompt."""
+    """transformers' streamer interface: `generate` calls `put` with the prompt, then with each step's tokens."""
 
     def __init__(self, on_step: Any) -> None:
         self._on_step = on_step
@@ -190,7 +195,7 @@ class _Streamer:
         self._calls += 1
 
     def end(self) -> None:
-        """Nothing is kept back."""
+        """Called at the end; there is nothing to flush."""
 
 
 class CTranslate2:
@@ -213,7 +218,7 @@ class CTranslate2:
         self._use(1)
 
     def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
-        """As `Peer.generate`."""
+        """`System.generate`"""
         self._use(1)
         rows = [_strings(prompt) for prompt in prompts]
         clock = StepClock()
@@ -225,27 +230,27 @@ class CTranslate2:
         tokens = self._generate(rows, new_tokens, on_token)
         return Run(time.perf_counter() - clock.start, clock.times, tokens)
 
-    def tune(self, requests: list[ServedRequest]) -> dict[str, float]:
+    def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
         """All requests at once, in batches of several sizes, one batch at a time on all threads (CTranslate2's
         `inter_threads=1`) or several that share them."""
         tried: dict[tuple[int, int], float] = {}
         most = self._most_rows(requests)
         for workers in (1, 2, 4):
             for rows in (8, 16, 32, 64):
-                # Every worker needs a batch; and one batch of 8 at a time never came first.
+                # Every worker needs a batch; and one batch of 8 at a time was never the fastest.
                 if workers <= self._setup.threads and 8 < workers * rows <= most:
                     self._serving = (workers, rows)
                     tried[self._serving] = self.serve(requests, [0.0] * len(requests)).seconds
         self._serving = min(tried, key=tried.__getitem__) if tried else (1, max(1, min(16, most)))
         return {f"{workers} x {rows} rows at a time": seconds for (workers, rows), seconds in tried.items()}
 
-    def serve(self, requests: list[ServedRequest], arrivals: list[float]) -> Served:
-        """Batches by length of prompt, with the setting that `tune` found."""
+    def serve(self, requests: list[WorkloadRequest], arrivals: list[float]) -> ServingResult:
+        """`System.serve`: batches by length of prompt, with the parameters that `tune` found."""
         workers, rows = self._serving
         self._use(workers)
         strings = {id(request): _strings(request.prompt) for request in requests}
 
-        def run(batch: list[ServedRequest], mark: Mark) -> list[Tokens]:
+        def run(batch: list[WorkloadRequest], mark: Mark) -> list[Tokens]:
             made = [0] * len(batch)
 
             def on_token(result: Any) -> bool:
@@ -265,7 +270,7 @@ class CTranslate2:
             requests, arrivals, run, batch_size=rows, workers=workers, rank=lambda request: -len(request.prompt)
         )
 
-    def _most_rows(self, requests: list[ServedRequest]) -> int:
+    def _most_rows(self, requests: list[WorkloadRequest]) -> int:
         """Requests that may run at the same time: all, or as many of the longest as the memory holds."""
         if self._setup.cache_limit is None:
             return len(requests)
@@ -279,7 +284,7 @@ class CTranslate2:
             return
         import ctranslate2
 
-        self._generator: Any = None  # the former one's memory goes back before the new one takes its own
+        self._generator: Any = None  # free the former one's memory before the new one is loaded
         self._generator = ctranslate2.Generator(
             str(ctranslate2_directory(self._setup.model, self._setup.dtype)),
             device=self._setup.device,
@@ -308,9 +313,9 @@ def _strings(prompt: Prompt) -> list[str]:
 
 
 OURS = "opt_megatron"
-PEERS: dict[str, type[Peer]] = {OURS: OptMegatron, "transformers": Transformers, "ctranslate2": CTranslate2}
+SYSTEMS: dict[str, type[System]] = {OURS: OptMegatron, "transformers": Transformers, "ctranslate2": CTranslate2}
 # transformers has no int8 of its own on a CPU; CTranslate2's CUDA build is another package.
-DTYPES = {
-    "cpu": {"float32": tuple(PEERS), "int8": (OURS, "ctranslate2")},
+DTYPES: dict[str, dict[str, tuple[str, ...]]] = {  # device -> dtype -> systems
+    "cpu": {"float32": tuple(SYSTEMS), "int8": (OURS, "ctranslate2")},
     "cuda": dict.fromkeys(("float32", "bfloat16", "float16"), (OURS, "transformers")),
 }

@@ -1,31 +1,33 @@
-"""A system's peak memory, taken in a fresh process by what Linux says of it."""
+"""A system's peak memory, measured in a fresh process from /proc."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
 
-from .peer import Peer, Setup
+from opt_megatron.errors import UserError
+
+from .system_protocol import Setup, System
 from .workload import Prompt
 
 
-def measure_memory(kind: type[Peer], setup: Setup, prompts: list[Prompt], new_tokens: int) -> dict[str, float]:
+def measure_peak_memory(kind: type[System], setup: Setup, prompts: list[Prompt], new_tokens: int) -> dict[str, float]:
     """Load a model and use it once.
 
     Returns:
         MB by name. `libraries`: resident after the imports, before the model. `loading`, `running`: the peaks of
         resident memory (VmHWM) until the model is loaded, and from then on; libraries and mapped files count.
-        `growth`: of the process's own memory (RssAnon), from before the model to after the run. On CUDA also
-        `device`: the peak of what torch allocated. What the system does not tell is left out.
+        `growth`: of the process's anonymous memory (RssAnon), from before the model to after the run. On CUDA also
+        `device`: the peak of what torch allocated. Values that the operating system does not give are left out.
     """
     kind.prepare(setup)
     libraries, before = status("VmRSS"), status("RssAnon")
-    peer = kind(setup)
+    system = kind(setup)
     loading = status("VmHWM")
-    # The peak starts anew where the kernel lets us; elsewhere `running` is the peak of both.
+    # Resets the peak where the kernel allows it; elsewhere `running` is the peak of both.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    peer.generate(prompts, new_tokens)
+    system.generate(prompts, new_tokens)
     after = status("RssAnon")
     known = {"libraries": libraries, "loading": loading, "running": status("VmHWM")}
     known["growth"] = None if before is None or after is None else after - before
@@ -34,6 +36,18 @@ def measure_memory(kind: type[Peer], setup: Setup, prompts: list[Prompt], new_to
 
         known["device"] = torch.cuda.max_memory_allocated() / 1e6
     return {name: value for name, value in known.items() if value is not None}
+
+
+def known_status(field: str) -> float:
+    """`status`, where there must be one.
+
+    Raises:
+        UserError: this system has no /proc.
+    """
+    value = status(field)
+    if value is None:
+        raise UserError(f"memory cannot be measured here: /proc/self/status has no {field}")
+    return value
 
 
 def status(field: str) -> float | None:

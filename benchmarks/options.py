@@ -1,4 +1,4 @@
-"""What one run of the benchmark measures, and the checks that need no model: mistakes are told at once."""
+"""What one run of the benchmark measures, and the checks that need no model and are made before anything else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import UserError
 
-from .peers import DTYPES
-from .workload import Shape
+from .systems import DTYPES
+from .workload import WorkloadSizes
 
 # Threads of some OpenMP libraries spin for 0.2 s after their last work; the next system's turn waits for that.
 SETTLE_SECONDS = 0.25
@@ -19,23 +19,23 @@ _LIBRARIES = {"transformers": "transformers", "ctranslate2": "ctranslate2"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkOptions:
     """One run.
 
     Attributes:
         sizes: name -> config of each model.
-        systems: this project first, then the peers.
+        systems: this project first, then the others.
         repeats: of every short run; `mixed_repeats` of a whole stream of requests.
-        poisson_rate: requests a second; None: so many that they come about as fast as this project serves them.
+        poisson_rate: requests a second; None: about as many as this project can serve.
         output: the directory of the JSON and the PNG.
-        work_dir: where models are kept for the next run; None: nowhere.
+        work_dir: the directory that keeps the models for the next run; None: they are not kept.
     """
 
     sizes: dict[str, OPTConfig]
     dtypes: tuple[str, ...]
     workloads: tuple[str, ...]
     systems: tuple[str, ...]
-    shape: Shape
+    workload_sizes: WorkloadSizes
     threads: int
     repeats: int
     mixed_repeats: int
@@ -60,7 +60,7 @@ class Settings:
             if dtype not in DTYPES[self.device]:
                 raise UserError(f"{dtype} is not measured on {self.device}: use {', '.join(DTYPES[self.device])}")
         for name, config in self.sizes.items():
-            self.shape.check_fits(config, name)
+            self.workload_sizes.check_fits(config, name)
         self._check_installed()
         self._check_output()
 
@@ -69,14 +69,14 @@ class Settings:
             ("--threads", self.threads),
             ("--repeats", self.repeats),
             ("--mixed-repeats", self.mixed_repeats),
-            ("--requests", self.shape.requests),
+            ("--requests", self.workload_sizes.requests),
         ):
             if value < 1:
                 raise UserError(f"{argument} is {value}, but must be at least 1")
 
     def _check_installed(self) -> None:
         # transformers makes the random models, whether it is measured or not.
-        needed = {"transformers", "matplotlib", *(_LIBRARIES[peer] for peer in self.systems[1:])}
+        needed = {"transformers", "matplotlib", *(_LIBRARIES[system] for system in self.systems[1:])}
         missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
         if missing:
             raise UserError(f'{" and ".join(missing)} cannot be imported; install the extra: pip install -e ".[bench]"')

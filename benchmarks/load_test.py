@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from opt_megatron.cli import Parser, run_and_exit
 from opt_megatron.errors import UserError
 
-from .load_client import Asked, Got, LoadClient, keep_streams
+from .load_client import LoadClient, LoadRequest, LoadResult, keep_streams
 
 PROMPTS = (
     "Once upon a time",
@@ -28,7 +28,7 @@ PROMPTS = (
     "The youngest brother went out into the wide world, and when he had gone a long way he came to",
 )
 _PERCENTILES = (50, 90, 99)
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_SAMPLES = 0.5
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     client = LoadClient(args.url, options, args.api_key)
     count = min(args.requests, 1_000_000)
-    asked = [Asked(PROMPTS[number % len(PROMPTS)], number) for number in range(count)]
+    requests = [LoadRequest(PROMPTS[number % len(PROMPTS)], number) for number in range(count)]
     begun = time.perf_counter()
-    results, memory = asyncio.run(_under_load(client, asked, args))
+    results, memory = asyncio.run(_under_load(client, requests, args))
     report = summary(results, time.perf_counter() - begun, memory)
     if args.load is not None:
         report["offline"] = _compared(results, args)
@@ -77,28 +77,28 @@ def run(args: argparse.Namespace) -> None:
 
 
 async def _under_load(
-    client: LoadClient, asked: list[Asked], args: argparse.Namespace
-) -> tuple[list[Got], list[tuple[int, float]]]:
+    client: LoadClient, requests: list[LoadRequest], args: argparse.Namespace
+) -> tuple[list[LoadResult], list[tuple[int, float]]]:
     done: asyncio.Queue[int] = asyncio.Queue()
     memory: list[tuple[int, float]] = []
     watch = asyncio.create_task(_watch(args.process, done, memory))
-    results = await keep_streams(client, asked, args.streams, args.seconds, done)
+    results = await keep_streams(client, requests, args.streams, args.seconds, done)
     watch.cancel()
     return results, memory
 
 
 async def _watch(processes: list[int], done: asyncio.Queue[int], memory: list[tuple[int, float]]) -> None:
-    """Note, now and then, how many requests have ended and how many MB all processes have."""
+    """Record regularly how many requests have ended and how many MB all processes use."""
     ended = 0
     while processes:
         while not done.empty():
             ended = done.get_nowait()
         memory.append((ended, sum(map(_resident, processes))))
-        await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        await asyncio.sleep(_SECONDS_BETWEEN_SAMPLES)
 
 
 def _resident(process: int) -> float:
-    """MB of a process."""
+    """Resident memory of a process in MB."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -106,34 +106,34 @@ def _resident(process: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024 / 1e6
 
 
-def summary(results: list[Got], seconds: float, memory: list[tuple[int, float]]) -> dict[str, Any]:
-    """What a run gave, in seconds and MB."""
-    good = [got for got in results if got.error is None]
-    tokens = sum(len(got.times) for got in good)
+def summary(results: list[LoadResult], seconds: float, memory: list[tuple[int, float]]) -> dict[str, Any]:
+    """The report of a run: counts, latencies in seconds, memory in MB."""
+    good = [result for result in results if result.error is None]
+    tokens = sum(len(result.times) for result in good)
     report: dict[str, Any] = {
         "requests": len(results),
-        "statuses": dict(Counter(str(got.status) for got in results)),
-        "errors": dict(Counter(got.error for got in results if got.error is not None)),
+        "statuses": dict(Counter(str(result.status) for result in results)),
+        "errors": dict(Counter(result.error for result in results if result.error is not None)),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "time_to_first_token": percentiles([got.times[0] for got in good if got.times]),
-        "inter_token_latency": percentiles([gap for got in good for gap in got.gaps]),
-        "whole_request": percentiles([got.times[-1] for got in good if got.times]),
+        "time_to_first_token": percentiles([result.times[0] for result in good if result.times]),
+        "inter_token_latency": percentiles([gap for result in good for gap in result.gaps]),
+        "whole_request": percentiles([result.times[-1] for result in good if result.times]),
     }
-    if memory:  # from when a tenth has been done: before that, buffers are still growing to their size
+    if memory:  # after a tenth of the requests: before that, buffers are still growing
         settled = [megabytes for ended, megabytes in memory if ended >= len(results) // 10] or [memory[-1][1]]
         report["memory"] = {"first": memory[0][1], "settled": settled[0], "last": settled[-1], "most": max(settled)}
     return report
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """The smallest value that so many in a hundred do not exceed."""
+    """p50, p90 and p99 of the values, each one of them; {} without values."""
     ordered = sorted(values)
     return {f"p{p}": ordered[max(0, -(-len(ordered) * p // 100) - 1)] for p in _PERCENTILES} if ordered else {}
 
 
-def _compared(results: list[Got], args: argparse.Namespace) -> dict[str, int]:
-    """How many answers are the text that the engine gives offline for the same prompt and seed."""
+def _compared(results: list[LoadResult], args: argparse.Namespace) -> dict[str, int]:
+    """How many texts equal those that the engine generates offline for the same prompts and seeds."""
     from opt_megatron.generation.core.engine import Engine
     from opt_megatron.generation.request import Request
     from opt_megatron.generation.sampling.sampling_params import SamplingParams
@@ -142,23 +142,23 @@ def _compared(results: list[Got], args: argparse.Namespace) -> dict[str, int]:
 
     pretrained = open_pretrained(args.load, init_parallel(device="cpu"))
     engine = Engine(pretrained.load_model(), pretrained.parallel, num_tokens=pretrained.num_tokens)
-    checked = [got for got in results if got.error is None][: args.check]
-    tokenizer = pretrained.tokenizer
+    checked = [result for result in results if result.error is None][: args.check]
+    tokenizer = pretrained.require_tokenizer()
     requests = [
         Request(
-            tuple(tokenizer.encode(got.asked.prompt)),
-            SamplingParams(max_new_tokens=args.max_tokens, temperature=args.temperature, seed=got.asked.seed),
+            tuple(tokenizer.encode(result.request.prompt)),
+            SamplingParams(max_new_tokens=args.max_tokens, temperature=args.temperature, seed=result.request.seed),
             tokenizer.stream,
         )
-        for got in checked
+        for result in checked
     ]
     texts = [completion.text for completion in engine.complete(requests)]
-    equal = sum(text == got.text for text, got in zip(texts, checked, strict=True))
+    equal = sum(text == result.text for text, result in zip(texts, checked, strict=True))
     return {"compared": len(checked), "equal": equal}
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = [
         f"{report['requests']} requests in {report['seconds']:.1f} s, statuses {report['statuses']}, "
         f"{len(report['errors'])} kinds of errors; {report['tokens_per_second']:.0f} tokens a second",
