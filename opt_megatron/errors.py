@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user can mend this": one clear line, no traceback, exit code 2."""
+"""The exceptions for mistakes that a user can correct: the commands print one line and end with exit code 2."""
 
 
 class UserError(ValueError):

@@ -1,6 +1,6 @@
 """OPT's byte-level BPE: text to ids with exactly one BOS, ids to text, and text from a stream of ids.
 
-The BPE itself is the `tokenizers` library's. Special tokens are deliberately not registered with it: a
+The BPE itself is the `tokenizers` library's. Special tokens are not registered with it on purpose: a
 `</s>` in a user's text is four characters of text, never an end of sequence.
 """
 
@@ -32,8 +32,8 @@ class OPTTokenizer:
     """Byte-level BPE with OPT's rules.
 
     Args:
-        vocab: token string to id.
-        merges: pairs of token strings, best first.
+        vocab: token string -> id.
+        merges: pairs of token strings, in order of priority.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
@@ -51,10 +51,10 @@ class OPTTokenizer:
     def from_directory(cls, directory: Path) -> OPTTokenizer:
         """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing.
 
-        A file stands for the directory that it lies in, as when one weight file was named.
+        For a file, such as a weight file, the tokenizer files beside it are read.
 
         Raises:
-            CheckpointError: none of them is there, or they cannot be read.
+            CheckpointError: these files are missing or cannot be read.
         """
         directory = Path(directory)
         directory = directory.parent if directory.is_file() else directory
@@ -78,7 +78,7 @@ class OPTTokenizer:
             raise CheckpointError(f"{directory}: the tokenizer files cannot be used: {error}") from None
 
     def __len__(self) -> int:
-        """One more than the highest id."""
+        """The highest id plus 1."""
         return max(self._vocab.values()) + 1
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
@@ -87,20 +87,20 @@ class OPTTokenizer:
         return [self.bos_token_id, *ids] if add_bos else ids
 
     def encode_batch(self, texts: Iterable[str], *, add_bos: bool = True) -> list[list[int]]:
-        """`encode` of each text."""
+        """The ids of each text, as `encode` gives them."""
         return [self.encode(text, add_bos=add_bos) for text in texts]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; padding rows of the vocabulary give nothing."""
+        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids of padding rows give no text."""
         decoder = self.stream(skip_special_tokens=skip_special_tokens)
         return "".join([decoder.push(token) for token in ids]) + decoder.flush()
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one."""
+        """A decoder of ids that arrive one at a time."""
         return StreamDecoder(self._bytes, self._special_ids if skip_special_tokens else set())
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that an id stands for, a special token's name for its own; none for an unknown id."""
+        """The bytes of an id: for a special token those of its name, for an unknown id none."""
         return self._bytes.get(token, b"")
 
     def sentence_end_tokens(self) -> tuple[int, ...]:
@@ -109,21 +109,21 @@ class OPTTokenizer:
         return tuple(sorted(index for index, text in self._bytes.items() if text.strip(b' "') in marks))
 
     def get_vocab(self) -> dict[str, int]:
-        """Token string to id (a copy)."""
+        """Token string -> id, a copy."""
         return dict(self._vocab)
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether `OPTTokenizer.from_directory` would find files there."""
+    """Whether `directory` has the files that `OPTTokenizer.from_directory` reads."""
     directory = directory.parent if directory.is_file() else directory
     pair = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
     return pair or (directory / "tokenizer.json").is_file()
 
 
 class StreamDecoder:
-    """Text from ids one at a time, never half a character.
+    """Decodes ids one at a time, and never gives a part of a character.
 
-    Every token of a byte-level BPE is a run of bytes, so text is what an incremental UTF-8 decoder gives.
+    Every token of a byte-level BPE is a sequence of bytes, so this is an incremental UTF-8 decoder.
     """
 
     def __init__(self, token_bytes: dict[int, bytes], skipped: set[int]) -> None:
@@ -132,24 +132,24 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that is complete once `token` has arrived; empty in the middle of a character."""
+        """The text that is complete with `token`; empty in the middle of a character."""
         if token in self._skipped:
             return ""
         return self._utf8.decode(self._token_bytes.get(token, b""))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        """The rest at the end: U+FFFD for an incomplete character, else an empty string."""
         return self._utf8.decode(b"", final=True)
 
 
 def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    # The library panics on a merge that leads out of the vocabulary, which no `except` here could hold.
+    # The library panics on a merge whose result is not in the vocabulary; Python code cannot catch that.
     if not isinstance(vocab, dict) or not all(type(index) is int and index >= 0 for index in vocab.values()):
         raise CheckpointError("the vocabulary is not a table of tokens and their ids")
     if BOS_TOKEN not in vocab:
         raise CheckpointError(f"the vocabulary has no {BOS_TOKEN!r}, with which every OPT sequence begins")
     for pair in merges:
-        if not {*pair, "".join(pair)} <= vocab.keys():
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise CheckpointError(
                 f"the merge {' '.join(pair)!r} leads out of the vocabulary; the files do not belong together"
             )

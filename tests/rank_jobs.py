@@ -22,7 +22,11 @@ from opt_megatron.generation.core.request_queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
-from opt_megatron.parallel.collectives import Distributed, SharedMemory, tensor_parallel_collectives
+from opt_megatron.parallel.collectives import (
+    DistributedCollectives,
+    SharedMemoryCollectives,
+    tensor_parallel_collectives,
+)
 from opt_megatron.parallel.command_loop import CommandLoop
 from opt_megatron.parallel.context import ParallelContext, init_parallel, on_all_ranks
 
@@ -216,7 +220,7 @@ def shared_memory_and_distributed(tp: int, dtype: torch.dtype, shape: tuple[int,
 
     rank = start(tp, 1).rank
     group = parallel_state.get_tensor_model_parallel_group()
-    shared, distributed = SharedMemory(group), Distributed(group)
+    shared, distributed = SharedMemoryCollectives(group), DistributedCollectives(group)
     mine = (torch.randn(shape, generator=torch.Generator().manual_seed(rank)) * 100).to(dtype)
     kept = mine.clone()
     parts = distributed.all_gather(mine.double()).to(dtype)
@@ -238,7 +242,7 @@ def many_rounds(tp: int, rounds: int) -> None:
     from megatron.core import parallel_state
 
     rank = start(tp, 1).rank
-    shared = SharedMemory(parallel_state.get_tensor_model_parallel_group())
+    shared = SharedMemoryCollectives(parallel_state.get_tensor_model_parallel_group())
     for number in range(rounds):
         if number % 97 == rank:
             time.sleep(0.002)
@@ -260,7 +264,7 @@ def with_a_peer_that_ends(rank: int, store: str, how: str, pipe: Any) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    shared = SharedMemory(dist.group.WORLD)
+    shared = SharedMemoryCollectives(dist.group.WORLD)
     total = shared.all_reduce(torch.ones(3))
     if rank == 1:
         if how == "killed":

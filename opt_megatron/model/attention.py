@@ -20,7 +20,7 @@ class OPTCoreAttention(MegatronModule):
     """softmax(q d**-0.5 k^T) v by `scaled_dot_product_attention`, for the heads of this rank.
 
     The query is scaled before the product, as transformers' OPTAttention does, so that the two agree to
-    the bit. Built with Megatron's `core_attention` arguments; those that OPT has no use for are ignored.
+    the bit. It takes Megatron's `core_attention` arguments and ignores those that OPT does not need.
     """
 
     def __init__(self, config: Any, layer_number: int, softmax_scale: float, **unused: Any) -> None:
@@ -37,11 +37,11 @@ class OPTCoreAttention(MegatronModule):
         /,
         **unused: Any,
     ) -> Tensor:
-        """Attend.
+        """Compute the attention of all sequences.
 
         Args:
             query: [s, b, n, d]; key and value: [t, b, n, d].
-            attention_mask: bool, True where a query may look, broadcastable to [b, n, s, t]. None means
+            attention_mask: bool, True where a query may attend, broadcastable to [b, n, s, t]. None means
                 causal when s > 1 (then s = t), and everything when s = 1.
 
         Returns:
@@ -49,7 +49,7 @@ class OPTCoreAttention(MegatronModule):
         """
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, n, s|t, d]
         dropout = self.config.attention_dropout if self.training else 0.0
-        with self._own_random_numbers(dropout):
+        with self._rank_random_state(dropout):
             output = scaled_dot_product_attention(
                 q * self.softmax_scale,
                 k,
@@ -61,22 +61,22 @@ class OPTCoreAttention(MegatronModule):
             )
         return output.permute(2, 0, 1, 3).flatten(2)  # [s, b, n * d]
 
-    def _own_random_numbers(self, dropout: float) -> contextlib.AbstractContextManager[None]:
-        """Each tensor parallel rank drops out of its own heads; with sequence parallelism core's block sees to it."""
+    def _rank_random_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        """Dropout differs between tensor parallel ranks; with sequence parallelism core's block does this."""
         if not dropout or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
 
 
 def padding_mask_to_inputs(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and attention mask of a padded batch, by the rule of transformers' OPT.
+    """Positions and attention mask of a padded batch, as transformers' OPT computes them.
 
     Args:
         attention_mask: [b, s], 1 for tokens and 0 for padding on either side.
 
     Returns:
-        positions [b, s] (-1 for padding, which the offset turns into the table's padding row) and a
-        bool mask [b, 1, s, s]. A padding query looks at itself, so that no row of the softmax is empty
+        Positions [b, s] (-1 for padding, which the offset turns into the table's padding row) and a
+        bool mask [b, 1, s, s]. A padding query attends to itself, so that no row of the softmax is empty
         (an empty one gives NaN in half precision).
     """
     real = attention_mask.to(torch.bool)

@@ -1,4 +1,4 @@
-"""Embedding and output head: tied, divided over the vocabulary, and for 350m narrower than the model.
+"""Embedding and output head: tied, divided over the vocabulary, and in 350m narrower than the model.
 
 H = hidden_size, W = the embedding's width (H, but for 350m), V = vocabulary rows of this tensor parallel
 rank. 350m has two bias-free matrices between the widths, replicated on every tensor parallel rank.
@@ -89,7 +89,7 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
         return self._float_table() if self.packed is None else self.packed.table()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """core's, which knows of the table alone, and `project_in`, whole on every rank."""
+        """Core's sharded state, which has only the table, and `project_in`, whole on every rank."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.project_in is not None:
             groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
@@ -104,7 +104,7 @@ class ProjectedOutputLayer(OPTOutputLayer):
     def __init__(self, hidden_size: int, word_embed_proj_dim: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(word_embed_proj_dim, output_size, **kwargs)
         self.project_out = nn.Linear(hidden_size, word_embed_proj_dim, bias=False)
-        # Stands before the gather, where each rank has its part of the sequence: core sums the gradients.
+        # Applied before the gather, to this rank's part of the sequence.
         mark_sequence_parallel(self.project_out.weight, self.sequence_parallel)
 
     def infer(self, hidden: Tensor) -> Tensor:

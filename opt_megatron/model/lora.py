@@ -1,12 +1,12 @@
-"""LoRA: W x + (alpha / rank) B A x with W frozen, as layers that a spec puts in the places of the linear ones.
+"""LoRA: W x + (alpha / rank) B A x with W frozen, as layers that a spec uses instead of the linear ones.
 
-(Hu et al. 2021, arXiv:2106.09685.) Of the two factors, the one that touches the dimension that tensor
-parallelism divides is divided with it, so that the sum of both products needs no further collective of that size:
+(Hu et al. 2021, arXiv:2106.09685.) The factor with the dimension that tensor parallelism divides is divided
+with it, so that the sum of both products needs no further collective of that size:
 
     column parallel     A [rank, I] on every rank       B [O / TP, rank]
     row parallel        A [rank, I / TP]                B [O, rank] on every rank
 
-With TP = 2 a row-parallel layer therefore all-reduces `rank` numbers a token beside its output.
+A row-parallel layer therefore all-reduces `rank` numbers per token in addition to its output.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FACTORS = ("lora_a", "lora_b")
 
 
 class _LoRA(PackableLinear):
-    """The two factors beside a frozen weight.
+    """A linear layer with a frozen weight and the two factors.
 
-    `lora_a` begins as torch's nn.Linear does (Kaiming-uniform, as in PEFT), `lora_b` as zeros: training starts
-    from the frozen model. training/initialize.py fills them, the same at every layout.
+    `lora_a` is initialised as torch's nn.Linear (Kaiming-uniform, as in PEFT) and `lora_b` with zeros: training
+    starts from the frozen model. training/initialize.py fills them, the same at every layout.
     """
 
     lora_a: nn.Parameter
@@ -58,7 +58,7 @@ class _LoRA(PackableLinear):
             self.bias.requires_grad_(False)
 
     def prepare_inference(self, method: type[LinearMethod]) -> None:
-        """Add the product of the factors to the weight, for good, and then as an ordinary layer."""
+        """Merge the factors into the weight and drop them, then prepare as an ordinary layer does."""
         if not self._is_merged():
             weight = self.float_weight()
             with torch.no_grad():
@@ -91,7 +91,7 @@ class LoRAColumnParallelLinear(_LoRA, OPTColumnParallelLinear):
         return output + self.lora.scale * differentiable_linear(low, self.lora_b, None), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """core's, with the factors."""
+        """Core's sharded state, with the factors."""
         return _with_factors(self, super().sharded_state_dict, {"lora_b": 0}, prefix, sharded_offsets, metadata)
 
 
@@ -115,19 +115,19 @@ class LoRARowParallelLinear(_LoRA, OPTRowParallelLinear):
         return output + self.lora.scale * differentiable_linear(low, self.lora_b, None), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """core's, with the factors."""
+        """Core's sharded state, with the factors."""
         return _with_factors(self, super().sharded_state_dict, {"lora_a": 1}, prefix, sharded_offsets, metadata)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, _LoRA]]:
-    """The layers of a model that have factors, by name."""
+    """Name and layer of each layer that has factors."""
     for name, module in model.named_modules():
         if isinstance(module, _LoRA) and not module._is_merged():
             yield name, module
 
 
 def freeze_all_but_factors(model: nn.Module) -> None:
-    """Leave only the factors to be trained."""
+    """Make the factors the only parameters that need gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_factor(name))
 
@@ -140,7 +140,7 @@ def is_factor(name: str) -> bool:
 def _with_factors(
     layer: _LoRA, of_core: Any, divided: dict[str, int], prefix: str, sharded_offsets: tuple, metadata: Any
 ) -> dict[str, Any]:
-    # Core's method knows of a weight and a bias alone, and would take the factors for whole ones.
+    # Core's method knows only a weight and a bias, and would treat the factors as not divided.
     values = {name: getattr(layer, name) for name in FACTORS if getattr(layer, name) is not None}
     sharded = of_core(prefix, sharded_offsets, metadata)
     for name in FACTORS:

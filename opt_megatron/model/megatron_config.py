@@ -14,11 +14,11 @@ from ..parallel.context import ParallelContext
 def transformer_config(
     config: OPTConfig, parallel: ParallelContext, dtype: torch.dtype, **overrides: Any
 ) -> TransformerConfig:
-    """Megatron-core's view of an OPT, on this context's layout, without initialised weights.
+    """Megatron-core's config of an OPT model at this context's layout; weights are not initialised.
 
     Args:
-        dtype: of the parameters and of what passes between pipeline stages.
-        overrides: any field of TransformerConfig, for training (dropout stays OPT's unless named).
+        dtype: of the parameters and of the hidden states that pipeline stages send.
+        overrides: any fields of TransformerConfig, for training (dropout is OPT's unless given).
     """
     values: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -26,7 +26,7 @@ def transformer_config(
         "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "kv_channels": config.head_dim,
-        # Megatron-LM's command line cannot say ReLU; the config can.
+        # Megatron-LM's command line does not offer ReLU; the config accepts it.
         "activation_func": torch.nn.functional.relu,
         "add_bias_linear": True,
         "normalization": "LayerNorm",

@@ -5,8 +5,8 @@ pre-norm (every size but 350m)          post-norm (350m)
     x + mlp(norm(x))                        norm(x + mlp(x))
     and a final norm                        and none
 
-In the post-norm layer both norms before a sublayer are identities, and the two bias-dropout-add steps
-are replaced by a module that also normalises.
+In the post-norm layer both norms before a sublayer are identities, and a module that also normalises
+replaces the two bias-dropout-add steps.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ from .lora_options import LoRAOptions
 
 
 class OPTLayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, which core's wrapper of it refuses for sequence parallelism.
-
-    There each tensor parallel rank normalises its part of the sequence; the mark makes core sum the gradients.
-    """
+    """torch's LayerNorm. Core's wrapper of it does not support sequence parallelism, where each tensor parallel
+    rank normalises its part of the sequence."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -48,22 +46,22 @@ class OPTLayerNorm(nn.LayerNorm):
 
 
 class BiasDropoutAddNorm(MegatronModule):
-    """350m: normalise after the residual add. Stands where a pre-norm layer has its bias-dropout-add."""
+    """350m: normalises after the residual add; used in place of a pre-norm layer's bias-dropout-add."""
 
     def __init__(self, config: TransformerConfig, norm: Any) -> None:
         super().__init__(config=config)
         self.norm = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor], Tensor, float], Tensor]:
-        """Core's calling convention: returns the function of (output and bias, residual, dropout)."""
+        """Return a function of (output and bias, residual, dropout), as core calls it."""
         add = get_bias_dropout_add(training, fused)
         return lambda output_and_bias, residual, dropout: self.norm(add(output_and_bias, residual, dropout))
 
 
 def norm_implementation(device: torch.device) -> Any:
-    """The LayerNorm module: NVIDIA Apex's or TransformerEngine's fused one on CUDA, else torch's.
+    """The LayerNorm class: NVIDIA Apex's or TransformerEngine's fused one on CUDA, else torch's.
 
-    The CUDA branches have not been run on a GPU yet.
+    The CUDA branches have not yet been run on a GPU.
     """
     if device.type == "cuda":
         from megatron.core.fusions import fused_layer_norm

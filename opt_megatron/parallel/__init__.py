@@ -1,1 +1,1 @@
-"""Ranks and process groups: their context, which layouts fit a model, collectives, and Megatron-core's patches."""
+"""Ranks and process groups: their context, the checks of a layout, collectives, and the patches of Megatron-core."""

@@ -1,7 +1,7 @@
 """The tensor parallel collectives of inference: sum and gather, over torch.distributed or over shared memory.
 
-Decoding makes two small sums a layer. Over gloo each costs about 270 us on one host, whatever its size,
-which is more than the matrix product beside it; through a page of shared memory it costs about 20 us.
+Decoding makes two small sums in each layer. Over gloo each costs about 270 us on one host, whatever its size,
+which is more than the matrix product before it; through a page of shared memory it costs about 20 us.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from torch import Tensor
 
 from .context import ParallelContext
 
-_LINE = 8  # int64 numbers of a cache line: one flag each, so that ranks do not write to each other's lines
-_SLOT_BYTES = 1 << 22  # what one rank can hand over in a round; larger tensors go in pieces
-_SPINS = 200  # looks at the other ranks' flags before the processor is offered to somebody else
-_SECONDS_BETWEEN_CHECKS = 0.05  # of whether the ranks that are waited for still live
+_LINE = 8  # int64 numbers in a cache line: each flag has its own, so that no two ranks write to the same line
+_SLOT_BYTES = 1 << 22  # what one rank can pass on in a round; larger tensors are sent in pieces
+_SPINS = 200  # reads of the other ranks' flags before the rank yields the processor
+_SECONDS_BETWEEN_CHECKS = 0.05  # of whether the processes of the other ranks still exist
 
 
 class Collectives(Protocol):
-    """What the tensor parallel ranks do together."""
+    """The collectives of the tensor parallel ranks; each method is called on all of them."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, the same to the bit on all of them."""
+        """The sum over the ranks, bit-identical on all of them; may be `tensor` itself, overwritten."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors of the same shape, joined along the last dimension in the order of ranks."""
+        """The ranks' tensors, all of one shape, concatenated along the last dimension in the order of ranks."""
 
 
-class Alone:
-    """One tensor parallel rank has nothing to do."""
+class NoOpCollectives:
+    """For a single tensor parallel rank: both methods return `tensor` itself."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """See Collectives."""
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """See Collectives."""
         return tensor
 
 
-class Distributed:
+class DistributedCollectives:
     """torch.distributed: nccl on GPUs, gloo between hosts."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -57,29 +57,30 @@ class Distributed:
         self._size = dist.get_world_size(group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """In place."""
+        """See Collectives; in place."""
         dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Joined along the last dimension."""
+        """See Collectives."""
         parts = [torch.empty_like(tensor) for _ in range(self._size)]
         dist.all_gather(parts, tensor.contiguous(), group=self._group)
         return torch.cat(parts, dim=-1)
 
 
-class SharedMemory:
-    """Ranks of one host hand tensors over in memory that all of them map.
+class SharedMemoryCollectives:
+    """Ranks of one host exchange tensors through memory that all of them map.
 
-    In every round each rank writes its part into its slot, raises its flag to the round's number and waits
-    for the others' flags; then all read all slots. Two sets of slots alternate: a rank that has raised its
-    flag for round k has finished reading round k - 1, so whoever has seen all flags at k may write over the
-    slots of round k - 1. The sum is taken in the order of ranks by every rank: all get the same bits.
+    In every round each rank writes its part into its slot, sets its flag to the round's number and waits
+    for the others' flags; then all read all slots. Two sets of slots alternate: a rank that has set its
+    flag to round k has finished reading round k - 1, so a rank that has seen all flags at k may overwrite the
+    slots of round k - 1. Every rank sums in the order of ranks, so all get the same bits.
 
-    That a flag is seen after the data that it announces is what x86 processors promise for ordinary writes;
-    on others `tensor_parallel_collectives` does not choose this class.
+    That a flag becomes visible after the data written before it is guaranteed by x86 processors for ordinary
+    writes; on others `tensor_parallel_collectives` does not choose this class.
 
-    Raises (in the calls): RuntimeError when a rank that is waited for has ended.
+    Raises:
+        RuntimeError: in both methods, if the process of another rank has ended.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -89,13 +90,13 @@ class SharedMemory:
         self._flags = np.frombuffer(memory, np.int64, self._size * _LINE)[::_LINE]
         slots = torch.frombuffer(memory, dtype=torch.uint8, offset=flags)
         self._slots = slots.view(2, self._size, _SLOT_BYTES)
-        self._lives = _watch(group)
-        # With fewer processors than ranks, whoever waits must give way at once.
+        self._watched = _watch(group)
+        # With fewer processors than ranks, a rank that waits must yield at once.
         self._spins = _SPINS if len(os.sched_getaffinity(0)) >= dist.get_world_size() else 0
         self._round = 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """A new tensor."""
+        """See Collectives; a new tensor."""
         parts = self._exchange(tensor)
         total = parts[0] + parts[1]
         for part in parts[2:]:
@@ -103,11 +104,11 @@ class SharedMemory:
         return total
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Joined along the last dimension."""
+        """See Collectives."""
         return torch.cat(self._exchange(tensor), dim=-1)
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
-        """All ranks' tensors. They lie in shared memory and are good until the next call."""
+        """All ranks' tensors, in shared memory: valid until the next call."""
         if tensor.nbytes <= _SLOT_BYTES:
             return self._exchange_piece(tensor)
         flat = tensor.reshape(-1)
@@ -135,49 +136,53 @@ class SharedMemory:
         while flags.min() < number:
             os.sched_yield()
             if time.monotonic() > next_check:
-                self._check_lives()
+                self._check_processes()
                 next_check = time.monotonic() + _SECONDS_BETWEEN_CHECKS
 
-    def _check_lives(self) -> None:
+    def _check_processes(self) -> None:
         poll = select.poll()
-        for handle in self._lives:
+        for handle in self._watched:
             poll.register(handle, select.POLLIN)
-        ended = [self._lives[handle] for handle, _ in poll.poll(0)]
+        ended = [self._watched[handle] for handle, _ in poll.poll(0)]
         behind = [rank for rank in ended if self._flags[rank] < self._round]
         if behind:
             raise RuntimeError(f"Connection closed by peer: tensor parallel rank {behind[0]} has ended")
 
 
 def tensor_parallel_collectives(parallel: ParallelContext) -> Collectives:
-    """What suits this context; called on every rank of it.
+    """The fastest collectives for this context; called on all of its ranks.
 
-    Shared memory where all tensor parallel ranks are processes of one x86 Linux host and compute on the CPU.
+    They use shared memory if all tensor parallel ranks are processes of one x86 Linux host and compute on the CPU.
     """
     if parallel.tensor_model_parallel_size == 1:
-        return Alone()
+        return NoOpCollectives()
     from megatron.core import parallel_state
 
     group = parallel_state.get_tensor_model_parallel_group()
-    if _made and _made[-1][0] is group:  # every engine of a process uses the same memory
+    if _made and _made[-1][0] is group:  # all engines of a process use the same memory
         return _made[-1][1]
-    _made[:] = [(group, SharedMemory(group) if _can_share(parallel, group) else Distributed(group))]
+    _made[:] = [(group, _make_collectives(parallel, group))]
     return _made[-1][1]
 
 
-_made: list[tuple[dist.ProcessGroup, Collectives]] = []  # the latest group's
+_made: list[tuple[dist.ProcessGroup, Collectives]] = []  # of the latest group
+
+
+def _make_collectives(parallel: ParallelContext, group: dist.ProcessGroup) -> Collectives:
+    return SharedMemoryCollectives(group) if _can_share(parallel, group) else DistributedCollectives(group)
 
 
 def _can_share(parallel: ParallelContext, group: dist.ProcessGroup) -> bool:
     able = parallel.device.type == "cpu" and platform.machine() == "x86_64" and hasattr(os, "pidfd_open")
-    # Containers of one host may share its name; their process numbers mean nothing to one another.
-    place = (socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino if able else None, able)
-    places = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, place, group=group)
-    return able and len(set(places)) == 1
+    # Containers on one host may have the same host name, but process ids of different namespaces.
+    host = (socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino if able else None, able)
+    hosts = [host] * dist.get_world_size(group)
+    dist.all_gather_object(hosts, host, group=group)
+    return able and len(set(hosts)) == 1
 
 
 def _shared_memory(group: dist.ProcessGroup, size: int) -> mmap.mmap:
-    """Memory that the group's ranks map: made by the first one, without a name, and so never left behind."""
+    """Memory that the group's ranks map. The first one makes it without a name, so it cannot outlive the processes."""
     descriptor = None
     if dist.get_rank(group) == 0:
         descriptor = os.memfd_create("opt_megatron")
@@ -196,7 +201,7 @@ def _shared_memory(group: dist.ProcessGroup, size: int) -> mmap.mmap:
 
 
 def _watch(group: dist.ProcessGroup) -> dict[int, int]:
-    """Handles of the other ranks' processes, which become readable when those end -> their ranks."""
+    """Descriptors of the other ranks' processes, readable once a process has ended -> rank."""
     processes = [0] * dist.get_world_size(group)
     dist.all_gather_object(processes, os.getpid(), group=group)
     own = dist.get_rank(group)

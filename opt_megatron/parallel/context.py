@@ -1,9 +1,9 @@
-"""Starting torch.distributed and Megatron's groups: the one module that asks what device and backend there is.
+"""Starts torch.distributed and Megatron's process groups; the only module that chooses device and backend.
 
     parallel = init_parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, seed=1234)
 
-Everything else receives the frozen `ParallelContext` that it returns. Rank order is Megatron's: tensor
-parallel ranks are neighbours, pipeline stages are farthest apart.
+All other modules receive the frozen `ParallelContext` that it returns. Rank order is Megatron's: tensor
+parallel ranks are adjacent, pipeline stages are farthest apart.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from .core_compat import prepare_megatron
 from .layout import check_layout, local_rank, world_size_from_environment
 
 T = TypeVar("T")
-LEADER = 0  # the rank that reads the input, plans, samples and prints
+LEADER = 0  # the rank that reads the input, schedules, samples and prints
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this process stands among the ranks, and what it computes on.
+    """This process's position in the layout, and its device.
 
-    `control_group` connects all ranks over gloo, so that plans and messages never pass through a GPU.
+    Attributes:
+        control_group: all ranks, over gloo: what they tell each other about a step never passes through a GPU.
     """
 
     rank: int
@@ -49,22 +50,22 @@ class ParallelContext:
 
     @property
     def is_leader(self) -> bool:
-        """This rank reads, plans, samples and prints."""
+        """Whether this rank reads the input, schedules, samples and prints."""
         return self.rank == LEADER
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank holds the embedding."""
+        """Whether this rank has the embedding."""
         return self.pipeline_model_parallel_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank holds the output head."""
+        """Whether this rank has the output head."""
         return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
 
     @property
     def pipeline_stride(self) -> int:
-        """Difference of rank between one pipeline stage and the next."""
+        """The difference in rank between a pipeline stage and the next."""
         return self.world_size // self.pipeline_model_parallel_size
 
     @property
@@ -73,19 +74,19 @@ class ParallelContext:
         return self.pipeline_stride * (self.pipeline_model_parallel_size - 1)
 
     def broadcast_object(self, value: Any) -> Any:
-        """The leader's picklable `value`, on every rank."""
+        """The leader's `value`, which is picklable; called on all ranks."""
         holder = [value]
         dist.broadcast_object_list(holder, src=LEADER, group=self.control_group)
         return holder[0]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks, on every rank; picklable. Called on all ranks."""
+        """The values of all ranks, which are picklable, in the order of ranks; called on all ranks."""
         values: list[T] = [value] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
     def broadcast_integers(self, values: torch.Tensor) -> None:
-        """Fill the int64 CPU tensor `values` on every rank with the leader's."""
+        """Overwrite the int64 CPU tensor `values` with the leader's; called on all ranks."""
         dist.broadcast(values, src=LEADER, group=self.control_group)
 
 
@@ -99,8 +100,8 @@ def init_parallel(
 ) -> ParallelContext:
     """Start torch.distributed and Megatron's model-parallel groups, and seed every generator.
 
-    Under torchrun the environment tells rank and address; alone, a group of one is made without a port.
-    A torch.distributed that is already running is used as it is; groups of another layout are replaced.
+    Under torchrun the environment gives rank and address; without it, a group of one is made, without a port.
+    A torch.distributed that is already running is used as it is; Megatron's groups of another layout are replaced.
 
     Args:
         seed: for Python, numpy, torch and Megatron's model-parallel random states; from 0 to 2**32 - 1.
@@ -140,8 +141,8 @@ def _has_layout(tp: int, pp: int) -> bool:
 
 
 def _leave_model_parallel_groups() -> None:
-    """Forget Megatron's groups and end them, which core's destroy_model_parallel leaves to nobody: about
-    twenty groups, and over gloo several threads for each."""
+    """Destroy Megatron's process groups. Core's destroy_model_parallel only drops its references to them: about
+    twenty groups, each with several threads over gloo."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -152,7 +153,7 @@ def _leave_model_parallel_groups() -> None:
 
 
 def current_context(device: torch.device | None = None) -> ParallelContext:
-    """The context of groups that Megatron has already initialised (by init_parallel or by the caller)."""
+    """The context of Megatron's groups, after init_parallel or the caller has initialised them."""
     device = device or device_in_use()
     prepare_megatron(device)
     from megatron.core import parallel_state
@@ -189,13 +190,13 @@ def check_seed(seed: int) -> None:
 
 
 def shut_down_at_exit() -> None:
-    """Leave the process groups when the interpreter ends: gloo's threads abort a process that forgets to."""
+    """Call `shut_down` when the interpreter ends: otherwise gloo's threads abort the process."""
     atexit.unregister(shut_down)
     atexit.register(shut_down)
 
 
 def shut_down() -> None:
-    """Leave the process groups."""
+    """Destroy all process groups."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -207,7 +208,7 @@ def shut_down() -> None:
 def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it fails with a UserError or an OSError on any, raise a UserError on all of them.
 
-    Without this, the ranks that succeed would wait for ever for those that gave up.
+    Otherwise the ranks that succeed would wait forever for those that have raised an error.
     """
     result, message = None, None
     try:
@@ -257,7 +258,7 @@ _control_groups: dict[int, dist.ProcessGroup] = {}
 
 
 def _control_group() -> dist.ProcessGroup:
-    # Made once per process group: a new gloo group costs a rendezvous.
+    # Made once for each world: a new gloo group costs a rendezvous.
     world = dist.group.WORLD
     assert world is not None, "torch.distributed has not been initialised"
     if id(world) not in _control_groups:

@@ -1,6 +1,6 @@
-"""Which tensor x pipeline layouts fit a model and the number of processes, and what the launcher says of them.
+"""Checks of a tensor x pipeline layout against a model and the number of processes, and the launcher's environment.
 
-Imports no torch, so that a wrong layout is reported before anything heavy is loaded.
+Imports no torch, so that a wrong layout is reported at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_model_divides(config: OPTConfig, tensor_model_parallel_size: int, pipe
 
 
 def world_size_from_environment() -> int:
-    """The number of processes that torchrun (or another launcher) says it started; 1 without one."""
+    """The number of processes by WORLD_SIZE, which torchrun and other launchers set; 1 without it."""
     return _integer_from_environment("WORLD_SIZE", 1)
 
 
@@ -88,7 +88,7 @@ def _check_world(tp: int, pp: int, world_size: int, data_parallel: bool) -> None
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as torchrun or Slurm gives it; 0 without a launcher."""
+    """This process's rank on its machine, from torchrun's or Slurm's environment; 0 without a launcher."""
     return _integer_from_environment("LOCAL_RANK", _integer_from_environment("SLURM_LOCALID", 0))
 
 

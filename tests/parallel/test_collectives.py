@@ -32,8 +32,8 @@ def test_many_rounds(ranks, tp):
 
 
 def test_what_is_chosen(ranks):
-    assert ranks(2).run(rank_jobs.kinds_of_collectives, 2, 1) == [("SharedMemory", True)] * 2
-    assert ranks(2).run(rank_jobs.kinds_of_collectives, 1, 2) == [("Alone", False)] * 2
+    assert ranks(2).run(rank_jobs.kinds_of_collectives, 2, 1) == [("SharedMemoryCollectives", True)] * 2
+    assert ranks(2).run(rank_jobs.kinds_of_collectives, 1, 2) == [("NoOpCollectives", False)] * 2
 
 
 @pytest.mark.parametrize("how", ["ended", "killed"])
