@@ -4,7 +4,7 @@
     class SamplingParams:
         top_p: float = option(1.0, help="keep the best until ...", above=0, maximum=1, api_name="top_p")
 
-From such a field come the argument `--top-p` (`add_argument`, `from_arguments`), the checks of kind and range
+From such a field come the argument `--top-p` (`cli/option_groups.py`, `from_arguments`), the checks of kind and range
 (`convert_kinds`, `check_ranges`), the key `top_p` of a YAML file (`options_file.py`), the field of an HTTP body
 (`serving/protocol.py`) and the row of the reference pages. No module that declares options imports torch, so that
 `--help` is instant.
@@ -226,41 +226,6 @@ class Options:
     def __post_init__(self) -> None:
         convert_kinds(self)
         check_ranges(self)
-
-
-def add_argument(group: argparse._ActionsContainer, declared: Option) -> None:
-    """Declare the argument of an option. The namespace has it only where it was given: defaults are filled in later.
-
-    A switch that a file of options turns on is turned off again by the opposite of its flag, which is not shown.
-    """
-    words: dict[str, Any] = {"help": declared.help_with_default().replace("%", "%%"), "default": argparse.SUPPRESS}
-    if declared.positional:
-        group.add_argument(declared.argument, **words | _words_of_values(declared))
-    elif declared.kind.word is None:
-        group.add_argument(*declared.all_flags, dest=declared.argument, action="store_true", **words)
-        words["help"] = argparse.SUPPRESS
-        group.add_argument(_opposite(declared.flag), dest=declared.argument, action="store_false", **words)
-    else:
-        words["required"] = declared.required
-        group.add_argument(*declared.all_flags, dest=declared.argument, **words | _words_of_values(declared))
-
-
-def _words_of_values(declared: Option) -> dict[str, Any]:
-    words: dict[str, Any] = {"type": declared.kind.word}
-    metavar = declared.metavar or {"int": "N", "float": "X"}.get(declared.annotation.removesuffix(" | None"))
-    if declared.choices:
-        words["choices"] = declared.choices
-    elif metavar:
-        words["metavar"] = metavar
-    if declared.nargs:
-        words["nargs"] = declared.nargs
-    elif declared.kind.is_list:
-        words["action"] = "append"
-    return words
-
-
-def _opposite(flag: str) -> str:
-    return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else "--no-" + flag.removeprefix("--")
 
 
 AnyOptions = TypeVar("AnyOptions")

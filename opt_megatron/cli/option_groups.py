@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..options import NO_DEFAULT, Option, add_argument, options_of
+from ..options import NO_DEFAULT, Option, options_of
 
 # A title of a part of --help (an empty one is the part that all commands have) and the dataclasses that it shows.
 Groups = dict[str, tuple[type, ...]]
@@ -46,8 +46,43 @@ def add_groups(parser: argparse.ArgumentParser, groups: Groups, *, file: bool = 
     for title, declared in declared_options(groups):
         if title not in made:
             made[title] = parser.add_argument_group(title)
-        add_argument(made[title], declared)
+        _add_argument(made[title], declared)
     parser.set_defaults(option_groups=groups)
+
+
+def _add_argument(group: argparse._ActionsContainer, declared: Option) -> None:
+    """Declare the argument of an option. The namespace has it only where it was given: defaults are filled in later.
+
+    A switch that a file of options turns on is turned off again by the opposite of its flag, which is not shown.
+    """
+    words: dict[str, Any] = {"help": declared.help_with_default().replace("%", "%%"), "default": argparse.SUPPRESS}
+    if declared.positional:
+        group.add_argument(declared.argument, **words | _words_of_values(declared))
+    elif declared.kind.word is None:
+        group.add_argument(*declared.all_flags, dest=declared.argument, action="store_true", **words)
+        words["help"] = argparse.SUPPRESS
+        group.add_argument(_opposite(declared.flag), dest=declared.argument, action="store_false", **words)
+    else:
+        words["required"] = declared.required
+        group.add_argument(*declared.all_flags, dest=declared.argument, **words | _words_of_values(declared))
+
+
+def _words_of_values(declared: Option) -> dict[str, Any]:
+    words: dict[str, Any] = {"type": declared.kind.word}
+    metavar = declared.metavar or {"int": "N", "float": "X"}.get(declared.annotation.removesuffix(" | None"))
+    if declared.choices:
+        words["choices"] = declared.choices
+    elif metavar:
+        words["metavar"] = metavar
+    if declared.nargs:
+        words["nargs"] = declared.nargs
+    elif declared.kind.is_list:
+        words["action"] = "append"
+    return words
+
+
+def _opposite(flag: str) -> str:
+    return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else "--no-" + flag.removeprefix("--")
 
 
 class _ReadOptions(argparse.Action):

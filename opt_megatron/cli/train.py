@@ -26,6 +26,7 @@ from .option_groups import Groups, add_groups, declared_options, resolved_option
 
 if TYPE_CHECKING:
     from ..config import OPTConfig
+    from ..parallel.context import ParallelContext
     from ..training.recipe import Recipe
     from ..training.training_options import TrainingOptions
 
@@ -67,20 +68,12 @@ def run(args: argparse.Namespace) -> None:
     from ..parallel.context import init_parallel
 
     parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
-    from ..checkpoint.formats.registry import open_checkpoint
-    from ..checkpoint.load import locate_on_all_ranks
     from ..checkpoint.locate import locate
     from ..parallel.context import on_all_ranks
     from ..tokenizer import has_tokenizer
     from ..training.train import train
 
-    load = None
-    if args.load is not None:
-        found = locate_on_all_ranks(args.load, parallel, args.revision)
-        opened = on_all_ranks(parallel, lambda: open_checkpoint(found))
-        load, config = opened.path, opened.config
-    else:
-        config = recipe.config if recipe else config_argument(args)
+    load, config = _start_of_run(args, recipe, parallel)
     check_layout(config, tp, pp, parallel.world_size)
     if args.tokenizer is None:
         tokenizer = load if load is not None and has_tokenizer(load) else None
@@ -90,6 +83,23 @@ def run(args: argparse.Namespace) -> None:
     finished = train(options, parallel, lambda text: print(text, file=sys.stderr, flush=True))
     if finished and parallel.is_leader and options.directory:
         print(options.directory)
+
+
+def _start_of_run(
+    args: argparse.Namespace, recipe: Recipe | None, parallel: ParallelContext
+) -> tuple[Path | None, OPTConfig]:
+    """The checkpoint to start from, or None, and the model's config."""
+    from ..checkpoint.formats.registry import open_checkpoint
+    from ..checkpoint.load import locate_on_all_ranks
+    from ..parallel.context import on_all_ranks
+
+    if args.load is not None:
+        found = locate_on_all_ranks(args.load, parallel, args.revision)
+        opened = on_all_ranks(parallel, lambda: open_checkpoint(found))
+        return opened.path, opened.config
+    config = config_argument(args) if recipe is None else recipe.config
+    assert config is not None  # _check_sources requires one of the three
+    return None, config
 
 
 def _check_sources(args: argparse.Namespace) -> None:

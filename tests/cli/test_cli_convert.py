@@ -9,7 +9,6 @@ from formats import hf_config, random_tensors, write_metaseq_flat
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
-from opt_megatron.option_kinds import size_in_bytes
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -52,13 +51,6 @@ def test_mistakes_are_one_line_and_write_nothing(capsys, tmp_path, arguments, me
     code, out, err = run(capsys, *[argument.format(tmp_path) for argument in arguments])
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
     assert err.startswith("opt-megatron: error: ") and message in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5k", 1500), ("77", 77)]
-)
-def test_sizes_as_people_write_them(text, size):
-    assert size_in_bytes(text) == size
 
 
 def test_what_was_derived_is_told(capsys, tmp_path):

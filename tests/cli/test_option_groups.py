@@ -77,3 +77,17 @@ def test_no_option_of_a_file_is_read_as_another_ones_abbreviation(file: Path) ->
     file.write_text("max_new: 3")
     with pytest.raises(UserError, match="did you mean max_new_tokens"):
         _parse(["generate", "--config", str(file)])
+
+
+def test_a_rank_that_alone_lacks_the_file_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_megatron.cli._SECONDS_FOR_THE_LEADER", 0)
+    monkeypatch.setenv("RANK", "1")
+    for run_id, expected in ((None, ""), ("7", "opt-megatron: error: rank 1: ")):
+        if run_id:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        with pytest.raises(SystemExit):
+            main(["train", "--config", str(tmp_path / "none.yaml")])
+        err = capsys.readouterr().err
+        assert err.startswith(expected) and err.count("\n") == bool(run_id)

@@ -1,0 +1,26 @@
+"""Kinds of values: sizes as people write them."""
+
+import pytest
+
+from opt_megatron.errors import UserError
+from opt_megatron.option_kinds import kind_of, size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5k", 1500), ("77", 77)]
+)
+def test_sizes_as_people_write_them(text, size):
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5 apples", "-1", "5iB", "1e3", "9999999999TB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match="write it as 500MB, 5GB or 2GiB"):
+        size_in_bytes(text)
+
+
+def test_a_kind_is_found_by_its_annotation():
+    assert kind_of("Size | None").convert("size", "2GiB") == 2**31
+    assert kind_of("tuple[str, ...]").convert("names", "one") == ("one",)
+    with pytest.raises(KeyError):
+        kind_of("complex")
