@@ -57,10 +57,10 @@ def _describe(name: str, thing: Any) -> Iterator[str]:
         yield _markdown(thing.__doc__)
         return
     yield f"### `{name}`\n"
-    if not dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+    if not dataclasses.is_dataclass(thing) and "__init__" in _members(thing):
         yield f"```text\n{_signature(name, thing.__init__)}\n```\n"
     yield _markdown(thing.__doc__)
-    for member, value in vars(thing).items():
+    for member, value in _members(thing).items():
         if member.startswith("_"):
             continue
         function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
@@ -70,6 +70,12 @@ def _describe(name: str, thing: Any) -> Iterator[str]:
         elif isinstance(value, property) or type(value).__name__ == "cached_property":
             yield f"#### `{name}.{member}`\n"
             yield _markdown(value.__doc__)
+
+
+def _members(thing: type) -> dict[str, Any]:
+    """A class's own, and those of this package's classes that it is made from, which come first."""
+    bases = [base for base in reversed(thing.__mro__) if base.__module__.split(".")[0] == "opt_megatron"]
+    return {name: value for base in bases for name, value in vars(base).items()}
 
 
 def _signature(name: str, function: Any) -> str:

@@ -24,188 +24,27 @@ import torch
 from torch import Tensor
 
 from .checkpoint.conversion_options import ConversionOptions
-from .checkpoint.load import load_model, locate_on_all_ranks
-from .config import OPTConfig
 from .errors import UserError
-from .generation.core.engine import Engine
-from .generation.engine_options import EngineOptions
 from .generation.request import Completion, Request
 from .generation.sampling.sampling_params import SamplingParams
 from .inputs import Tokens, layer_numbers, pair_to_item, prompt_ids, scored_pair, token_ids
+from .loaded_model import LoadedModel
 from .model.hook_points import Hook
 from .model.inspection import Inspector
-from .model.opt_model import OPTModel
 from .model.scoring import Item, Score, score
-from .parallel.context import ParallelContext
-from .pretrained import Pretrained, open_pretrained, start_parallel
 from .saving import save_weights
-from .tokenizer import OPTTokenizer
 from .weights import Weights
 
 
-class OPT:
-    """A model with its tokenizer, on any layout; made by `from_pretrained`, `open` or `from_model`.
+class OPT(LoadedModel):
+    """A model on any layout, with its tokenizer; made by `from_pretrained`, `open` or `from_model`.
 
     Attributes:
         pretrained: what was opened: name, config, tokenizer, checkpoint.
         batch_size: sequences in a pass of `score`, and, without engine options, that `generate` runs at a time.
     """
 
-    def __init__(
-        self,
-        pretrained: Pretrained,
-        model: OPTModel | None = None,
-        *,
-        dtype: str = "auto",
-        quantization: str | None = None,
-        batch_size: int = 8,
-        engine: EngineOptions | None = None,
-    ) -> None:
-        _check_batch_size(batch_size)
-        self.pretrained = pretrained
-        self.batch_size = batch_size
-        self._model = model
-        self._has_open_stream = False
-        self._dtype, self._quantization = dtype, quantization
-        self._engine_options = EngineOptions(max_batch_size=batch_size) if engine is None else engine
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_dir: str = "story",
-        *,
-        tensor_model_parallel_size: int = 1,
-        pipeline_model_parallel_size: int = 1,
-        dtype: str = "auto",
-        device: str | None = None,
-        revision: str | None = None,
-        config: OPTConfig | None = None,
-        tokenizer: str | None = None,
-        quantization: str | None = None,
-        batch_size: int = 8,
-        engine: EngineOptions | None = None,
-        seed: int = 1234,
-    ) -> OPT:
-        """Load a checkpoint in any format, at any layout; on several ranks under torchrun, on each of them.
-
-        Args:
-            name_or_dir: as of --load: a directory, a released size, a Hub repository, or "story".
-            dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
-            device: "cpu" or "cuda"; by default CUDA where there is one.
-            config: used instead of the checkpoint's own.
-            tokenizer: where its files are; by default beside the weights. Without one, prompts are ids.
-            quantization: "int8" for 8-bit weights, quantised while loading.
-            batch_size: sequences that `score` and `generate` run at a time.
-            engine: options of the engine of `generate`, a draft model among them.
-
-        Raises:
-            UserError: of any kind; the same one on every rank.
-        """
-        _check_batch_size(batch_size)
-        tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-        return cls.open(
-            name_or_dir,
-            start_parallel(tp, pp, dtype=dtype, device=device, seed=seed),
-            dtype=dtype,
-            revision=revision,
-            config=config,
-            tokenizer=tokenizer,
-            quantization=quantization,
-            batch_size=batch_size,
-            engine=engine,
-        ).load()
-
-    @classmethod
-    def open(
-        cls,
-        name_or_dir: str,
-        parallel: ParallelContext,
-        *,
-        dtype: str = "auto",
-        revision: str | None = None,
-        config: OPTConfig | None = None,
-        tokenizer: str | None = None,
-        needs_tokenizer: bool = False,
-        quantization: str | None = None,
-        batch_size: int = 8,
-        engine: EngineOptions | None = None,
-    ) -> OPT:
-        """`from_pretrained` on ranks that have been started, without reading the weights, which `load` does.
-
-        What is to be checked against config and tokenizer can so be checked before hours of reading.
-
-        Args:
-            needs_tokenizer: a missing tokenizer is an error.
-
-        Raises:
-            UserError: of any kind; the same one on every rank.
-        """
-        pretrained = open_pretrained(
-            name_or_dir,
-            parallel,
-            revision=revision,
-            config=config,
-            tokenizer=tokenizer,
-            needs_tokenizer=needs_tokenizer,
-        )
-        return cls(pretrained, dtype=dtype, quantization=quantization, batch_size=batch_size, engine=engine)
-
-    @classmethod
-    def from_model(
-        cls,
-        model: OPTModel,
-        parallel: ParallelContext,
-        tokenizer: OPTTokenizer | None = None,
-        *,
-        batch_size: int = 8,
-        engine: EngineOptions | None = None,
-    ) -> OPT:
-        """For a model that has been built and filled already."""
-        pretrained = Pretrained("the model", parallel, model.opt_config, tokenizer)
-        return cls(pretrained, model, batch_size=batch_size, engine=engine)
-
-    def load(self) -> OPT:
-        """Read the weights, unless that was done; returns the object itself.
-
-        Raises:
-            CheckpointError: the checkpoint turned out to be damaged; on every rank.
-        """
-        if self._model is None:
-            self._model = self.pretrained.load_model(self._dtype, quantization=self._quantization)
-        return self
-
-    @property
-    def model(self) -> OPTModel:
-        """This rank's part of the model, loaded if it was not."""
-        model = self.load()._model
-        assert model is not None
-        return model
-
-    @property
-    def name(self) -> str:
-        """What it was opened by."""
-        return self.pretrained.name
-
-    @property
-    def config(self) -> OPTConfig:
-        """The architecture."""
-        return self.pretrained.config
-
-    @property
-    def parallel(self) -> ParallelContext:
-        """The layout, and this rank's part in it."""
-        return self.pretrained.parallel
-
-    @property
-    def tokenizer(self) -> OPTTokenizer:
-        """The model's tokenizer.
-
-        Raises:
-            UserError: it has none.
-        """
-        if self.pretrained.tokenizer is None:
-            raise UserError(f"{self.name} has no tokenizer: give ids, or from_pretrained(tokenizer=DIR)")
-        return self.pretrained.tokenizer
+    _has_open_stream = False
 
     def tokens(self, text: str) -> Tensor:
         """Ids of a text after one BOS, [1, s]."""
@@ -271,30 +110,6 @@ class OPT:
         if self.pretrained.tokenizer is None:
             return Request(ids, params)
         return Request(ids, replace(params, sentence_end_tokens=self._sentence_ends), self.tokenizer.stream)
-
-    @cached_property
-    def engine(self) -> Engine:
-        """The engine of `generate`, made when first used. It repacks the model's weights.
-
-        Raises:
-            UserError: an option is out of its range, or the draft model cannot be loaded or does not fit.
-        """
-        options, draft_model = self._engine_options, None
-        model = self.model
-        if options.draft_model is not None:
-            directory = locate_on_all_ranks(options.draft_model, self.parallel)
-            draft_model = load_model(directory, None, self.parallel, self._dtype, quantization=self._quantization)
-        return Engine(
-            model,
-            self.parallel,
-            max_batch_size=options.max_batch_size,
-            kv_cache_memory=options.kv_cache_memory,
-            prefill_chunk_size=options.prefill_chunk_size,
-            num_tokens=self.pretrained.num_tokens,
-            draft_model=draft_model,
-            prompt_lookup=options.prompt_lookup,
-            num_speculative_tokens=options.num_speculative_tokens,
-        )
 
     def score(self, texts: str | Sequence[str | tuple[str, str]]) -> list[Score]:
         """Log-likelihoods: of whole texts after BOS, or of continuations in pairs (context, continuation).
@@ -449,8 +264,3 @@ class OPT:
             return SamplingParams(**options)
         except TypeError as error:
             raise UserError(f"{method}: {str(error).removeprefix('SamplingParams.__init__() ')}") from None
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}, but must be at least 1")

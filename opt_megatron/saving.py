@@ -1,7 +1,7 @@
-"""Writing a model's weights as a checkpoint, from any layout, with the writer of `opt-megatron convert`.
+"""Writes a model's weights as a checkpoint, from any layout, with the writer of `opt-megatron convert`.
 
-The leader writes. It asks for one tensor after the other, which all ranks then gather, so that no rank holds more
-than one whole tensor.
+The leader writes. It reads one tensor after the other, each of which all ranks gather, so that no rank holds more than
+one whole tensor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def save_weights(
 
 
 class _Gathering:
-    """Whole tensors for the leader; the other ranks take part in gathering the ones that it names.
+    """Gathers whole tensors for the leader, on all ranks.
 
     Attributes:
         commands: a command is the index of a weight.
@@ -89,4 +89,4 @@ class _GatheredTensor(LazyTensor):
         return self._gathering.read(self._name)[block]
 
     def release(self, block: Block) -> None:
-        """Nothing: the tensor is freed when another one is read."""
+        """Does nothing: the tensor is freed when another one is read."""

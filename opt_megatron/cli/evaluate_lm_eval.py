@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: of any kind; the same one on every rank.
     """
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars ask for nothing else, and that once
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read by lm-eval's own bars, when they are imported
     from ..evaluation.run_tasks import TaskOptions, check_installed
 
     check_installed()
@@ -97,14 +97,14 @@ def _evaluate(args: argparse.Namespace, options: TaskOptions, opt: OPT) -> None:
         }
         report = to_json(run_tasks(evaluator, options), opt, settings)
         print(json.dumps(report, ensure_ascii=False) if args.json else to_markdown(report).rstrip(), flush=True)
-        if args.output is not None:  # last: whatever happens to the disk, the results of hours have been shown
+        if args.output is not None:  # last: a full disk must not lose results that took hours
             _write(Path(args.output), report, args.force)
 
     evaluator.lead(action)
 
 
 def _check_output(directory: Path, force: bool) -> None:
-    """Before anything is computed: what is there must be this command's, and be meant to go."""
+    """Raise UserError unless results can be written there, before anything is computed."""
     if not directory.exists():
         parent = next(parent for parent in directory.absolute().parents if parent.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
