@@ -1,7 +1,6 @@
-"""OPT's architecture as one frozen dataclass, the table of released sizes, and Hugging Face's config.json.
+"""`OPTConfig`, the architecture of an OPT model; the released sizes; Hugging Face's config.json.
 
-Nothing here touches torch.distributed or Megatron-core; `model/megatron_config.py` derives the
-TransformerConfig from it.
+Imports neither torch nor Megatron-core. `model/megatron_config.py` makes Megatron-core's TransformerConfig of it.
 """
 
 from __future__ import annotations
@@ -20,15 +19,25 @@ BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(BYTES_OF_DTYPE)
 RELEASED_VOCAB_SIZE = 50272  # rows of every released OPT: 50265 tokens and 7 rows of padding
 RELEASED_NUM_TOKENS = 50265
-_MOST_LAYERS = 10_000  # of a model: a number out of a damaged file must not make lists of a billion names
+_MOST_LAYERS = 10_000  # a number in a damaged file must not lead to lists of a billion names
 
 
 @dataclass(frozen=True)
 class OPTConfig:
-    """The shape of one OPT model.
+    """The architecture of an OPT model.
 
-    Sizes are in elements. `word_embed_proj_dim` differs from `hidden_size` only in 350m, which is also
-    the only released size with `do_layer_norm_before=False`.
+    350m is the only released size whose `word_embed_proj_dim` differs from its `hidden_size`, and the only one with
+    `do_layer_norm_before=False`.
+
+    Attributes:
+        vocab_size: rows of the embedding, padding included.
+        max_position_embeddings: the most tokens of a sequence.
+        has_final_layer_norm: there is a norm after the last layer.
+        dtype: of the stored weights.
+        name: of the model, if it is known.
+
+    Raises:
+        UserError: a size is below 1, or the hidden size does not divide by the heads.
     """
 
     num_layers: int
@@ -66,27 +75,27 @@ class OPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Elements of one attention head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_position_rows(self) -> int:
-        """Rows of the position table, the two that are never a position included."""
+        """Rows of the position table, with the two that belong to no position."""
         return self.max_position_embeddings + POSITION_OFFSET
 
     @property
     def has_embedding_projection(self) -> bool:
-        """350m: the embedding is narrower than the model, and two matrices stand between them."""
+        """Whether the embedding is narrower than the hidden state, with a projection between them, as in 350m."""
         return self.word_embed_proj_dim != self.hidden_size
 
     @property
     def num_tokens(self) -> int:
-        """Vocabulary rows that stand for a token; the rest is padding and is never sampled."""
+        """Vocabulary rows that belong to a token; the others are padding and are never sampled."""
         return RELEASED_NUM_TOKENS if self.vocab_size == RELEASED_VOCAB_SIZE else self.vocab_size
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, the tied output head counted once (checkpoint_formats, table of sizes)."""
+        """Number of parameters, the tied output head counted once."""
         h, f, w = self.hidden_size, self.ffn_hidden_size, self.word_embed_proj_dim
         attention = 4 * (h * h + h)
         mlp = 2 * h * f + f + h
@@ -102,11 +111,14 @@ class OPTConfig:
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> OPTConfig:
-        """Read Hugging Face's dictionary, old style (`torch_dtype`) or new (`dtype`).
+        """Read Hugging Face's dictionary, with the dtype as `torch_dtype` (old) or as `dtype` (new).
+
+        Args:
+            where: the file, for messages.
 
         Raises:
-            CheckpointError: not an OPT, a value is missing or of the wrong type, or an option is set that
-                no released OPT has and this project does not implement.
+            CheckpointError: it is not an OPT's, a value is missing or of the wrong type, or it sets an option that
+                no released OPT has and that is not implemented here.
         """
         if values.get("model_type") != "opt":
             raise CheckpointError(f"{where}: model_type is {values.get('model_type')!r}, not 'opt'")
@@ -139,7 +151,7 @@ class OPTConfig:
             raise CheckpointError(f"{where}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The dictionary that transformers reads as OPTConfig (both names of the dtype are written)."""
+        """The dictionary that transformers reads as its OPTConfig, with both names of the dtype."""
         return {
             "_remove_final_layer_norm": self.do_layer_norm_before and not self.has_final_layer_norm,
             "activation_function": "relu",
@@ -182,7 +194,7 @@ class OPTConfig:
         """Read a config.json.
 
         Raises:
-            CheckpointError: as `from_directory`.
+            CheckpointError: as for `from_directory`.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -237,7 +249,7 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class ReleasedSize:
-    """One row of the table: the config, its parameter count as released, and where the sizes stand."""
+    """A released size: its config, its number of parameters, and the source of the numbers."""
 
     config: OPTConfig
     num_parameters: int
@@ -280,9 +292,9 @@ RELEASED_SIZES: dict[str, ReleasedSize] = dict((
 
 
 def released_name(name: str) -> str | None:
-    """The table's name for what people write: `opt-1.3b`, `facebook/opt-1.3b`, `opt-1.3b-en`, `1.3B`.
+    """The key in RELEASED_SIZES for any name of a size: `opt-1.3b`, `facebook/opt-1.3b`, `opt-1.3b-en`, `1.3B`.
 
-    Returns None for a name that is not a released size.
+    Returns None if it is not the name of a released size.
     """
     key = name.strip().lower().removeprefix("facebook/").removesuffix("-en")
     key = key if key.startswith("opt-") else f"opt-{key}"
@@ -293,7 +305,7 @@ def released_config(name: str) -> OPTConfig:
     """The config of a released size under any of its names.
 
     Raises:
-        UserError: the name is not in the table.
+        UserError: there is no such size.
     """
     key = released_name(name)
     if key is None:

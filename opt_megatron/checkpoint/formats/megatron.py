@@ -107,11 +107,11 @@ class MegatronFormat(OutputFormat):
         return {TRACKER: "release\n"}
 
     def describe_output(self, options: ConversionOptions) -> str:
-        """The layout."""
+        """The layout, as "Megatron TP2 x PP4"."""
         return f"Megatron TP{options.tensor_model_parallel_size} x PP{options.pipeline_model_parallel_size}"
 
     def notes(self, config: OPTConfig, options: ConversionOptions) -> list[str]:
-        """What uneven stages are good for."""
+        """Which layouts the directory loads at, if its stages are uneven."""
         if config.num_layers % options.pipeline_model_parallel_size == 0:
             return []
         sizes = f"sizes that divide {config.num_layers}"
