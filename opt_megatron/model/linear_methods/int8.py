@@ -33,11 +33,12 @@ class Int8Linear(LinearMethod):
 
     def __init__(self, weight: Tensor) -> None:
         quantized, scales = quantize_rows(weight)
-        self._channels = scales
         self._zeros = torch.zeros(len(scales), dtype=torch.int32)
         self._weight = torch.ops.onednn.qlinear_prepack(quantized, None)
         self.levels = 127 if _adds_in_32_bits() else 63  # steps of an activation to either side of zero
         self._offset = torch.tensor(self.levels + 1.5)
+        # One factor for the whole product: oneDNN's kernels for few and for many tokens round two in different orders.
+        self._channels = scales / self.levels
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
@@ -47,7 +48,7 @@ class Int8Linear(LinearMethod):
         # multiplied by zero below.
         quantized = torch.addcdiv(self._offset, x.float(), largest.float(), value=self.levels).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise.default(
-            quantized, 1 / self.levels, self.levels + 1, self._weight, self._channels, self._zeros,
+            quantized, 1.0, self.levels + 1, self._weight, self._channels, self._zeros,
             None, 1.0, 0, x.dtype, "none", [], "",
         )  # fmt: skip
         output = product.mul_(largest) if bias is None else torch.addcmul(bias, product, largest)
