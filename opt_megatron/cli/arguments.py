@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..model.linear_methods.registry import quantizations
+from ..model.linear_methods.registry import quantization_help, quantizations
 from ..options import Options, option
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ class RuntimeOptions(LayoutOptions):
         None, help="device to run on", choices=("cpu", "cuda"), default_text="cuda where there is one"
     )
     seed: int = option(1234, help="seed of all random choices")
-    quantization: str | None = option(
-        None, help="8-bit weights, quantised while loading; a quarter of float32's memory", choices=quantizations()
-    )
+    quantization: str | None = option(None, help=quantization_help(), choices=quantizations())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,14 @@ from opt_megatron.model.linear_methods.int8 import Int8Linear
 from opt_megatron.model.linear_methods.int8_rows import Int8Rows, quantize_rows
 from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
 from opt_megatron.model.linear_methods.onednn import OneDNNLinear
-from opt_megatron.model.linear_methods.registry import METHODS, methods_for, quantizations, select_method
+from opt_megatron.model.linear_methods.registry import (
+    METHODS,
+    Choice,
+    methods_for,
+    quantization_help,
+    quantizations,
+    select_method,
+)
 from opt_megatron.model.linear_methods.torch_linear import TorchLinear
 
 # [tokens, inputs, outputs]: one token and many, sizes that no vector of the processor divides.
@@ -74,8 +81,9 @@ def test_methods_are_chosen_by_device_and_dtype():
 
 
 def test_a_method_that_no_device_here_has(monkeypatch):
-    monkeypatch.setitem(METHODS, "blocked", ("onednn.OneDNNLinear",))
+    monkeypatch.setitem(METHODS, "blocked", Choice("blocked weights", ("onednn.OneDNNLinear",)))
     assert "blocked" in quantizations()
+    assert quantization_help().endswith("a quarter of float32's memory. blocked: blocked weights")
     with pytest.raises(UserError, match=r"'blocked' is not available for torch\.float32 on cuda"):
         select_method("blocked", torch.device("cuda"), torch.float32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import UserError
 
@@ -12,17 +12,39 @@ if TYPE_CHECKING:
 
     from .base import LinearMethod
 
-# What a user calls it (--quantization; None: the weights as they are) -> module and class of the methods that do it,
-# the preferred one first: the first that is available is used.
-METHODS: dict[str | None, tuple[str, ...]] = {
-    None: ("onednn.OneDNNLinear", "torch_linear.TorchLinear"),
-    "int8": ("int8.Int8Linear", "int8_weight_only.Int8WeightOnlyLinear"),
+
+class Choice(NamedTuple):
+    """What a user can choose.
+
+    Attributes:
+        help: for the reference of --quantization.
+        methods: module and class of the linear methods that do it; the first that is available is used.
+    """
+
+    help: str
+    methods: tuple[str, ...]
+
+
+METHODS: dict[str | None, Choice] = {  # by --quantization's names; None: without it
+    None: Choice("the weights as they are", ("onednn.OneDNNLinear", "torch_linear.TorchLinear")),
+    "int8": Choice(
+        "8-bit weights, quantised while loading; a quarter of float32's memory",
+        ("int8.Int8Linear", "int8_weight_only.Int8WeightOnlyLinear"),
+    ),
 }
 
 
 def quantizations() -> tuple[str, ...]:
     """The names that a user can choose from."""
     return tuple(name for name in METHODS if name is not None)
+
+
+def quantization_help() -> str:
+    """The help of --quantization."""
+    names = quantizations()
+    if len(names) == 1:
+        return METHODS[names[0]].help
+    return ". ".join(f"{name}: {METHODS[name].help}" for name in names)
 
 
 def methods_for(quantization: str | None) -> tuple[type[LinearMethod], ...]:
@@ -34,7 +56,7 @@ def methods_for(quantization: str | None) -> tuple[type[LinearMethod], ...]:
     if quantization not in METHODS:
         raise UserError(f"quantization {quantization!r}: choose {', '.join(quantizations())} or none")
     found = []
-    for path in METHODS[quantization]:
+    for path in METHODS[quantization].methods:
         module, _, name = path.partition(".")
         found.append(getattr(import_module(f".{module}", __package__), name))
     return tuple(found)
