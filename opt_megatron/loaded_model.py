@@ -68,7 +68,7 @@ class LoadedModel:
             dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
             device: "cpu" or "cuda"; by default CUDA where there is one.
             config: used instead of the checkpoint's own.
-            tokenizer: where its files are; by default beside the weights. Without one, prompts are ids.
+            tokenizer: where its files are; by default next to the weights. Without one, prompts are ids.
             quantization: "int8" for 8-bit weights, quantised while loading.
             batch_size: sequences that `score` and `generate` run at a time.
             engine: options of the engine of `generate`, a draft model among them.

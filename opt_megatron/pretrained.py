@@ -38,7 +38,7 @@ class Pretrained:
         tokenizer: None where there is none.
         checkpoint: opened; None for a model that was not read from one.
         tokenizer_error: why there is no tokenizer.
-        tokenizer_directory: where its files are, if not beside the weights.
+        tokenizer_directory: where its files are, if not next to the weights.
     """
 
     name: str
@@ -107,7 +107,7 @@ def open_pretrained(
     Args:
         name: as of --load: a directory, a released size, a Hub repository, or "story".
         config: used instead of the checkpoint's own.
-        tokenizer: where its files are; by default beside the weights.
+        tokenizer: where its files are; by default next to the weights.
         needs_tokenizer: a missing tokenizer is an error. It always is where `tokenizer` was given.
 
     Raises:

@@ -151,7 +151,7 @@ class Weights(Mapping[str, Tensor]):
         return name
 
     def _check_float(self, name: str) -> None:
-        """By name alone, so that every rank comes to the same result."""
+        """Decided by the name, so that every rank raises or none does."""
         parameter = self._locations[name][0].parameter
         is_linear = parameter.split is not Split.REPLICATED and parameter.megatron.endswith(".weight")
         if self._model.quantization is not None and is_linear:

@@ -1,7 +1,7 @@
 """A model on several ranks for a program that runs on the leader alone (lm-eval).
 
     evaluator = Evaluator(opt)
-    result = evaluator.lead(lambda: ...)        # on every rank; the action runs on the leader and asks
+    result = evaluator.lead(lambda: ...)        # on every rank; the action runs on the leader
 
 Between its questions the other ranks wait for the next one. A question is checked on the leader before it is
 sent, so that all ranks carry it out or none.
@@ -30,7 +30,7 @@ class _Command(IntEnum):
 
 
 class Evaluator:
-    """Scores and generates on all ranks when the leader asks.
+    """Scores and generates on all ranks, called by the leader alone.
 
     The engine, which repacks the weights, is made when something is to be generated; scoring goes on as before.
     """
@@ -41,7 +41,7 @@ class Evaluator:
         self._commands = CommandLoop(self._parallel, self._execute)
 
     def lead(self, action: Callable[[], T]) -> T | None:
-        """Run the action on the leader, who alone gets its result, while the others carry out what it asks.
+        """Run the action on the leader, which alone gets its result; the other ranks execute its calls.
 
         Raises:
             UserError: the action's; on every rank.
