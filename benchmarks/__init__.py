@@ -1,4 +1,4 @@
-"""The benchmark behind `tools/benchmark.py`: this project against transformers and CTranslate2.
+"""The benchmark of `tools/benchmark.py`: this project against transformers and CTranslate2.
 
 In the order in which things happen:
 
@@ -6,7 +6,7 @@ In the order in which things happen:
     workload.py           the requests that every system gets: prompts, lengths and arrival times, by seed
     weights.py            one random model in the formats that the systems read
     worker.py             child processes, one for each system (two for tensor parallel)
-    system_protocol.py    the methods of a system; systems.py: this project, transformers and CTranslate2, in a child
+    system_protocol.py    the methods of a system; systems/: this project, transformers and CTranslate2, in a child
     training_systems.py   in a child: the same for a training step
     static_batching.py    in a child: how a system without continuous batching serves a stream of requests
     measure.py            alternating runs, medians and spread, the memory-bandwidth limit; peak_memory.py

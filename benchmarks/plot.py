@@ -93,12 +93,12 @@ def _legend(axis: Axes, bars: list[tuple[str, str]], systems: list[str], dtypes:
     ]
     if limited:
         handles.append(Line2D([], [], color="black", linewidth=1.6, label="memory limit"))
-    # Beside the bars: over them it would hide what it explains.
+    # To the right of the bars, which it would hide.
     axis.legend(handles=handles, fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _case(row: ResultRow, rows: list[ResultRow]) -> str:
-    """What stands below a group of bars: the metric where a panel has several, else the case."""
+    """The label of a group of bars: the metric if a panel has several, else the case."""
     return row["metric"] if len({row["metric"] for row in rows}) > 1 else row["case"]
 
 

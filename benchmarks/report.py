@@ -98,7 +98,7 @@ def _section(rows: list[ResultRow], workload: str) -> str:
 
 
 def _throughput(rows: list[ResultRow], workload: str) -> list[str]:
-    """For the mixed workload: tokens that were asked for, by the time until the last of them; and for training."""
+    """Tokens per second of the mixed workload, until the last request is done, and of training."""
     return [
         f"{row['dtype']}, tokens a second: {', '.join(f'{s} {number(v)}' for s, v in row['tokens_per_second'].items())}"
         for row in rows
@@ -117,7 +117,7 @@ def _losses(rows: list[ResultRow]) -> list[str]:
 
 
 def _growth(rows: list[ResultRow]) -> list[str]:
-    """For contexts: what the longest costs more than the shortest, beside the time to read its larger cache."""
+    """How much slower a step is at the longest context than at the shortest, and the time to read its larger cache."""
     lines = []
     for dtype in distinct(row["dtype"] for row in rows):
         first, *_, last = 2 * [row for row in rows if row["dtype"] == dtype and "cache_bytes" in row] or [{}, {}]

@@ -1,4 +1,4 @@
-"""The interface of a measured system: what it is started with, and its methods. systems.py has the implementations."""
+"""The interface of a measured system: what it is started with, and its methods. The implementations are in systems/."""
 
 from __future__ import annotations
 

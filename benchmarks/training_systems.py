@@ -66,7 +66,7 @@ class OptMegatronTraining:
         self._model.train()
 
     def step(self, rows: Rows) -> tuple[float, float]:
-        """`TrainingSystem.step`"""
+        """See `TrainingSystem.step`; all rows are one batch."""
         import torch
 
         from opt_megatron.training.loss import forward_backward
@@ -118,7 +118,7 @@ class TransformersTraining:
         self._adam = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.95), fused=True)
 
     def step(self, rows: Rows) -> tuple[float, float]:
-        """`TrainingSystem.step`"""
+        """See `TrainingSystem.step`; all rows are one batch."""
         import torch
         from torch.nn.functional import cross_entropy
 

@@ -1,6 +1,6 @@
 """One random model, in the form that each system reads: Hugging Face safetensors and CTranslate2's files.
 
-Runs in a child process, so that what making a model takes goes back before anything is measured.
+Runs in a child process, so that the memory for making a model is free again before anything is measured.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _save_random(config: OPTConfig, target: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # zeros and ones would hide an error in a bias or a norm
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        # Rows behind the tokenizer's last id are padding: this project never chooses them, and with these
+        # Rows after the tokenizer's last id are padding: this project never chooses them, and with these
         # weights no other system does, since the best of fifty thousand logits is far above 0.
         model.get_input_embeddings().weight[config.num_tokens :] = 0
     model.save_pretrained(target)

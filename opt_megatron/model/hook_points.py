@@ -1,13 +1,13 @@
 """The hook points of a model: named tensors that can be read and replaced, whole at every layout.
 
     embedding                      [b, s, H]      token embeddings with positions: what the first layer reads
-    layers.N                       [b, s, H]      the residual stream behind layer N (from 0)
+    layers.N                       [b, s, H]      the residual stream after layer N (from 0)
     layers.N.attention             [b, s, H]      what attention adds to it
     layers.N.attention.heads       [b, s, n, d]   what each head gives to the output projection
     layers.N.attention.weights     [b, n, s, s]   where each head looks (read-only)
     layers.N.mlp                   [b, s, H]      what the MLP adds
-    layers.N.mlp.neurons           [b, s, F]      the MLP's neurons, behind ReLU
-    output                         [b, s, H]      behind the last layer and, where there is one, the final norm
+    layers.N.mlp.neurons           [b, s, F]      the MLP's neurons, after ReLU
+    output                         [b, s, H]      after the last layer and, if there is one, the final norm
 
 A hook gets a copy, which it may keep and write into; only what it returns reaches the model.
 
@@ -47,7 +47,7 @@ class _Kind:
         shape: config, sequences, tokens -> the shape of the whole tensor.
         is_input: the tensor is the module's first input.
         is_divided: a rank holds its part of the last dimension.
-        is_read_only: the tensor is computed for the hook alone.
+        is_read_only: the tensor is computed only for the hook.
     """
 
     module: Callable[[Any], nn.Module]

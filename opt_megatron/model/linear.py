@@ -1,6 +1,6 @@
 """Megatron's parallel linear layers with OPT's inference: one call a product, by a linear method (linear_methods/).
 
-Core adds the bias in a step of its own and wraps the product in an autograd function. In inference that
+Core adds the bias in a separate step and wraps the product in an autograd function. In inference that
 costs time, and it rounds differently from torch's `linear`: with these, an fp32 OPT on one tensor parallel
 rank gives transformers' logits to the bit. Where gradients are needed, the products are core's on a GPU and
 oneDNN's on a CPU (differentiable_linear.py), with core's collectives around them.
@@ -200,7 +200,7 @@ class OPTRowParallelLinear(PackableLinear, RowParallelLinear):
 class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
     """The head [V, h] that is tied to the embedding: hidden states -> logits of this rank's vocabulary rows.
 
-    On a rank that has the embedding too, it has no weight of its own, and is prepared with the embedding's.
+    On a rank that has the embedding too, it has no weight, and is prepared with the embedding's.
 
     Args:
         method: as of OPTColumnParallelLinear; the model defers the weight after it has tied it.
@@ -221,7 +221,7 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
         return packed(hidden, None)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden] -> [s, b, vocabulary rows], gathered where core is told to"""
+        """[s, b, hidden] -> [s, b, vocabulary rows], gathered if core asks for that"""
         if self.packed is None:
             return super().forward(input_, *args, **kwargs)
         logits = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])

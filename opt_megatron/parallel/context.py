@@ -33,7 +33,7 @@ class ParallelContext:
     """This process's position in the layout, and its device.
 
     Attributes:
-        control_group: all ranks, over gloo: what they tell each other about a step never passes through a GPU.
+        control_group: all ranks, over gloo: messages about a step never pass through a GPU.
     """
 
     rank: int

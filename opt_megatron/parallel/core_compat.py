@@ -105,7 +105,7 @@ class _CudaWithoutGPU(types.ModuleType):
 
 
 class _TorchOnCPU(types.ModuleType):
-    """torch as Megatron-core sees it: `cuda` is the above, and a tensor asked for on "cuda" is made on the CPU.
+    """torch as Megatron-core sees it: `cuda` is the above, and a tensor for "cuda" is made on the CPU.
 
     (pipeline_parallel/schedules.py counts tokens in `torch.zeros(..., device="cuda")`.)
     """
@@ -175,7 +175,7 @@ def _cpu_tracker() -> Any:
             if name not in self.states_:
                 raise ValueError(f"random state {name!r} was not added: call init_parallel first")
             outer_name, outer_state = self._current_state_name, torch.get_rng_state()
-            if outer_name != "default-rng":  # a fork inside a fork: the outer one goes on from here
+            if outer_name != "default-rng":  # nested: the outer state continues from here
                 self.states_[outer_name] = outer_state
             torch.set_rng_state(self.states_[name])
             self._current_state_name = name

@@ -44,7 +44,7 @@ class Int8Linear(LinearMethod):
         """[T, I] -> [T, O]"""
         largest = x.abs().amax(-1, keepdim=True)  # [T, 1]
         # zero point + x / largest * levels; adding a half and cutting off rounds to the nearest (in float32: in half
-        # precision there is no half beside 128). A row of zeros divides by zero, gives any 8-bit numbers, and is
+        # precision 128.5 cannot be represented). A row of zeros divides by zero, gives any 8-bit numbers, and is
         # multiplied by zero below.
         quantized = torch.addcdiv(self._offset, x.float(), largest.float(), value=self.levels).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise.default(

@@ -1,4 +1,4 @@
-"""8-bit weights alone, with activations as they are: where oneDNN's 8-bit product is not available, as on CUDA."""
+"""8-bit weights only, with activations as they are: where oneDNN's 8-bit product is not available, as on CUDA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Int8WeightOnlyLinear(LinearMethod):
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
-        """Always."""
+        """True: it needs nothing but a conversion of 8-bit numbers and torch's linear."""
         return True
 
     def __init__(self, weight: Tensor) -> None:

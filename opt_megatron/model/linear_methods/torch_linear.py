@@ -16,7 +16,7 @@ class TorchLinear(LinearMethod):
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
-        """Always."""
+        """True: torch computes with every dtype on every device."""
         return True
 
     def __init__(self, weight: Tensor) -> None:
