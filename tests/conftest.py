@@ -20,7 +20,6 @@ import_core()
 import torch
 from factory import random_model, save
 from ranks import RankPool
-from running_server import Running, running
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.parallel.context import ParallelContext, init_parallel
@@ -50,8 +49,10 @@ def alone() -> ParallelContext:
 
 
 @pytest.fixture(scope="module")
-def server(alone: ParallelContext) -> Iterator[Running]:
+def server(alone: ParallelContext) -> Iterator[Any]:
     """A server that the tests of a module share; it is ready, and nothing runs on it."""
+    from running_server import running  # here, so that tests of other areas need no web framework
+
     with running(alone) as made:
         made.wait_for(lambda: made.request("GET", "/health").status == 200)
         yield made

@@ -24,6 +24,7 @@ from opt_megatron.tokenizer import OPTTokenizer
 
 SECONDS = 60  # after which a test has failed
 TOKENIZER = OPTTokenizer.from_directory(EMBEDDED_DIRECTORY)
+LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "temperature": 0}  # outlasts a test
 
 
 class Brake:
@@ -181,3 +182,8 @@ def in_thread(action: Callable[[], Any]) -> Callable[[], Any]:
         return results[0]
 
     return result
+
+
+def aborted(server: Running) -> float:
+    """How many requests have ended because their client went away or waited too long."""
+    return server.metric("vllm:request_success_total", finished_reason="abort")

@@ -6,8 +6,7 @@ import time
 
 import pytest
 from raw_http import connect, ended, post
-from running_server import running
-from test_streaming import LONG, aborted
+from running_server import LONG, aborted, running
 
 from opt_megatron.serving.connection import BoundedConnection
 from opt_megatron.serving.limits import Limits

@@ -4,12 +4,11 @@ import json
 
 import pytest
 from raw_http import connect, post
-from running_server import running
+from running_server import LONG, aborted, running
 
 from opt_megatron.serving.limits import Limits
 
 PROMPT = "Once upon a time"
-LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
 
 
 def choices_of(events):
@@ -26,10 +25,6 @@ def choices_of(events):
                 for name, values in piece["logprobs"].items():
                     logprobs[name] += values
     return [choices[index] for index in sorted(choices)]
-
-
-def aborted(server) -> float:
-    return server.metric("vllm:request_success_total", finished_reason="abort")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """In which words bodies are refused."""
 
 import pytest
-from test_protocol import refused
+from body_reading import refused
 
 from opt_megatron.serving.protocol import CompletionRequest
 
