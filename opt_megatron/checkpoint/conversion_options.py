@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..config import check_dtype
 from ..errors import UserError
-from ..option_kinds import Size
-from ..options import Options, option
+from ..options import Options, Size, option
 from ..parallel.layout import check_sizes
 from .formats.registry import output_format, output_format_names
 

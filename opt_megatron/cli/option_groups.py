@@ -102,7 +102,7 @@ class _ReadOptions(argparse.Action):
         if Path(name).suffix.lower() not in FILE_SUFFIXES:
             namespace.model_config = name
             return
-        from ..options_file import read_options_file
+        from ..options.yaml_file import read_options_file
 
         options = [declared for _, declared in declared_options(parser.get_default("option_groups"))]
         found = read_options_file(Path(name).expanduser(), options)

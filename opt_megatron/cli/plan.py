@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..option_kinds import Size
-from ..options import Options, option
+from ..options import Options, Size, option
 from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:

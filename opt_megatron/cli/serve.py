@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
 from ..generation.engine_options import EngineOptions
-from ..option_kinds import Size
-from ..options import Options, option
+from ..options import Options, Size, option
 from .arguments import ModelOptions, RuntimeOptions
 from .engine_options import check_engine_options, engine_options
 from .loading import open_model, print_notices, start_ranks

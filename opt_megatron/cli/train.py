@@ -142,7 +142,7 @@ def _options_of_run(
     """
     import torch
 
-    from ..options_file import write_options
+    from ..options.yaml_file import write_options
     from ..training.lr_schedule import LRSchedule
     from ..training.training_options import TrainingOptions
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..option_kinds import Size
-from ..options import Options, option
+from ..options import Options, Size, option
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from opt_megatron.errors import UserError
-from opt_megatron.option_kinds import kind_of, size_in_bytes
+from opt_megatron.options.kinds import kind_of, size_in_bytes
 
 
 @pytest.mark.parametrize(

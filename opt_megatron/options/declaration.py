@@ -5,7 +5,7 @@
         top_p: float = option(1.0, help="keep the best until ...", above=0, maximum=1, api_name="top_p")
 
 From such a field come the argument `--top-p` (`cli/option_groups.py`, `from_arguments`), the checks of kind and range
-(`convert_kinds`, `check_ranges`), the key `top_p` of a YAML file (`options_file.py`), the field of an HTTP body
+(`convert_kinds`, `check_ranges`), the key `top_p` of a YAML file (`yaml_file.py`), the field of an HTTP body
 (`serving/protocol.py`) and the row of the reference pages. No module that declares options imports torch, so that
 `--help` is instant.
 """
@@ -20,8 +20,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError
-from .option_kinds import Kind, kind_of
+from ..errors import UserError
+from .kinds import Kind, kind_of
 
 NO_DEFAULT: Any = ...
 _KEY = "option"  # of a field's metadata

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from opt_megatron.errors import UserError
-from opt_megatron.option_kinds import Size
-from opt_megatron.options import Options, option, options_of
-from opt_megatron.options_file import read_options_file, write_options
+from opt_megatron.options import Options, Size, option, options_of
+from opt_megatron.options.yaml_file import read_options_file, write_options
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
-from .option_kinds import shown
-from .options import Option
+from ..errors import UserError
+from .declaration import Option
+from .kinds import shown
 
 _MOST_BYTES = 1_000_000
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")

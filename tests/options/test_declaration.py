@@ -13,8 +13,7 @@ import pytest
 from opt_megatron.cli.option_groups import add_groups, complete
 from opt_megatron.errors import UserError
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
-from opt_megatron.option_kinds import Size
-from opt_megatron.options import Options, from_arguments, option, options_of
+from opt_megatron.options import Options, Size, from_arguments, option, options_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 Size = int  # bytes, which may be given as people write them: 500MB, 2GiB
 
