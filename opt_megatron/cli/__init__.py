@@ -71,7 +71,7 @@ def run_and_exit(program: str, action: Callable[[], None]) -> NoReturn:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        _exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}")
+        exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}", 1)
     sys.exit(code)
 
 
@@ -109,10 +109,13 @@ def is_lost_rank(error: BaseException) -> bool:
     return any(sign in str(error) for sign in _LOST_RANK)
 
 
-def _exit_now(message: str) -> NoReturn:
-    # Not sys.exit: the threads of a process group that has lost a member may never join.
+def exit_now(message: str, code: int) -> NoReturn:
+    """Print an error and end the process at once, whatever its threads wait for.
+
+    `sys.exit` would join them: those of a process group that has lost a member may never end.
+    """
     print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)
 
 
 def _first_line(error: BaseException) -> str:

@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> list[str]:
-    from ..evaluation.data import read_texts
+    from ..evaluation.data import read_documents
 
-    return read_texts(Path(args.data), args.json_key)
+    return read_documents(Path(args.data), args.json_key)
 
 
 def _tokenize(texts: list[str], tokenizer: OPTTokenizer, args: argparse.Namespace) -> Documents:

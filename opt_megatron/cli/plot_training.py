@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..options import Options, option
+from ..training.plot_curves import MEASURES
 from .option_groups import Groups, add_groups
 
 HELP = "draw loss curves (or another measure) of training runs to PNG"
@@ -24,7 +25,7 @@ class PlotOptions(Options):
     measure: str = option(
         "loss",
         help="what is drawn",
-        choices=("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale"),
+        choices=MEASURES,
     )
     force: bool = option(False, help="replace the file")
 

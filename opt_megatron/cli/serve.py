@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..generation.engine_options import EngineOptions
@@ -129,7 +129,7 @@ def _lead(
     from ..serving.async_engine import AsyncEngine, EngineTimeoutError
     from ..serving.metrics import Metrics
     from ..serving.server import Server, url_of
-    from . import is_lost_rank
+    from . import exit_now, is_lost_rank
 
     url = url_of(listener)
     _print_notice(f"loading the model, to be served at {url}")
@@ -149,14 +149,14 @@ def _lead(
     except (UserError, SystemExit):
         raise
     except KeyboardInterrupt:
-        _exit_now("interrupted", 130)
+        exit_now("interrupted", 130)
     except BaseException as error:
         if is_lost_rank(error):
             raise
         if not isinstance(error, EngineTimeoutError):
             traceback.print_exception(error)
         # Not by sys.exit: the engine's thread may wait forever for a rank that was lost without a sign.
-        _exit_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
+        exit_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
 
 
 def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
@@ -224,8 +224,3 @@ def _check_packages() -> None:
 
 def _print_notice(text: str) -> None:
     print(f"opt-megatron: {text}", file=sys.stderr, flush=True)
-
-
-def _exit_now(message: str, code: int) -> NoReturn:
-    print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
-    os._exit(code)

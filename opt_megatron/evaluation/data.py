@@ -10,7 +10,7 @@ from ..errors import UserError
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
-def read_texts(path: Path, json_key: str = "text") -> list[str]:
+def read_documents(path: Path, json_key: str = "text") -> list[str]:
     """The texts of a file; `.jsonl`, `.ndjson` and `.json` (in any case) have an object a line, all else is one text.
 
     Any of them may be compressed, with `.gz` after its name.

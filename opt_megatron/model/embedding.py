@@ -107,9 +107,9 @@ class ProjectedOutputLayer(OPTOutputLayer):
         # Applied before the gather, to this rank's part of the sequence.
         mark_sequence_parallel(self.project_out.weight, self.sequence_parallel)
 
-    def infer(self, hidden: Tensor) -> Tensor:
+    def infer(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """[T, H] -> [T, V]"""
-        return super().infer(self.project_out(hidden))
+        return super().infer(self.project_out(x), residual, relu=relu)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, H] -> logits [s, b, V] (or of the whole vocabulary, when gathered), and no bias"""

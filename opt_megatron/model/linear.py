@@ -114,6 +114,12 @@ class PackableLinear(DeferredWeight):
                 self._replaced = None
         self.packed = None
 
+    def infer(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """[T, inputs of this rank] -> [T, outputs of this rank]; after `prepare_inference`."""
+        packed = self.packed
+        assert packed is not None
+        return packed(x, self.bias, relu=relu, residual=residual)
+
     def _pack(self, weight: Tensor, method: type[LinearMethod]) -> None:
         self.packed = method(weight.detach())
         if self.weight is not None and not method.keeps_weight:
@@ -145,12 +151,6 @@ class OPTColumnParallelLinear(PackableLinear, ColumnParallelLinear):
         if method.loads_deferred:  # here, so that the layers' float weights are never held together
             self.defer_weight()
 
-    def infer(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        """[T, inputs] -> [T, outputs of this rank]; after `prepare_inference`."""
-        packed = self.packed
-        assert packed is not None
-        return packed(x, self.bias, relu=relu)
-
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, inputs] -> [s, b, outputs of this rank], and no bias"""
         if self.packed is not None:
@@ -177,13 +177,13 @@ class OPTRowParallelLinear(PackableLinear, RowParallelLinear):
             self.defer_weight()
         self._adds_bias = self.tp_group.rank() == 0  # once in the sum
 
-    def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def infer(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """[T, inputs of this rank] -> this rank's part [T, outputs] of the sum; after `prepare_inference`.
 
         Bias and residual are in the first rank's part, so that the sum over the ranks has them once.
         """
         packed = self.packed
-        assert packed is not None
+        assert packed is not None and not relu, "ReLU of a part is not a part of the sum's"
         return packed(x, self.bias, residual=residual) if self._adds_bias else packed(x, None)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -213,12 +213,6 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
     def prepare_tied(self, weight: Tensor, method: type[LinearMethod]) -> None:
         """As `prepare_inference`, with the embedding's `weight` [V, h]."""
         self._pack(weight, method)
-
-    def infer(self, hidden: Tensor) -> Tensor:
-        """[T, hidden] -> [T, vocabulary rows of this rank]; after it was prepared."""
-        packed = self.packed
-        assert packed is not None
-        return packed(hidden, None)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] -> [s, b, vocabulary rows], gathered if core asks for that"""

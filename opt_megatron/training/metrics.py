@@ -86,13 +86,14 @@ def training_line(iteration: int, last: int, values: dict[str, Any], seconds_lef
     """The line for people on the steps since the last one."""
     return (
         f"iteration {iteration:>{len(str(last))}}/{last} | loss {values['loss']:.4f} | "
-        f"perplexity {perplexity(values['loss']):.2f} | lr {values['lr']:.3e} | grad norm {values['grad_norm']:.3f} | "
+        f"perplexity {perplexity_of(values['loss']):.2f} | "
+        f"lr {values['lr']:.3e} | grad norm {values['grad_norm']:.3f} | "
         f"{values['tokens_per_second']:,.0f} tokens/s | {values['tflops_per_rank']:.3f} TFLOP/s a rank | "
         f"{format_duration(seconds_left)} left"
     )
 
 
-def perplexity(loss: float) -> float:
+def perplexity_of(loss: float) -> float:
     """e ** loss (nats); infinity if it is too large for a float."""
     try:
         return math.exp(loss)

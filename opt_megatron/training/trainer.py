@@ -21,7 +21,7 @@ from ..parallel.context import ParallelContext
 from .checkpointing.manager import CheckpointManager, TrainingState
 from .loss import LossSum, forward_backward
 from .lr_schedule import LRSchedule
-from .metrics import MetricsLogger, flops_per_token, perplexity, training_line
+from .metrics import MetricsLogger, flops_per_token, perplexity_of, training_line
 from .optimizer import OptimizerStep, TrainingOptimizer
 from .options import TrainerOptions
 from .signals import SignalFlag
@@ -171,7 +171,7 @@ class Trainer:
         flops = flops_per_token(self._config, self._options.seq_length) * per_second
         values = {
             "loss": window.loss,
-            "perplexity": perplexity(window.loss),
+            "perplexity": perplexity_of(window.loss),
             "lr": lr,
             "grad_norm": update.grad_norm,
             "loss_scale": update.loss_scale,
@@ -198,9 +198,9 @@ class Trainer:
             self._options.eval_iters,
         )
         iteration = self._state.iteration
-        self._say(f"iteration {iteration}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        self._say(f"iteration {iteration}: validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
         if self._metrics:
-            values = {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+            values = {"loss": loss, "perplexity": perplexity_of(loss), "tokens": tokens}
             self._metrics.record("valid", iteration, values)
 
     def _save(self) -> None:

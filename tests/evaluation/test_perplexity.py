@@ -11,7 +11,7 @@ import torch
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
 from opt_megatron.errors import UserError
-from opt_megatron.evaluation.data import read_texts
+from opt_megatron.evaluation.data import read_documents
 from opt_megatron.evaluation.perplexity import num_windows, tokenize, windows
 from opt_megatron.tokenizer import OPTTokenizer
 
@@ -107,14 +107,14 @@ def test_impossible_windows_are_refused(models, alone):
 def test_files_of_texts(tmp_path):
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"text": "a\\u2028b"}\n\n{"text": "c", "body": "d"}\n', encoding="utf-8")
-    assert read_texts(lines) == ["a\u2028b", "c"]
+    assert read_documents(lines) == ["a\u2028b", "c"]
     (tmp_path / "X.NDJSON").write_bytes(lines.read_bytes())
-    assert read_texts(tmp_path / "X.NDJSON") == read_texts(lines)
+    assert read_documents(tmp_path / "X.NDJSON") == read_documents(lines)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
-    assert read_texts(tmp_path / "x.jsonl.gz") == read_texts(lines)
+    assert read_documents(tmp_path / "x.jsonl.gz") == read_documents(lines)
     whole = tmp_path / "x.txt"
     whole.write_text("a\nb\n", encoding="utf-8")
-    assert read_texts(whole) == ["a\nb\n"]
+    assert read_documents(whole) == ["a\nb\n"]
     for content, message in (
         (b'{"text": 3}', "line 1: is not an object with a string under 'text'"),
         (b'{"text": "a"}\n{', "line 2: is not JSON"),
@@ -123,9 +123,9 @@ def test_files_of_texts(tmp_path):
     ):
         lines.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            read_texts(lines)
+            read_documents(lines)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        read_texts(tmp_path / "none.txt")
+        read_documents(tmp_path / "none.txt")
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
