@@ -8,10 +8,12 @@ from pathlib import Path
 from opt_megatron.errors import UserError
 
 from .system_protocol import Setup, System
-from .workload import Prompt
+from .workload import PromptTokens
 
 
-def measure_peak_memory(kind: type[System], setup: Setup, prompts: list[Prompt], new_tokens: int) -> dict[str, float]:
+def measure_peak_memory(
+    kind: type[System], setup: Setup, prompts: list[PromptTokens], new_tokens: int
+) -> dict[str, float]:
     """Load a model and use it once.
 
     Returns:

@@ -234,8 +234,8 @@ def _work_dir(options: BenchmarkOptions) -> Iterator[Path]:
     if options.work_dir is not None:
         yield options.work_dir
     else:
-        with tempfile.TemporaryDirectory(prefix="benchmark-models-") as place:
-            yield Path(place)
+        with tempfile.TemporaryDirectory(prefix="benchmark-models-") as directory:
+            yield Path(directory)
 
 
 def _why_not_two_ranks(config: OPTConfig, setup: Setup) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .static_batching import ServingResult, Tokens
-from .workload import Prompt, WorkloadRequest
+from .workload import PromptTokens, WorkloadRequest
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Run:
+class GenerateResult:
     """One call to generate.
 
     Attributes:
@@ -58,7 +58,7 @@ class System(Protocol):
     def prepare(setup: Setup) -> None:
         """Import what the system needs, so that this does not count as its model's memory."""
 
-    def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
+    def generate(self, prompts: list[PromptTokens], new_tokens: int) -> GenerateResult:
         """Continue equally long prompts as one batch."""
 
     def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:

@@ -16,7 +16,7 @@ _WEIGHTS_SEED = 1234
 
 
 def model_directory(work_dir: Path, name: str, config: OPTConfig) -> Path:
-    """Where a model of this shape is kept; another shape under the same name has another place."""
+    """Where a model of this shape is kept; another shape has another directory."""
     values = json.dumps(config.to_hf(), sort_keys=True)
     return work_dir / f"{name}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
 

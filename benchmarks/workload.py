@@ -14,14 +14,14 @@ from opt_megatron.errors import UserError
 
 WORKLOADS = ("prefill", "decode", "context", "mixed", "poisson", "memory", "tensor_parallel", "training")
 
-Prompt = tuple[int, ...]  # token ids
+PromptTokens = tuple[int, ...]  # token ids
 
 
 @dataclass(frozen=True)
 class WorkloadRequest:
     """One request of the mixed workload: token ids, and how many new ones are wanted."""
 
-    prompt: Prompt
+    prompt: PromptTokens
     new_tokens: int
 
 
@@ -83,7 +83,7 @@ QUICK = WorkloadSizes(
 )
 
 
-def make_prompts(config: OPTConfig, rows: int, tokens: int, seed: int, label: str = "") -> list[Prompt]:
+def make_prompts(config: OPTConfig, rows: int, tokens: int, seed: int, label: str = "") -> list[PromptTokens]:
     """`rows` prompts of `tokens` ids each: BOS, then ids drawn uniformly from those of text."""
     rng = random.Random(f"prompts {seed} {label}")
     return [_prompt(config, tokens, rng) for _ in range(rows)]
@@ -109,6 +109,6 @@ def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
     return times[:count]
 
 
-def _prompt(config: OPTConfig, tokens: int, rng: random.Random) -> Prompt:
+def _prompt(config: OPTConfig, tokens: int, rng: random.Random) -> PromptTokens:
     # 0 to 3 are the special tokens of every OPT (BOS, padding, EOS, unknown), which no text contains.
     return (config.bos_token_id, *(rng.randrange(4, config.num_tokens) for _ in range(tokens - 1)))

@@ -19,7 +19,7 @@ from .options import BenchmarkOptions
 from .report import ResultRow
 from .static_batching import ServingResult, Tokens
 from .worker import Worker
-from .workload import Prompt, WorkloadRequest, make_prompts, make_requests, poisson_arrivals
+from .workload import PromptTokens, WorkloadRequest, make_prompts, make_requests, poisson_arrivals
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Group:
         """The system that the others are compared with."""
         return next(iter(self.workers))
 
-    def prompts(self, rows: int, tokens: int, label: object = "") -> list[Prompt]:
+    def prompts(self, rows: int, tokens: int, label: object = "") -> list[PromptTokens]:
         """Prompts for this model; other ones for every label."""
         return make_prompts(self.config, rows, tokens, self.options.seed, str(label))
 

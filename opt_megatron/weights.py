@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint.parameter_mapping import (
     EMBEDDING,
-    Parameter,
+    ParameterMapping,
     Split,
     canonical_shapes,
     component_view,
@@ -48,7 +48,7 @@ class _Location(NamedTuple):
     """Where a canonical tensor is: component number `component` of a parameter of a pipeline stage."""
 
     stage: int
-    parameter: Parameter
+    parameter: ParameterMapping
     component: int
 
 
@@ -70,7 +70,7 @@ class Weights(Mapping[str, Tensor]):
                 for component, name in enumerate(parameter.canonical):
                     self._locations[name].append(_Location(stage, parameter, component))
 
-    def _stage_parameters(self, stage: int) -> list[Parameter]:
+    def _stage_parameters(self, stage: int) -> list[ParameterMapping]:
         stages = self._parallel.pipeline_model_parallel_size
         layers = layers_of_stage(self._config.num_layers, stages, stage)
         return stage_parameters(self._config, layers, first=stage == 0, last=stage == stages - 1)
@@ -160,7 +160,7 @@ class Weights(Mapping[str, Tensor]):
                 "model without quantization to read, edit or save its weights"
             )
 
-    def _ranks_with_a_part(self, parameter: Parameter) -> int:
+    def _ranks_with_a_part(self, parameter: ParameterMapping) -> int:
         return 1 if parameter.split is Split.REPLICATED else self._parallel.tensor_model_parallel_size
 
     def _broadcast_part(self, location: _Location, block: Block, rank: int) -> Tensor:

@@ -192,7 +192,7 @@ def test_mistakes_are_the_same_line_on_every_rank(models, ranks):
         first,
         (
             "12 layers are counted from 0",
-            "'layers.1.nose' is no place in the model; there are embedding, output, layers.N",
+            "'layers.1.nose' is no hook point; there are embedding, output, layers.N",
             "layer 13: there are 13, from 0 to 12",
             "layer 12: there are 12, from 0 to 11",
             "in sequences of one length",

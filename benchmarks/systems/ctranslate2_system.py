@@ -9,9 +9,9 @@ from opt_megatron.config import OPTConfig
 
 from ..measure import cache_bytes
 from ..static_batching import Mark, ServingResult, StepClock, Tokens, serve_in_batches
-from ..system_protocol import Run, Setup
+from ..system_protocol import GenerateResult, Setup
 from ..weights import ctranslate2_directory, huggingface_directory
-from ..workload import Prompt, WorkloadRequest
+from ..workload import PromptTokens, WorkloadRequest
 
 
 class CTranslate2:
@@ -33,7 +33,7 @@ class CTranslate2:
         self._serving = (1, 16)  # workers, rows of a batch
         self._use(1)
 
-    def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
+    def generate(self, prompts: list[PromptTokens], new_tokens: int) -> GenerateResult:
         """See `System.generate`: one static batch."""
         self._use(1)
         rows = [_strings(prompt) for prompt in prompts]
@@ -44,7 +44,7 @@ class CTranslate2:
             return False
 
         tokens = self._generate(rows, new_tokens, on_token)
-        return Run(time.perf_counter() - clock.start, clock.times, tokens)
+        return GenerateResult(time.perf_counter() - clock.start, clock.times, tokens)
 
     def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
         """All requests at once, in batches of several sizes, one batch at a time on all threads (CTranslate2's
@@ -123,6 +123,6 @@ class CTranslate2:
         return [result.sequences_ids[0] for result in results]
 
 
-def _strings(prompt: Prompt) -> list[str]:
+def _strings(prompt: PromptTokens) -> list[str]:
     # The conversion's vocabulary calls token 17 "17" (weights.py).
     return [str(token) for token in prompt]

@@ -7,9 +7,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..static_batching import ServingResult, StepClock, Tokens
-from ..system_protocol import Run, Setup
+from ..system_protocol import GenerateResult, Setup
 from ..weights import huggingface_directory
-from ..workload import Prompt, WorkloadRequest
+from ..workload import PromptTokens, WorkloadRequest
 
 if TYPE_CHECKING:
     from opt_megatron.generation.request import Request, TokenEvent
@@ -44,7 +44,7 @@ class OptMegatron:
         model = load_model(huggingface_directory(setup.model), None, parallel, dtype, quantization=quantization)
         self._engine = Engine(model, parallel, max_batch_size=self.BATCH, kv_cache_memory=setup.cache_limit)
 
-    def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
+    def generate(self, prompts: list[PromptTokens], new_tokens: int) -> GenerateResult:
         """`System.generate`; the ranks after the first get a run without tokens."""
         requests = [_request(WorkloadRequest(prompt, new_tokens)) for prompt in prompts]
         tokens: list[Tokens] = [[] for _ in prompts]
@@ -52,7 +52,7 @@ class OptMegatron:
         for event in self._engine.generate(requests):
             clock.tick(len(tokens[event.request]))
             tokens[event.request].append(_token(event))
-        return Run(time.perf_counter() - clock.start, clock.times, tokens)
+        return GenerateResult(time.perf_counter() - clock.start, clock.times, tokens)
 
     def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
         """{}: requests join the running batch when they arrive."""

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from ..static_batching import Mark, ServingResult, StepClock, Tokens, serve_in_batches
-from ..system_protocol import Run, Setup
+from ..system_protocol import GenerateResult, Setup
 from ..weights import huggingface_directory
-from ..workload import Prompt, WorkloadRequest
+from ..workload import PromptTokens, WorkloadRequest
 
 _PADDING = 1
 
@@ -41,11 +41,11 @@ class Transformers:
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = _PADDING
 
-    def generate(self, prompts: list[Prompt], new_tokens: int) -> Run:
+    def generate(self, prompts: list[PromptTokens], new_tokens: int) -> GenerateResult:
         """See `System.generate`: one static batch."""
         clock = StepClock()
         tokens = self._generate(prompts, new_tokens, _Streamer(clock.tick))
-        return Run(time.perf_counter() - clock.start, clock.times, tokens)
+        return GenerateResult(time.perf_counter() - clock.start, clock.times, tokens)
 
     def tune(self, requests: list[WorkloadRequest]) -> dict[str, float]:
         """{}: batches of 16 in the order of arrival."""
@@ -69,7 +69,7 @@ class Transformers:
 
         return serve_in_batches(requests, arrivals, run, batch_size=self.BATCH)
 
-    def _generate(self, prompts: list[Prompt], new_tokens: int, streamer: _Streamer) -> list[Tokens]:
+    def _generate(self, prompts: list[PromptTokens], new_tokens: int, streamer: _Streamer) -> list[Tokens]:
         import torch
 
         width = max(map(len, prompts))

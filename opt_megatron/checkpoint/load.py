@@ -17,7 +17,7 @@ from ..parallel.context import ParallelContext, on_all_ranks
 from .checkpoint import Checkpoint
 from .formats.registry import open_checkpoint
 from .locate import locate
-from .parameter_mapping import Parameter, component_view, layers_of_stage, rank_block, stage_parameters
+from .parameter_mapping import ParameterMapping, component_view, layers_of_stage, rank_block, stage_parameters
 
 if TYPE_CHECKING:
     from ..model.opt_model import OPTModel
@@ -92,10 +92,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelCon
             weight = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
             read_parameter(weight, checkpoint, parameter, rank, ranks)
             module = model.get_submodule(parameter.megatron.removesuffix(".weight"))
-            cast(DeferredWeight, module).take_weight(weight)
+            cast(DeferredWeight, module).store_weight(weight)
 
 
-def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: Parameter, rank: int, ranks: int) -> None:
+def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: ParameterMapping, rank: int, ranks: int) -> None:
     """Read into `target` what tensor parallel rank `rank` of `ranks` holds of a parameter.
 
     Only these bytes are read. The values are cast to the target's dtype and moved to its device.

@@ -37,7 +37,7 @@ class Split(Enum):
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleMapping:
     """A Megatron module, the canonical modules it consists of, and how weight and bias are split (None: no bias)."""
 
     megatron: str
@@ -47,7 +47,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParameterMapping:
     """One parameter of a Megatron stage and the canonical tensors that it consists of (q, k and v, or one)."""
 
     megatron: str
@@ -57,28 +57,28 @@ class Parameter:
 
 # fmt: off
 _FIRST_STAGE = (
-    Module("embedding.word_embeddings",     ("embed_tokens",),    Split.COLUMN,     None),
-    Module("embedding.position_embeddings", ("embed_positions",), Split.REPLICATED, None),
+    ModuleMapping("embedding.word_embeddings",     ("embed_tokens",),    Split.COLUMN,     None),
+    ModuleMapping("embedding.position_embeddings", ("embed_positions",), Split.REPLICATED, None),
 )
 _LAYER = (
-    Module("self_attention.linear_qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ModuleMapping("self_attention.linear_qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                                                                   Split.COLUMN, Split.COLUMN),
-    Module("self_attention.linear_proj", ("self_attn.out_proj",), Split.ROW,    Split.REPLICATED),
-    Module("mlp.linear_fc1",             ("fc1",),                Split.COLUMN, Split.COLUMN),
-    Module("mlp.linear_fc2",             ("fc2",),                Split.ROW,    Split.REPLICATED),
+    ModuleMapping("self_attention.linear_proj", ("self_attn.out_proj",), Split.ROW,    Split.REPLICATED),
+    ModuleMapping("mlp.linear_fc1",             ("fc1",),                Split.COLUMN, Split.COLUMN),
+    ModuleMapping("mlp.linear_fc2",             ("fc2",),                Split.ROW,    Split.REPLICATED),
 )
 _PRE_NORM = (
-    Module("input_layernorm",   ("self_attn_layer_norm",), Split.REPLICATED, Split.REPLICATED),
-    Module("pre_mlp_layernorm", ("final_layer_norm",),     Split.REPLICATED, Split.REPLICATED),
+    ModuleMapping("input_layernorm",   ("self_attn_layer_norm",), Split.REPLICATED, Split.REPLICATED),
+    ModuleMapping("pre_mlp_layernorm", ("final_layer_norm",),     Split.REPLICATED, Split.REPLICATED),
 )
 _POST_NORM = (  # 350m normalises after the residual add
-    Module("self_attn_bda.norm", ("self_attn_layer_norm",), Split.REPLICATED, Split.REPLICATED),
-    Module("mlp_bda.norm",       ("final_layer_norm",),     Split.REPLICATED, Split.REPLICATED),
+    ModuleMapping("self_attn_bda.norm", ("self_attn_layer_norm",), Split.REPLICATED, Split.REPLICATED),
+    ModuleMapping("mlp_bda.norm",       ("final_layer_norm",),     Split.REPLICATED, Split.REPLICATED),
 )
-_FINAL_NORM  = Module("decoder.final_layernorm", ("final_layer_norm",), Split.REPLICATED, Split.REPLICATED)
-_PROJECT_IN  = Module("embedding.word_embeddings.project_in", ("project_in",), Split.REPLICATED, None)
-_PROJECT_OUT = Module("output_layer.project_out", ("project_out",), Split.REPLICATED, None)
-_TIED_OUTPUT = Module("output_layer", ("embed_tokens",), Split.COLUMN, None)
+_FINAL_NORM  = ModuleMapping("decoder.final_layernorm", ("final_layer_norm",), Split.REPLICATED, Split.REPLICATED)
+_PROJECT_IN  = ModuleMapping("embedding.word_embeddings.project_in", ("project_in",), Split.REPLICATED, None)
+_PROJECT_OUT = ModuleMapping("output_layer.project_out", ("project_out",), Split.REPLICATED, None)
+_TIED_OUTPUT = ModuleMapping("output_layer", ("embed_tokens",), Split.COLUMN, None)
 # fmt: on
 
 _SPLITS = {
@@ -90,7 +90,7 @@ _SPLITS = {
 }
 
 
-def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: bool) -> list[Parameter]:
+def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: bool) -> list[ParameterMapping]:
     """The parameters of one pipeline stage, under Megatron's names (layer numbers start at 0 in a stage).
 
     Args:
@@ -98,7 +98,7 @@ def stage_parameters(config: OPTConfig, layers: range, *, first: bool, last: boo
         first: it is the first stage and holds the embedding.
         last: it is the last stage and holds the output head, a copy of the embedding unless it is the first too.
     """
-    modules: list[tuple[Module, str, str]] = []  # module, Megatron prefix, canonical prefix
+    modules: list[tuple[ModuleMapping, str, str]] = []  # module, Megatron prefix, canonical prefix
     if first:
         modules += [(module, "", PREFIX) for module in _FIRST_STAGE]
         modules += [(_PROJECT_IN, "", PREFIX)] if config.has_embedding_projection else []
@@ -164,10 +164,10 @@ def component_view(parameter: Tensor, index: int, count: int, head_dim: int) -> 
     return parameter.unflatten(0, (-1, count, head_dim))[:, index]
 
 
-def _parameters(module: Module, megatron_prefix: str, canonical_prefix: str) -> Iterator[Parameter]:
+def _parameters(module: ModuleMapping, megatron_prefix: str, canonical_prefix: str) -> Iterator[ParameterMapping]:
     for kind, split in (("weight", module.weight), ("bias", module.bias)):
         if split is not None:
-            yield Parameter(
+            yield ParameterMapping(
                 f"{megatron_prefix}{module.megatron}.{kind}",
                 tuple(f"{canonical_prefix}{name}.{kind}" for name in module.canonical),
                 split,

@@ -107,7 +107,7 @@ def config_argument(args: argparse.Namespace) -> OPTConfig | None:
     return OPTConfig.from_file(path if path.is_file() else path / "config.json")
 
 
-def say_derived(notes: list[str]) -> None:
+def print_config_notes(notes: list[str]) -> None:
     """Tell what of the config was derived because the files do not carry it."""
     for note in notes:
         print(f"opt-megatron: no config.json: {note}", file=sys.stderr)

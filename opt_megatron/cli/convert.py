@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.conversion_options import ConversionOptions
 from ..errors import UserError
 from ..options import Options, from_arguments, option
-from .arguments import ModelConfigOptions, RequiredLoadOptions, config_argument, say_derived
+from .arguments import ModelConfigOptions, RequiredLoadOptions, config_argument, print_config_notes
 from .option_groups import Groups, add_groups
 
 HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             on_start=on_start,
             progress=bar.update,
         )
-    say_derived(summary.config_notes)
+    print_config_notes(summary.config_notes)
     for note in summary.notes:
         print(f"opt-megatron: {note}", file=sys.stderr)
     seconds = time.monotonic() - started

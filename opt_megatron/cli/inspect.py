@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..options import Options, option
-from .arguments import ModelConfigOptions, config_argument, say_derived
+from .arguments import ModelConfigOptions, config_argument, print_config_notes
 from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.storage.lazy_tensor import dtype_name
 
     checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
-    say_derived(checkpoint.config_notes)
+    print_config_notes(checkpoint.config_notes)
     dtypes = Counter(dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values())
     for name, value in _facts(checkpoint, dtypes):
         print(f"{name:12}{value}")

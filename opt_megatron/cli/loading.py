@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .arguments import config_argument, say_derived
+from .arguments import config_argument, print_config_notes
 
 if TYPE_CHECKING:
     from ..api import OPT
@@ -74,4 +74,4 @@ def print_notices(args: argparse.Namespace, opt: OPT) -> None:
     if args.load is None:
         print(TOY_NOTICE, file=sys.stderr)
     if opt.pretrained.checkpoint is not None:
-        say_derived(opt.pretrained.checkpoint.config_notes)
+        print_config_notes(opt.pretrained.checkpoint.config_notes)

@@ -1,6 +1,6 @@
 """A directory that appears complete or not at all, and whose writing can be resumed after an interruption.
 
-It is written as `.NAME.partial` beside its final place, with a journal of what is complete, and renamed at the
+It is written as `.NAME.partial` beside its final path, with a journal of what is complete, and renamed at the
 end. A process that is killed leaves the partial directory behind; the next one removes it or, when asked to resume,
 continues it.
 """
@@ -28,7 +28,7 @@ class PartialDirectory:
     Without `publish`, everything is removed; after Ctrl-C it stays, so that a later run can resume.
 
     Args:
-        target: the final place.
+        target: the final path.
         fingerprint: what is written, as values that JSON can hold; a run resumes only one with an equal fingerprint.
         resume: continue what an interrupted run has left. Otherwise it is removed.
         fsync: wait for the disk before the journal says that something is complete, and before publishing.

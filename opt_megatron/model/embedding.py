@@ -53,7 +53,7 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
         if self.method.embedding_rows is not None:
             super().defer_weight()
 
-    def take_weight(self, weight: Tensor) -> None:
+    def store_weight(self, weight: Tensor) -> None:
         """Store the table [V, W] by the method."""
         make_rows = self.method.embedding_rows
         assert make_rows is not None

@@ -39,7 +39,7 @@ EMBEDDING, OUTPUT = "embedding", "output"
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _HookPointType:
     """What the hook points of one ending have in common.
 
     Attributes:
@@ -57,26 +57,26 @@ class _Kind:
     is_read_only: bool = False
 
 
-_MODEL_KINDS = {
-    EMBEDDING: _Kind(lambda model: model.embedding),
-    OUTPUT: _Kind(lambda model: model.decoder),
+_MODEL_TYPES = {
+    EMBEDDING: _HookPointType(lambda model: model.embedding),
+    OUTPUT: _HookPointType(lambda model: model.decoder),
 }
-_LAYER_KINDS = {  # by what follows "layers.N."
-    "": _Kind(lambda layer: layer),
-    "attention": _Kind(lambda layer: layer.self_attention),
-    "attention.heads": _Kind(
+_LAYER_TYPES = {  # by what follows "layers.N."
+    "": _HookPointType(lambda layer: layer),
+    "attention": _HookPointType(lambda layer: layer.self_attention),
+    "attention.heads": _HookPointType(
         lambda layer: layer.self_attention.core_attention,
         lambda config, b, s: (b, s, config.num_attention_heads, config.head_dim),
         is_divided=True,
     ),
-    "attention.weights": _Kind(
+    "attention.weights": _HookPointType(
         lambda layer: layer.self_attention.core_attention,
         lambda config, b, s: (b, config.num_attention_heads, s, s),
         is_input=True,
         is_read_only=True,
     ),
-    "mlp": _Kind(lambda layer: layer.mlp),
-    "mlp.neurons": _Kind(
+    "mlp": _HookPointType(lambda layer: layer.mlp),
+    "mlp.neurons": _HookPointType(
         lambda layer: layer.mlp.linear_fc2,
         lambda config, b, s: (b, s, config.ffn_hidden_size),
         is_input=True,
@@ -91,12 +91,12 @@ class HookPoint:
     """A parsed name; `layer` is None outside the layers."""
 
     name: str
-    kind: _Kind
+    type: _HookPointType
     layer: int | None
 
     def shape(self, config: OPTConfig, batch: int, tokens: int) -> tuple[int, ...]:
         """The shape of the whole tensor, for `batch` sequences of `tokens` tokens."""
-        return self.kind.shape(config, batch, tokens)
+        return self.type.shape(config, batch, tokens)
 
     def stage(self, config: OPTConfig, stages: int) -> int:
         """The pipeline stage, of `stages`, that has the tensor."""
@@ -107,8 +107,8 @@ class HookPoint:
     def module(self, model: OPTModel) -> nn.Module:
         """The module whose output, or first input, the tensor is; on a rank of its stage."""
         if self.layer is None:
-            return self.kind.module(model)
-        return self.kind.module(next(one for one in model.decoder.layers if one.layer_number == self.layer + 1))
+            return self.type.module(model)
+        return self.type.module(next(one for one in model.decoder.layers if one.layer_number == self.layer + 1))
 
 
 def parse_hook_point(name: str, config: OPTConfig) -> HookPoint:
@@ -117,16 +117,16 @@ def parse_hook_point(name: str, config: OPTConfig) -> HookPoint:
     Raises:
         UserError: the model has no such hook point.
     """
-    if name in _MODEL_KINDS:
-        return HookPoint(name, _MODEL_KINDS[name], None)
+    if name in _MODEL_TYPES:
+        return HookPoint(name, _MODEL_TYPES[name], None)
     match = _NAME.fullmatch(name)
     ending = match[2] or "" if match else None
-    if match is None or ending not in _LAYER_KINDS:
-        endings = ", ".join(f"layers.N.{ending}" for ending in _LAYER_KINDS if ending)
-        raise UserError(f"{name!r} is no place in the model; there are {EMBEDDING}, {OUTPUT}, layers.N, {endings}")
+    if match is None or ending not in _LAYER_TYPES:
+        endings = ", ".join(f"layers.N.{ending}" for ending in _LAYER_TYPES if ending)
+        raise UserError(f"{name!r} is no hook point; there are {EMBEDDING}, {OUTPUT}, layers.N, {endings}")
     if int(match[1]) >= config.num_layers:
         raise UserError(f"{name!r}: the model's {config.num_layers} layers are counted from 0")
-    return HookPoint(name, _LAYER_KINDS[ending], int(match[1]))
+    return HookPoint(name, _LAYER_TYPES[ending], int(match[1]))
 
 
 def attach_hook(
@@ -146,10 +146,10 @@ def attach_hook(
     collectives = tensor_parallel_collectives(parallel)
     guarded = _guarded(point, hook, errors)
     module = point.module(model)
-    if point.kind.is_read_only:
+    if point.type.is_read_only:
         return module.register_forward_pre_hook(_attention_weights_hook(collectives, guarded))
     replace = _replacer(point, model.opt_config, parallel, collectives, guarded)
-    if point.kind.is_input:
+    if point.type.is_input:
         return module.register_forward_pre_hook(lambda _, inputs: (replace(inputs[0]), *inputs[1:]))
     return module.register_forward_hook(lambda _, inputs, output: _replace_first(output, replace))
 
@@ -172,7 +172,7 @@ def _guarded(point: HookPoint, hook: Hook, errors: list[Exception]) -> Hook:
 def _check_replacement(point: HookPoint, whole: Tensor, replacement: Any) -> None:
     if replacement is None:
         return
-    if point.kind.is_read_only:
+    if point.type.is_read_only:
         raise UserError(f"{point.name} can be read only: its hook must return None (change attention.heads)")
     if not isinstance(replacement, Tensor) or replacement.shape != whole.shape:
         got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
@@ -188,7 +188,7 @@ def _replacer(
     point: HookPoint, config: OPTConfig, parallel: ParallelContext, collectives: Collectives, hook: Hook
 ) -> Callable[[Tensor], Tensor]:
     """The function from the module's tensor [s, b, width on this rank] to the one that replaces it."""
-    is_divided = point.kind.is_divided
+    is_divided = point.type.is_divided
     rank = parallel.tensor_model_parallel_rank if is_divided else 0
 
     def replace(local: Tensor) -> Tensor:

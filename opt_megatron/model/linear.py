@@ -46,7 +46,7 @@ def mark_sequence_parallel(parameter: Tensor, is_sequence_parallel: bool) -> Non
 
 
 class DeferredWeight(nn.Module):
-    """A module whose `weight` may have a shape and no memory until `take_weight` is given the values."""
+    """A module whose `weight` may have a shape and no memory until `store_weight` is given the values."""
 
     weight: nn.Parameter | None
 
@@ -55,7 +55,7 @@ class DeferredWeight(nn.Module):
         if self.weight is not None:
             self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
 
-    def take_weight(self, weight: Tensor) -> None:
+    def store_weight(self, weight: Tensor) -> None:
         """Keep what is needed of `weight`, which has the shape and dtype of the parameter."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class PackableLinear(DeferredWeight):
     """A linear layer whose weight [O, I] a linear method may store instead.
 
     Attributes:
-        method: how `take_weight` stores the weight.
+        method: how `store_weight` stores the weight.
         packed: the weight as the linear method stores it, which computes in inference; None while the weight is an
             ordinary parameter.
     """
@@ -90,7 +90,7 @@ class PackableLinear(DeferredWeight):
         assert self.weight is not None, "the weight is tied or packed"
         return self.weight
 
-    def take_weight(self, weight: Tensor) -> None:
+    def store_weight(self, weight: Tensor) -> None:
         """Store it by the layer's method."""
         self.packed = self.method(weight)
 

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..generation.request import Request
 from ..generation.sampling.sampling_params import SamplingParams
 from .errors import ApiError, bad_request, field_of
-from .fields import Prompt
+from .fields import TextOrIds
 from .protocol import API_NAMES, CompletionRequest, MetaseqRequest
 from .served_model import ServedModel
 
@@ -62,7 +62,7 @@ async def make_engine_requests(model: ServedModel, body: CompletionRequest | Met
 
 
 async def _make_engine_request(
-    model: ServedModel, body: CompletionRequest | MetaseqRequest, prompt: Prompt, label: str
+    model: ServedModel, body: CompletionRequest | MetaseqRequest, prompt: TextOrIds, label: str
 ) -> EngineRequest:
     options = body.sampling_options()
     add_bos = isinstance(prompt, str) and (isinstance(body, MetaseqRequest) or body.add_special_tokens)

@@ -12,10 +12,10 @@ _MAX_STOP_LENGTH = 1000
 _MAX_TOKEN_IDS = 1024  # of `logit_bias` and `stop_token_ids`
 _MAX_DIGITS = 300  # of an id, because messages quote a wrong one
 
-Prompt = str | list[int]
+TextOrIds = str | list[int]
 
 
-def _read_prompts(value: Any) -> list[Prompt]:
+def _read_prompts(value: Any) -> list[TextOrIds]:
     """A list of prompts, each of them text or ids, from any of the four forms of the field `prompt`."""
     if isinstance(value, str):
         return [_read_text(value)]
@@ -26,7 +26,7 @@ def _read_prompts(value: Any) -> list[Prompt]:
     return [_read_prompt(prompt) for prompt in value]
 
 
-def _read_prompt(value: Any) -> Prompt:
+def _read_prompt(value: Any) -> TextOrIds:
     if isinstance(value, str):
         return _read_text(value)
     if isinstance(value, list) and value and _is_ids(value):
@@ -68,7 +68,7 @@ _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_LENGTH}
 
 Text = Annotated[str, BeforeValidator(_read_text)]
 Prompts = Annotated[
-    list[Prompt],
+    list[TextOrIds],
     BeforeValidator(_read_prompts),
     WithJsonSchema(
         {

@@ -15,12 +15,12 @@ from .training_options import TrainingOptions
 
 
 def setup_data(
-    options: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None] = print
+    options: TrainingOptions, parallel: ParallelContext, print_line: Callable[[str], None] = print
 ) -> tuple[SampleDataset, SampleDataset | None]:
     """The training and the validation set, with the samples of the whole run. Collective.
 
     Args:
-        say: called with lines on what was skipped in the data.
+        print_line: called with lines on what was skipped in the data.
 
     Raises:
         UserError: on every rank; the data cannot be used, or are not enough.
@@ -28,7 +28,7 @@ def setup_data(
     train_data: SampleDataset
     valid_data: SampleDataset | None
     if options.supervised is not None:
-        train_data, valid_data = _supervised_datasets(options.supervised, options, parallel, say)
+        train_data, valid_data = _supervised_datasets(options.supervised, options, parallel, print_line)
     elif options.data is not None:
         train_data, valid_data = _pretraining_datasets(options.data, options, parallel)
     else:
@@ -60,7 +60,7 @@ def _pretraining_datasets(
 
 
 def _supervised_datasets(
-    files: SupervisedOptions, options: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None]
+    files: SupervisedOptions, options: TrainingOptions, parallel: ParallelContext, print_line: Callable[[str], None]
 ) -> tuple[SampleDataset, SampleDataset | None]:
     trainer = options.trainer
     num_train = trainer.train_iters * trainer.global_batch_size
@@ -80,7 +80,7 @@ def _supervised_datasets(
     train_data, valid_data = on_all_ranks(parallel, read)
     for dataset in (train_data, valid_data):
         for line in dataset.report() if dataset is not None else ():
-            say(line)
+            print_line(line)
     return train_data, valid_data
 
 

@@ -54,11 +54,11 @@ def init_weights(
     stage = layers_of_stage(
         config.num_layers, parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
     )
-    for row in stage_parameters(config, stage, first=parallel.is_first_stage, last=parallel.is_last_stage):
-        target = parameters[row.megatron]
-        for part, name in enumerate(row.canonical):
-            block = rank_block(shapes[name], row.split, tp_rank, tp)
-            view = component_view(target, part, len(row.canonical), config.head_dim)
+    for mapping in stage_parameters(config, stage, first=parallel.is_first_stage, last=parallel.is_last_stage):
+        target = parameters[mapping.megatron]
+        for component, name in enumerate(mapping.canonical):
+            block = rank_block(shapes[name], mapping.split, tp_rank, tp)
+            view = component_view(target, component, len(mapping.canonical), config.head_dim)
             view.copy_(initial_values(name, config, seed, std, block[0])[:, *block[1:]].reshape(view.shape))
 
 

@@ -37,7 +37,7 @@ class MetricsLogger:
         self._board = _open_board(tensorboard, iteration) if tensorboard else None
         self._file = _continue_metrics(directory / METRICS_FILE, iteration) if directory else None
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print one line for people."""
         print(text, file=self._stream, flush=True)
 

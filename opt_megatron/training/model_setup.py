@@ -79,8 +79,8 @@ def _mark_tensor_parallel_parameters(model: nn.Module, config: OPTConfig, parall
     stages, stage = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
     layers = layers_of_stage(config.num_layers, stages, stage)
     parameters = dict(model.named_parameters())
-    for row in stage_parameters(config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage):
-        parameter, dim = cast(_ParallelParameter, parameters[row.megatron]), row.split.value
+    for mapping in stage_parameters(config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage):
+        parameter, dim = cast(_ParallelParameter, parameters[mapping.megatron]), mapping.split.value
         parameter.tensor_model_parallel = dim is not None
         parameter.partition_dim, parameter.partition_stride = (-1 if dim is None else dim), 1
 

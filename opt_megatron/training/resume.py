@@ -54,7 +54,7 @@ def resume(
     optimizer: TrainingOptimizer,
     checkpoints: CheckpointManager | None,
     parallel: ParallelContext,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> TrainingState:
     """Restore the newest intact checkpoint, or return the state of a new run if there is none. Collective.
 
@@ -65,7 +65,7 @@ def resume(
     if checkpoints is None:
         return TrainingState(run=identity)
     checkpoints.remove_unfinished()
-    path = newest_intact_checkpoint(checkpoints.directory, parallel, say)
+    path = newest_intact_checkpoint(checkpoints.directory, parallel, print_line)
     if path is None:
         num_damaged = parallel.broadcast_object(len(saved_checkpoints(checkpoints.directory)))
         if num_damaged:
@@ -79,7 +79,7 @@ def resume(
     checkpoints.load(path, model.module, optimizer, same_layout=same_layout)
     if not same_layout:  # random states cannot be restored, and those of the first step must not come again
         seed_dropout(options.seed + state.iteration, parallel)
-    say(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")
+    print_line(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")
     state.run = identity
     return state
 

@@ -26,11 +26,11 @@ from .trainer import Trainer
 from .training_options import TrainingOptions
 
 
-def train(options: TrainingOptions, parallel: ParallelContext, say: Callable[[str], None] = print) -> bool:
+def train(options: TrainingOptions, parallel: ParallelContext, print_line: Callable[[str], None] = print) -> bool:
     """Train; returns whether the last iteration was reached (False after a SIGTERM). Collective.
 
     Args:
-        say: called on the leader with lines for the user while the run is set up.
+        print_line: called on the leader with lines for the user while the run is set up.
 
     Raises:
         UserError: on every rank.
@@ -42,21 +42,21 @@ def train(options: TrainingOptions, parallel: ParallelContext, say: Callable[[st
         if options.directory is not None:
             directory = RunDirectory(options.directory)
             on_all_ranks(parallel, lambda: stack.enter_context(directory) if parallel.is_leader else None)
-        return _setup_trainer(options, parallel, say, terminated, stack).run()
+        return _setup_trainer(options, parallel, print_line, terminated, stack).run()
 
 
 def _setup_trainer(
     options: TrainingOptions,
     parallel: ParallelContext,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
     terminated: SignalFlag,
     stack: contextlib.ExitStack,
 ) -> Trainer:
-    say_once = say if parallel.is_leader else lambda text: None
-    train_data, valid_data = setup_data(options, parallel, say_once)
+    print_on_leader = print_line if parallel.is_leader else lambda text: None
+    train_data, valid_data = setup_data(options, parallel, print_on_leader)
     model, optimizer = setup_model_and_optimizer(options, parallel)
     checkpoints = make_checkpoint_manager(options, parallel)
-    state = resume(options, model, optimizer, checkpoints, parallel, say_once)
+    state = resume(options, model, optimizer, checkpoints, parallel, print_on_leader)
     metrics = on_all_ranks(
         parallel, lambda: _open_metrics(options, state.iteration, stack) if parallel.is_leader else None
     )

@@ -79,7 +79,7 @@ class Trainer:
         """
         last = self._options.train_iters
         if self._is_over():
-            self._say(f"nothing to do: {self._state.iteration} of {last} iterations have been made")
+            self._print_line(f"nothing to do: {self._state.iteration} of {last} iterations have been made")
             return self._state.iteration >= last
         saved = -1
         with self._batch_loader() as loader:
@@ -100,7 +100,7 @@ class Trainer:
         finished = self._state.iteration >= last
         if not finished:
             what = f"saved iteration {saved}" if self._checkpoints else "nothing is saved without --save"
-            self._say(f"stopped after iteration {self._state.iteration} of {last}: {what}")
+            self._print_line(f"stopped after iteration {self._state.iteration} of {last}: {what}")
         return finished
 
     def _batch_loader(self) -> BatchLoader:
@@ -155,7 +155,7 @@ class Trainer:
         self._state.skipped += 1
         numbers = f"loss {report.loss:.4g}, gradient norm {update.grad_norm:.4g}"
         scale = f", loss scale {update.loss_scale:g}" if update.loss_scale != 1 else ""
-        self._say(f"iteration {self._state.iteration}: skipped ({numbers}{scale})")
+        self._print_line(f"iteration {self._state.iteration}: skipped ({numbers}{scale})")
         if not update.reduced_loss_scale:
             self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._options.max_skipped_iters:
@@ -184,7 +184,7 @@ class Trainer:
         }
         if self._metrics:
             seconds_left = (self._options.train_iters - self._state.iteration) * window.seconds / window.steps
-            self._say(training_line(self._state.iteration, self._options.train_iters, values, seconds_left))
+            self._print_line(training_line(self._state.iteration, self._options.train_iters, values, seconds_left))
             self._metrics.record("train", self._state.iteration, values)
 
     def _validate(self) -> None:
@@ -198,7 +198,7 @@ class Trainer:
             self._options.eval_iters,
         )
         iteration = self._state.iteration
-        self._say(f"iteration {iteration}: validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
+        self._print_line(f"iteration {iteration}: validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
         if self._metrics:
             values = {"loss": loss, "perplexity": perplexity_of(loss), "tokens": tokens}
             self._metrics.record("valid", iteration, values)
@@ -212,11 +212,11 @@ class Trainer:
         if self._checkpoints:
             written = self._checkpoints.finish()
             if written is not None:
-                self._say(f"iteration {written}: saved to {self._checkpoints.directory}")
+                self._print_line(f"iteration {written}: saved to {self._checkpoints.directory}")
 
-    def _say(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         if self._metrics:
-            self._metrics.say(text)
+            self._metrics.print_line(text)
 
 
 class _LogWindow:

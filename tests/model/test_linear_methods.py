@@ -11,7 +11,7 @@ from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLin
 from opt_megatron.model.linear_methods.onednn import OneDNNLinear
 from opt_megatron.model.linear_methods.registry import (
     METHODS,
-    Choice,
+    Quantization,
     methods_for,
     quantization_help,
     quantizations,
@@ -81,7 +81,7 @@ def test_methods_are_chosen_by_device_and_dtype():
 
 
 def test_a_method_that_no_device_here_has(monkeypatch):
-    monkeypatch.setitem(METHODS, "blocked", Choice("blocked weights", ("onednn.OneDNNLinear",)))
+    monkeypatch.setitem(METHODS, "blocked", Quantization("blocked weights", ("onednn.OneDNNLinear",)))
     assert "blocked" in quantizations()
     assert quantization_help().endswith("a quarter of float32's memory. blocked: blocked weights")
     with pytest.raises(UserError, match=r"'blocked' is not available for torch\.float32 on cuda"):

@@ -23,7 +23,7 @@ from ..storage.lazy_tensor import LazyTensor, Tied
 from ..storage.mmap import map_safetensors
 from ..storage.torch_reader import TorchFile
 from .format import OutputFormat
-from .infer_config import StoredMetadata, config_beside, infer_config
+from .infer_config import StoredMetadata, directory_config, infer_config
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -63,7 +63,7 @@ class HuggingFaceFormat(OutputFormat):
         shards = f", {len(files)} shards" if len(files) > 1 else ""
         canonical = canonical_names(directory, stored)
         notes: list[str] = []
-        config = config or config_beside(directory)
+        config = config or directory_config(directory)
         if config is None:
             config, notes = infer_config(canonical, StoredMetadata("nowhere"))
         return Checkpoint(path, f"Hugging Face {kind}{shards}", config, canonical, notes)

@@ -34,7 +34,7 @@ class StoredMetadata:
     notes: list[str] = field(default_factory=list)
 
 
-def config_beside(path: Path) -> OPTConfig | None:
+def directory_config(path: Path) -> OPTConfig | None:
     """The config in a checkpoint's directory, or in that of its one file; None if there is no config.json.
 
     Raises:

@@ -24,11 +24,11 @@ from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
 from ..conversion_options import ConversionOptions
 from ..output_files import DtypeOf, OutputFile
-from ..parameter_mapping import EMBEDDING, POSITIONS, Parameter, canonical_shapes, stage_parameters
+from ..parameter_mapping import EMBEDDING, POSITIONS, ParameterMapping, canonical_shapes, stage_parameters
 from ..storage.lazy_tensor import Concatenated, LazyTensor, Replicated, RowRange, Tied, zero_rows
 from ..storage.torch_reader import TorchFile
 from .format import OutputFormat
-from .infer_config import StoredMetadata, config_beside, infer_config, integer, namespace_values
+from .infer_config import StoredMetadata, directory_config, infer_config, integer, namespace_values
 from .megatron_args import check_arguments, megatron_args
 from .megatron_ranks import RANK_FILE, TRACKER, iteration_directory, pipeline_stages, rank_directory, rank_files
 from .megatron_tensors import qkv_component, stored_tensor
@@ -65,7 +65,7 @@ class MegatronFormat(OutputFormat):
         Raises:
             CheckpointError: a rank's file is missing or damaged, or the ranks do not fit each other.
         """
-        config = config or config_beside(path)
+        config = config or directory_config(path)
         grid = rank_files(iteration_directory(path))
         tp, pp = len(grid[0]), len(grid)
         opened = [[TorchFile(file) for file in files] for files in grid]
@@ -186,7 +186,7 @@ def _canonical(
     return tensors
 
 
-def _check_names(parameters: list[Parameter], models: _Stage, files: list[Path]) -> None:
+def _check_names(parameters: list[ParameterMapping], models: _Stage, files: list[Path]) -> None:
     wanted = {parameter.megatron for parameter in parameters}
     for model, file in zip(models, files, strict=True):
         missing, unknown = sorted(wanted - model.keys()), sorted(model.keys() - wanted)
@@ -197,7 +197,7 @@ def _check_names(parameters: list[Parameter], models: _Stage, files: list[Path])
             )
 
 
-def _join_shards(parameter: Parameter, index: int, shards: list[LazyTensor], head_dim: int) -> LazyTensor:
+def _join_shards(parameter: ParameterMapping, index: int, shards: list[LazyTensor], head_dim: int) -> LazyTensor:
     """The parameter's canonical tensor number `index` from the tensor parallel ranks' shards."""
     count = len(parameter.canonical)
     pieces = [shard if count == 1 else qkv_component(shard, index, count, head_dim) for shard in shards]

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ..output_files import DtypeOf, SourceBlock, StoredTensor
-from ..parameter_mapping import Parameter, component_view, rank_block
+from ..parameter_mapping import ParameterMapping, component_view, rank_block
 from ..storage.blocks import Block, block_shape
 from ..storage.lazy_tensor import LazyTensor, RemappedTensor
 
@@ -42,7 +42,7 @@ class _QKVComponent(RemappedTensor):
 
 
 def stored_tensor(
-    parameter: Parameter,
+    parameter: ParameterMapping,
     shapes: dict[str, tuple[int, ...]],
     head_dim: int,
     dtype_of: DtypeOf,

@@ -29,7 +29,7 @@ from ..storage.blocks import Block, block_shape
 from ..storage.lazy_tensor import LazyTensor, RowRange, Tied
 from ..storage.torch_reader import TorchFile
 from .format import OutputFormat
-from .infer_config import StoredMetadata, config_beside, infer_config, integer, namespace_values
+from .infer_config import StoredMetadata, directory_config, infer_config, integer, namespace_values
 from .metaseq_fsdp import FLAT_PARAMETER, read_part
 from .model_parallel_parts import join_parts, missing_from_grid
 
@@ -69,7 +69,7 @@ class MetaseqFormat(OutputFormat):
         tensors = join_parts(parts, path)
         _check_part_count(first.content, tensors, len(grid), path)
         notes: list[str] = []
-        config = config or config_beside(path)  # as this project's conversions write it
+        config = config or directory_config(path)  # as this project's conversions write it
         if config is None:
             config, notes = infer_config(tensors, metadata)
         return Checkpoint(path, _describe(grid, first), config, tensors, notes)

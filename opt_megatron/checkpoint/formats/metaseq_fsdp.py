@@ -17,8 +17,8 @@ FLAT_PARAMETER = "flat_param_0"
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A group's tensors in the order in which they lie in the vector, and the padding of one shard's piece."""
+class _FlatGroup:
+    """The tensors of an FSDP group in their order within the vector, and the padding of one shard's piece."""
 
     shapes: dict[str, tuple[int, ...]]
     padding: int
@@ -50,7 +50,7 @@ def _model(shard: TorchFile) -> dict[str, LazyTensor]:
 
 
 def _unflatten(
-    path: str, shards: list[TorchFile], models: list[dict[str, LazyTensor]], groups: list[dict[str, _Group]]
+    path: str, shards: list[TorchFile], models: list[dict[str, LazyTensor]], groups: list[dict[str, _FlatGroup]]
 ) -> dict[str, LazyTensor]:
     """The tensors of one group, as parts of the vector that its pieces make up."""
     key = f"{path}.{FLAT_PARAMETER}" if path else FLAT_PARAMETER
@@ -71,7 +71,7 @@ def _unflatten(
     return split_flat_vector(pieces, named)
 
 
-def _groups(shard: TorchFile) -> dict[str, _Group]:
+def _groups(shard: TorchFile) -> dict[str, _FlatGroup]:
     """FSDP path -> group."""
     try:
         entries = shard.content["shard_metadata"]["param_metadata"]
@@ -83,7 +83,7 @@ def _groups(shard: TorchFile) -> dict[str, _Group]:
             numbers = [padding, *(size for shape in shapes.values() for size in shape)]
             if any(type(number) is not int or number < 0 for number in numbers):
                 raise TypeError("sizes that are not numbers")
-            groups[str(entry["fsdp_path"])] = _Group(shapes, padding)
+            groups[str(entry["fsdp_path"])] = _FlatGroup(shapes, padding)
         return groups
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

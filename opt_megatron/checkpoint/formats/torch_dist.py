@@ -20,7 +20,7 @@ from ..parameter_mapping import stage_parameters
 from ..storage.lazy_tensor import LazyTensor
 from ..storage.lora_weight import LoRAWeight
 from .format import Format
-from .infer_config import config_beside
+from .infer_config import directory_config
 from .megatron_tensors import qkv_component
 from .torch_dist_shards import INDEX_FILE, ShardedTensors
 
@@ -46,7 +46,7 @@ class TorchDistFormat(Format):
             CheckpointError: the index or a file is missing or damaged.
         """
         path = _newest(path) or path
-        config = config or config_beside(path)
+        config = config or directory_config(path)
         if config is None:
             raise CheckpointError(f"{path}: there is no config.json; put the model's there")
         stored = ShardedTensors(path)

@@ -99,7 +99,7 @@ class _Unpickler:
 
     # Reading
 
-    def _take(self, count: int) -> bytes:
+    def _read(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count
         if self._at > len(self._data):
             raise InvalidPickleError("it ends early")
@@ -111,7 +111,7 @@ class _Unpickler:
         return self._data[start:end].decode("utf-8", "surrogatepass")
 
     def _length(self, size: int) -> int:
-        return int.from_bytes(self._take(size), "little")
+        return int.from_bytes(self._read(size), "little")
 
     def _line(self) -> str:
         end = self._data.index(b"\n", self._at)
@@ -126,11 +126,11 @@ class _Unpickler:
     # Values
 
     def _proto(self) -> None:
-        if self._take(1)[0] > 5:
+        if self._read(1)[0] > 5:
             raise InvalidPickleError("its protocol is newer than 5")
 
     def _frame(self) -> None:
-        self._take(8)
+        self._read(8)
 
     def _pop(self) -> None:
         self._stack.pop()
@@ -139,19 +139,19 @@ class _Unpickler:
         self._since_mark()
 
     def _int(self) -> None:
-        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
+        self._stack.append(int.from_bytes(self._read(4), "little", signed=True))
 
     def _long(self, size: int) -> None:
-        self._stack.append(int.from_bytes(self._take(self._length(size)), "little", signed=True))
+        self._stack.append(int.from_bytes(self._read(self._length(size)), "little", signed=True))
 
     def _float(self) -> None:
-        self._stack.append(struct.unpack(">d", self._take(8))[0])
+        self._stack.append(struct.unpack(">d", self._read(8))[0])
 
     def _unicode(self, size: int) -> None:
-        self._stack.append(self._take(self._length(size)).decode("utf-8", "surrogatepass"))
+        self._stack.append(self._read(self._length(size)).decode("utf-8", "surrogatepass"))
 
     def _byte_string(self, size: int) -> None:
-        self._stack.append(self._take(self._length(size)))
+        self._stack.append(self._read(self._length(size)))
 
     def _memoize(self) -> None:
         self._memo[len(self._memo)] = self._stack[-1]

@@ -30,7 +30,7 @@ from .output_processor import OutputProcessor
 from .request_queue import RequestQueue
 from .scheduler import ScheduledGroup, Scheduler
 
-_KEEP_ALIVE_SECONDS = 60.0  # without requests, after which followers are told that the leader still runs
+_KEEP_ALIVE_SECONDS = 60.0  # without requests, after which the leader sends its followers a keep-alive message
 
 
 class Engine:
@@ -252,10 +252,10 @@ class Engine:
         if self._draft is not None:
             scheduled = _with_proposals(scheduled, self._draft)
         kind = OutputKind.ARGMAX
-        for group, parts in scheduled:
-            if group.output_kind > kind and any(part.num_logits for part in parts):
+        for group, sequences in scheduled:
+            if group.output_kind > kind and any(sequence.num_logits for sequence in sequences):
                 kind = group.output_kind
-        step = StepInput(tuple([part for _, parts in scheduled for part in parts]), kind)
+        step = StepInput(tuple([sequence for _, sequences in scheduled for sequence in sequences]), kind)
         return self._outputs.process(scheduled, self._executor.forward(step), kind)
 
 
@@ -263,7 +263,9 @@ def _with_proposals(scheduled: list[ScheduledGroup], draft: Draft) -> list[Sched
     """Let the draft propose tokens for the groups that decode, and schedule these too."""
     proposing = [group for group, _ in scheduled if isinstance(group, SamplingGroup) and group.max_proposed_tokens > 0]
     draft.propose(proposing)
-    return [ScheduledGroup(group, group.schedule(0) if group in proposing else parts) for group, parts in scheduled]
+    return [
+        ScheduledGroup(group, group.schedule(0) if group in proposing else sequences) for group, sequences in scheduled
+    ]
 
 
 def _check_draft_model(draft_model: OPTModel, model: OPTModel, prompt_lookup: bool) -> None:

@@ -31,10 +31,10 @@ class KVCacheAllocator:
         return sum(blocks.size for blocks in self._used)
 
     def allocate(self, num_tokens: int) -> KVCacheBlocks | None:
-        """Blocks for at least `num_tokens` tokens at the lowest free place, after as many evictions as that needs.
+        """Blocks for at least `num_tokens` tokens at the lowest free position, after as many evictions as needed.
 
         Returns:
-            None if there is no place even after all evictions.
+            None if there is no room even after all evictions.
         """
         size = round_up(num_tokens, self._block_size)
         while True:

@@ -56,7 +56,7 @@ class OutputProcessor:
         Raises:
             UserError: a group cannot go on, and errors are not isolated.
         """
-        outputs = output.split([sequence.num_logits for part in scheduled for sequence in part.sequences])
+        outputs = output.split([sequence.num_logits for group in scheduled for sequence in group.sequences])
         begin = 0
         choosing: list[tuple[SamplingGroup, Tensor]] = []
         for group, sequences in scheduled:

@@ -12,8 +12,8 @@ from torch import Tensor
 TokenCounts = tuple[Tensor, Tensor]  # distinct ids [distinct] int64, and how often each occurs [distinct] int64
 
 
-class _Prompt:
-    """What is counted of a prompt, once, for a history and all its copies."""
+class _PromptCounts:
+    """The counts of a prompt's tokens, made once for a history and all its copies."""
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
         self._tokens = tokens
@@ -46,7 +46,7 @@ class TokenHistory:
         self.tokens = list(prompt)
         self.num_prompt_tokens = len(self.tokens)
         self.eos = eos
-        self._prompt = _Prompt(tuple(prompt))
+        self._prompt = _PromptCounts(tuple(prompt))
         self._output_counts: Counter[int] = Counter()
         self._num_counted = self.num_prompt_tokens
 

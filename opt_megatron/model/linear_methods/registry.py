@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from .base import LinearMethod
 
 
-class Choice(NamedTuple):
-    """What a user can choose.
+class Quantization(NamedTuple):
+    """What --quantization offers under one name.
 
     Attributes:
-        help: for the reference of --quantization.
+        help: of --quantization.
         methods: module and class of the linear methods that do it; the first that is available is used.
     """
 
@@ -25,9 +25,9 @@ class Choice(NamedTuple):
     methods: tuple[str, ...]
 
 
-METHODS: dict[str | None, Choice] = {  # by --quantization's names; None: without it
-    None: Choice("the weights as they are", ("onednn.OneDNNLinear", "torch_linear.TorchLinear")),
-    "int8": Choice(
+METHODS: dict[str | None, Quantization] = {  # by --quantization's names; None: without it
+    None: Quantization("the weights as they are", ("onednn.OneDNNLinear", "torch_linear.TorchLinear")),
+    "int8": Quantization(
         "8-bit weights, quantised while loading; a quarter of float32's memory",
         ("int8.Int8Linear", "int8_weight_only.Int8WeightOnlyLinear"),
     ),

@@ -30,19 +30,19 @@ def saved_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def newest_intact_checkpoint(
-    directory: Path, parallel: ParallelContext, say: Callable[[str], None] = lambda text: None
+    directory: Path, parallel: ParallelContext, print_line: Callable[[str], None] = lambda text: None
 ) -> Path | None:
     """The newest checkpoint whose files all agree with its manifest, or None. Collective: the ranks share the hashing.
 
     Args:
-        say: called with a line for each newer checkpoint that is damaged.
+        print_line: called with a line for each newer checkpoint that is damaged.
     """
     for _, path in parallel.broadcast_object(saved_checkpoints(directory)):
         problems = parallel.gather_objects(find_damage(path, parallel.rank, parallel.world_size))
         problem = next((text for text in problems if text), None)
         if problem is None:
             return path
-        say(f"{path} is passed over: {problem}")
+        print_line(f"{path} is passed over: {problem}")
     return None
 
 
