@@ -14,7 +14,7 @@ from opt_megatron.errors import UserError
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 MODELS = ["pre-norm", "post-norm"]
 TOLERANCE = 1e-4
-PLACES = [
+HOOK_POINTS = [
     "embedding",
     "layers.2",
     "layers.7",
@@ -78,7 +78,7 @@ def test_looking_goes_on_after_generating(models, ranks, eager, tokens, tp, pp):
 
 
 def modules(model, name):
-    """transformers' module and whether the place is its input, its output or a part of that."""
+    """transformers' module and whether the hook point is its input, its output or a part of that."""
     decoder = model.model.decoder
     if name in ("embedding", "output"):
         return (decoder.layers[0], True) if name == "embedding" else (decoder.final_layer_norm, False)
@@ -94,7 +94,7 @@ def modules(model, name):
 
 
 def hooked(model, tokens, name, see):
-    """transformers' logits with `see` at the place; it gets [b, s, width], and its result takes the place."""
+    """transformers' logits with `see` at the hook point; it gets [b, s, width], and its result replaces the tensor."""
     module, is_input = modules(model, name)
 
     def at_output(module, inputs, output):
@@ -116,16 +116,16 @@ def hooked(model, tokens, name, see):
 def test_captured_tensors_are_whole(models, ranks, tokens, tp, pp):
     directory, oracle = models["pre-norm"]
     expected = {}
-    for name in PLACES:
+    for name in HOOK_POINTS:
         hooked(oracle, tokens, name, lambda tensor, name=name: expected.setdefault(name, tensor))
-    for found in ranks(tp * pp).run(api_jobs.captured, directory, tp, pp, tokens, PLACES):
+    for found in ranks(tp * pp).run(api_jobs.captured, directory, tp, pp, tokens, HOOK_POINTS):
         assert found["layers.7.attention.heads"].shape == (2, 17, 12, 4)
-        for name in PLACES:
+        for name in HOOK_POINTS:
             assert near(found[name].reshape(expected[name].shape), expected[name]), name
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", HOOK_POINTS)
 def test_replacements_reach_the_logits_as_in_transformers(models, ranks, tokens, name, tp, pp):
     directory, oracle = models["pre-norm"]
 
@@ -143,9 +143,9 @@ def test_replacements_reach_the_logits_as_in_transformers(models, ranks, tokens,
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_hook_may_keep_its_tensor_and_write_into_it(models, ranks, tokens, tp):
-    for seen, captured, is_same in ranks(tp).run(api_jobs.kept, models["pre-norm"][0], tp, tokens, PLACES):
+    for seen, captured, is_same in ranks(tp).run(api_jobs.kept, models["pre-norm"][0], tp, tokens, HOOK_POINTS):
         assert is_same
-        for name in PLACES:
+        for name in HOOK_POINTS:
             assert torch.equal(seen[name], captured[name]), name
 
 

@@ -83,7 +83,7 @@ _LAYER_TYPES = {  # by what follows "layers.N."
         is_divided=True,
     ),
 }
-_NAME = re.compile(r"layers\.(\d+)(?:\.([a-z.]+))?")
+_NAME = re.compile(r"layers\.(\d+)(?:\.(.+))?")
 
 
 @dataclass(frozen=True)
