@@ -8,7 +8,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
-GUIDES = [REPOSITORY / "README.md", *sorted((DOCS / "guides").glob("*.md"))]
+GUIDES = [REPOSITORY / "README.md", DOCS / "find_it.md", *sorted((DOCS / "guides").glob("*.md"))]
 ALL_PAGES = [
     *sorted(REPOSITORY.glob("*.md")),
     *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
