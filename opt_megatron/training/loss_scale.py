@@ -1,4 +1,4 @@
-"""Dynamic loss scaling of fp16 training."""
+"""Dynamic loss scaling of fp16 training on a CPU; on CUDA Megatron-core's optimizer has its own."""
 
 from __future__ import annotations
 

@@ -212,6 +212,7 @@ def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int, *
 
 
 def _fused_qkv(attention: str, kind: str, block: Block, dtype: torch.dtype) -> StoredTensor:
+    """This part's rows of k, v and q, one below the other: [K; V; Q]."""
     rows, *columns = block_shape(block)
     size = torch.Size((rows, *columns)).numel()
     blocks = tuple(

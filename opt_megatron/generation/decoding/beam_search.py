@@ -95,6 +95,7 @@ class BeamSearch:
         return len(self._finished) == self._params.num_beams
 
     def _can_improve(self, length: int) -> bool:
+        """The stopping rule: whether the best running beam, of `length` tokens, could still replace a finished one."""
         if not self._is_full:
             return True
         if self._params.early_stopping:
