@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,16 @@ class OPTConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def check_token_ids(self, tokens: Iterable[int], what: str) -> None:
+        """Raise UserError unless every id is in the vocabulary.
+
+        Args:
+            what: how the message calls the sequence ("prompt 3").
+        """
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"{what} holds the id {token}, but ids go from 0 to {self.vocab_size - 1}")
+
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> OPTConfig:
         """Read Hugging Face's dictionary, with the dtype as `torch_dtype` (old) or as `dtype` (new).
@@ -142,7 +153,7 @@ class OPTConfig:
                 bos_token_id=_integer(values, "bos_token_id", where, 2),
                 eos_token_id=_integer(values, "eos_token_id", where, 2),
                 pad_token_id=_integer(values, "pad_token_id", where, 1),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=dtype_name(dtype),
                 name=str(values.get("_name_or_path") or ""),
             )
         except CheckpointError:
@@ -190,6 +201,15 @@ class OPTConfig:
         return cls.from_file(Path(directory) / "config.json")
 
     @classmethod
+    def from_path(cls, path: Path) -> OPTConfig:
+        """Read a config.json, given by its own path or by its directory's.
+
+        Raises:
+            CheckpointError: as for `from_directory`.
+        """
+        return cls.from_file(path) if path.is_file() else cls.from_directory(path)
+
+    @classmethod
     def from_file(cls, path: Path) -> OPTConfig:
         """Read a config.json.
 
@@ -211,6 +231,11 @@ def check_dtype(name: str) -> None:
     """Raise UserError unless `name` is one of the dtypes that OPT is stored and run in."""
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+
+
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as config files write it: float16, not torch.float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _positive(field: str, value: int) -> None:

@@ -9,6 +9,11 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, incomplete or not what its config says."""
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, at most `limit` characters of it; its class where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 def shorten(items: list[str], limit: int = 8) -> str:
     """Join names for a message, naming at most `limit` of them and counting the rest."""
     shown = ", ".join(item if item.isprintable() else repr(item) for item in items[:limit])

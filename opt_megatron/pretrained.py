@@ -140,9 +140,5 @@ def _read_tokenizer(directory: Path, config: OPTConfig) -> OPTTokenizer:
         UserError: it has more entries than the model has rows.
     """
     tokenizer = OPTTokenizer.from_directory(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size} rows: "
-            "it is another model's; give --tokenizer DIR"
-        )
+    tokenizer.check_fits(config.vocab_size)
     return tokenizer

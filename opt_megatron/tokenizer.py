@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as BPETokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UserError
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -80,6 +80,14 @@ class OPTTokenizer:
     def __len__(self) -> int:
         """The highest id plus 1."""
         return max(self._vocab.values()) + 1
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise UserError if there are more entries than a model has vocabulary rows."""
+        if len(self) > vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(self)} entries and the model {vocab_size} rows: "
+                "it is another model's; give --tokenizer DIR"
+            )
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Ids of `text`, after exactly one BOS unless `add_bos` is False."""

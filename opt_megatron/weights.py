@@ -25,9 +25,8 @@ from .checkpoint.parameter_mapping import (
     Split,
     canonical_shapes,
     component_view,
-    layers_of_stage,
+    even_stage_parameters,
     rank_block,
-    stage_parameters,
 )
 from .checkpoint.storage.blocks import Block
 from .errors import UserError, shorten
@@ -66,14 +65,9 @@ class Weights(Mapping[str, Tensor]):
         self._shapes = canonical_shapes(self._config)
         self._locations: dict[str, list[_Location]] = {name: [] for name in self._shapes}
         for stage in range(parallel.pipeline_model_parallel_size):
-            for parameter in self._stage_parameters(stage):
+            for parameter in even_stage_parameters(self._config, parallel.pipeline_model_parallel_size, stage):
                 for component, name in enumerate(parameter.canonical):
                     self._locations[name].append(_Location(stage, parameter, component))
-
-    def _stage_parameters(self, stage: int) -> list[ParameterMapping]:
-        stages = self._parallel.pipeline_model_parallel_size
-        layers = layers_of_stage(self._config.num_layers, stages, stage)
-        return stage_parameters(self._config, layers, first=stage == 0, last=stage == stages - 1)
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the order of the model; no `lm_head.weight`."""

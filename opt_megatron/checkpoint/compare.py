@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import dtype_name
 from .checkpoint import Checkpoint
 from .manifest import read_manifest
 from .storage.blocks import whole
-from .storage.lazy_tensor import bitwise_equal, dtype_name
+from .storage.lazy_tensor import bitwise_equal
 from .write import row_blocks, tensor_hash
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..config import OPTConfig
+from ..config import OPTConfig, dtype_name
 from ..errors import CheckpointError
 from ..files import PartialDirectory, restore_replaced
 from ..parallel.layout import check_model_divides
@@ -22,7 +22,6 @@ from .conversion_target import check_target, resolve_target
 from .formats.registry import open_checkpoint, output_format
 from .manifest import write_manifest
 from .output_files import DtypeOf, OutputFile
-from .storage.lazy_tensor import dtype_name
 from .write import create_files, write_tensors
 
 

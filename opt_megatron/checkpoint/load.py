@@ -17,7 +17,7 @@ from ..parallel.context import ParallelContext, on_all_ranks
 from .checkpoint import Checkpoint
 from .formats.registry import open_checkpoint
 from .locate import locate
-from .parameter_mapping import ParameterMapping, component_view, layers_of_stage, rank_block, stage_parameters
+from .parameter_mapping import ParameterMapping, component_view, even_stage_parameters, rank_block
 
 if TYPE_CHECKING:
     from ..model.opt_model import OPTModel
@@ -76,8 +76,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelCon
 
     targets = dict(model.named_parameters())
     stage, stages = parallel.pipeline_model_parallel_rank, parallel.pipeline_model_parallel_size
-    layers = layers_of_stage(checkpoint.config.num_layers, stages, stage)
-    mapping = stage_parameters(checkpoint.config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage)
+    mapping = even_stage_parameters(checkpoint.config, stages, stage)
     stored = {name for name in targets if not is_factor(name)}  # LoRA's factors keep their initial values
     if {parameter.megatron for parameter in mapping} != stored:
         difference = sorted({parameter.megatron for parameter in mapping} ^ stored)

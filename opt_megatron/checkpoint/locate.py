@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..config import RELEASED_SIZES, released_name
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 EMBEDDED_NAME = "story"
 EMBEDDED_DIRECTORY = Path(__file__).parent.parent / "assets" / "story-opt"
@@ -71,11 +71,10 @@ def download(repository: str, revision: str | None = None) -> Path:
         if not any(directory.glob("*.safetensors")):  # several facebook/opt repositories hold .bin only
             directory = snapshot(["pytorch_model*.bin"])
     except Exception as error:  # the errors of requests, httpx and huggingface_hub have no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = " and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(
             f"{repository}: there is no such directory, the Hub's cache ({constants.HF_HUB_CACHE}) does not "
-            f"hold it{offline}, and it could not be downloaded: {reason[:200]}"
+            f"hold it{offline}, and it could not be downloaded: {first_line(error)}"
         ) from None
     if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
         raise CheckpointError(

@@ -145,6 +145,12 @@ def layers_of_stage(num_layers: int, stages: int, stage: int) -> range:
     return range(stage * per_stage, (stage + 1) * per_stage)
 
 
+def even_stage_parameters(config: OPTConfig, stages: int, stage: int) -> list[ParameterMapping]:
+    """`stage_parameters` of pipeline stage `stage` when all stages hold equally many layers."""
+    layers = layers_of_stage(config.num_layers, stages, stage)
+    return stage_parameters(config, layers, first=stage == 0, last=stage == stages - 1)
+
+
 def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> Block:
     """The block of a canonical tensor that belongs to tensor parallel rank `rank` of `ranks`."""
     block = list(whole(shape))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..version import __version__
 from .option_groups import complete
 
@@ -71,7 +71,7 @@ def run_and_exit(program: str, action: Callable[[], None]) -> NoReturn:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_first_line(error)}", 1)
+        exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_without_source(error)}", 1)
     sys.exit(code)
 
 
@@ -118,9 +118,8 @@ def exit_now(message: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _first_line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[^\]]*\] ", "", text)[:160]  # without the file and line of gloo's sources
+def _without_source(error: BaseException) -> str:
+    return re.sub(r"^\[[^\]]*\] ", "", first_line(error, 400))[:160]  # without the file and line of gloo's sources
 
 
 def _rank() -> int:

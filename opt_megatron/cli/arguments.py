@@ -103,8 +103,7 @@ def config_argument(args: argparse.Namespace) -> OPTConfig | None:
         return None
     from ..config import OPTConfig
 
-    path = Path(args.model_config).expanduser()
-    return OPTConfig.from_file(path if path.is_file() else path / "config.json")
+    return OPTConfig.from_path(Path(args.model_config).expanduser())
 
 
 def print_config_notes(notes: list[str]) -> None:

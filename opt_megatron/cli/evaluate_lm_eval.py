@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import dtype_name
 from ..errors import UserError
 from ..options import Options, option
 from .arguments import ModelOptions, RuntimeOptions
@@ -88,7 +89,7 @@ def _evaluate(args: argparse.Namespace, options: TaskOptions, opt: OPT) -> None:
 
     def action() -> None:
         settings = {
-            "dtype": str(opt.model.params_dtype).removeprefix("torch."),
+            "dtype": dtype_name(opt.model.params_dtype),
             "quantization": args.quantization,
             "batch_size": args.batch_size,
             "limit": args.limit,

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from ..checkpoint.formats.registry import open_checkpoint
     from ..checkpoint.locate import locate
-    from ..checkpoint.storage.lazy_tensor import dtype_name
+    from ..config import dtype_name
 
     checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
     print_config_notes(checkpoint.config_notes)

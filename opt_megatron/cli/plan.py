@@ -84,7 +84,7 @@ def _config(name: str) -> OPTConfig:
 
     path = EMBEDDED_DIRECTORY if name == EMBEDDED_NAME else Path(name)
     if path.exists():
-        return OPTConfig.from_file(path if path.is_file() else path / "config.json")
+        return OPTConfig.from_path(path)
     if released_name(name) is None and "/" in name:
         raise UserError(f"{name}: there is no such file, and it is no released size")
     return released_config(name)

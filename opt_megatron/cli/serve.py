@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..generation.engine_options import EngineOptions
 from ..options import Options, Size, option
 from .arguments import ModelOptions, RuntimeOptions
@@ -156,7 +156,7 @@ def _lead(
         if not isinstance(error, EngineTimeoutError):
             traceback.print_exception(error)
         # Not by sys.exit: the engine's thread may wait forever for a rank that was lost without a sign.
-        exit_now(f"the engine has stopped: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", 1)
+        exit_now(f"the engine has stopped: {first_line(error)}", 1)
 
 
 def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:

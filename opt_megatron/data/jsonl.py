@@ -1,6 +1,7 @@
 """JSON-lines files: one object a line, in UTF-8 with or without a byte order mark, also `.gz`.
 
-`read_chunks` streams files of any size for worker processes; `read_texts` does so line by line and skips bad lines;
+`read_chunks` streams files of any size for worker processes; `parse_lines` and `read_texts` go through them line by
+line and skip bad lines;
 `read_text_file` and `numbered_lines` read a small file as a whole. `parse_object`, `get_string` and `get_text`
 check one line and say in the ValueError's message what is wrong with it.
 """
@@ -14,10 +15,11 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from ..errors import UserError
 
+T = TypeVar("T")
 _CHUNK_BYTES = 2**20
 _REPORTED_LINES = 5
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it
@@ -168,8 +170,10 @@ def get_string(value: dict[str, Any], key: str) -> str:
     return text
 
 
-def read_texts(paths: Sequence[str], key: str, bad: BadLines, *, strict: bool = False) -> Iterator[str]:
-    """The texts under `key` of all lines; bad lines are added to `bad`.
+def parse_lines(
+    paths: Sequence[str], parse: Callable[[bytes], T], bad: BadLines, *, strict: bool = False
+) -> Iterator[T]:
+    """What `parse` makes of each line; lines for which it raises a ValueError are added to `bad`.
 
     Raises:
         UserError: a line is bad and `strict` is set, or a file cannot be decompressed.
@@ -177,9 +181,16 @@ def read_texts(paths: Sequence[str], key: str, bad: BadLines, *, strict: bool = 
     for chunk in read_chunks(paths):
         for number, line in enumerate(chunk.lines, chunk.first_line):
             try:
-                yield get_text(parse_object(line), key)
+                parsed = parse(line)
             except ValueError as error:
                 bad.add([BadLine(chunk.path, number, str(error))], strict=strict)
+            else:
+                yield parsed
+
+
+def read_texts(paths: Sequence[str], key: str, bad: BadLines, *, strict: bool = False) -> Iterator[str]:
+    """The texts under `key` of all lines; otherwise as `parse_lines`."""
+    return parse_lines(paths, lambda line: get_text(parse_object(line), key), bad, strict=strict)
 
 
 # ---- bad lines ----

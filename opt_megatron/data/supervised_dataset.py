@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..parallel.context import check_seed
 from ..tokenizer import OPTTokenizer
 from .fast_encoder import FastEncoder
-from .jsonl import BadLine, BadLines, check_inputs, get_string, get_text, parse_object, read_chunks
+from .jsonl import BadLines, check_inputs, get_string, get_text, parse_lines, parse_object
 
 _OPEN_ROWS = 64  # rows that an example can still be added to
 _PAD_TOKEN, _DEFAULT_PAD = "<pad>", 1
@@ -197,18 +197,15 @@ class _ExampleReader:
 
     def read(self, paths: Sequence[str], bad: BadLines, strict: bool) -> _Examples:
         ids, ends, prompts = [np.zeros(0, np.int32)], [0], []
-        for chunk in read_chunks(paths):
-            for number, line in enumerate(chunk.lines, chunk.first_line):
-                try:
-                    examples = list(self._examples_of(parse_object(line)))
-                except ValueError as error:
-                    bad.add([BadLine(chunk.path, number, str(error))], strict=strict)
-                    continue
-                for example, prompt in examples:
-                    ids.append(np.array(example, np.int32))
-                    ends.append(ends[-1] + len(example))
-                    prompts.append(prompt)
+        for examples in parse_lines(paths, self._examples_of_line, bad, strict=strict):
+            for example, prompt in examples:
+                ids.append(np.array(example, np.int32))
+                ends.append(ends[-1] + len(example))
+                prompts.append(prompt)
         return _Examples(np.concatenate(ids), np.array(ends), np.array(prompts, np.int64))
+
+    def _examples_of_line(self, line: bytes) -> list[tuple[list[int], int]]:
+        return list(self._examples_of(parse_object(line)))
 
     def _examples_of(self, value: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
         if "src" in value or "tgt" in value:

@@ -24,6 +24,7 @@ from ..api import OPT
 from ..errors import UserError
 from ..model.scoring import Item
 from ..tokenizer import OPTTokenizer
+from ..training.metrics import perplexity_of
 
 _BATCHES_AT_A_TIME = 64  # windows are sorted by length among so many batches
 
@@ -144,7 +145,7 @@ def perplexity(
     return Perplexity(
         nats_per_token=nats / count,
         bits_per_byte=nats / math.log(2) / documents.num_bytes,
-        perplexity=_exp(nats / count),
+        perplexity=perplexity_of(nats / count),
         tokens=count,
         bytes=documents.num_bytes,
         documents=len(documents.tokens),
@@ -163,10 +164,3 @@ def _check_window(positions: int, context: int | None, stride: int | None) -> tu
     if not 1 <= stride <= context:
         raise UserError(f"the stride is {stride}, but must be from 1 to the context of {context}")
     return context, stride
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, shorten
+from ..errors import UserError, first_line, shorten
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator
@@ -152,7 +152,6 @@ def _manager_class() -> type:
             try:
                 return super().load([name for task in tasks for name in (self.match_tasks([task]) or [task])])
             except Exception as error:  # whatever a task's file or the datasets library raises
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise UserError(f"lm-eval cannot load {shorten(list(tasks))}: {reason[:200]}") from error
+                raise UserError(f"lm-eval cannot load {shorten(list(tasks))}: {first_line(error)}") from error
 
     return Manager

@@ -123,9 +123,7 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
     length, limit = len(request.prompt), config.max_position_embeddings
     if length == 0:
         raise UserError(f"{what} has no tokens; an OPT sequence begins with {config.bos_token_id}")
-    strange = [token for token in request.prompt if not 0 <= token < config.vocab_size]
-    if strange:
-        raise UserError(f"{what} holds the id {strange[0]}, but ids go from 0 to {config.vocab_size - 1}")
+    config.check_token_ids(request.prompt, what)
     for name, ids in (
         ("logit_bias", [token for token, _ in request.params.logit_bias]),
         ("stop_token_ids", request.params.stop_token_ids),

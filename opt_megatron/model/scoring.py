@@ -67,15 +67,14 @@ class Score:
 def check_items(items: Sequence[Item], config: OPTConfig) -> None:
     """Raise UserError, which counts the items from 1, unless the model can score them all."""
     for number, item in enumerate(items, 1):
-        _check_item(item, config.max_position_embeddings, config.vocab_size, f"text {number}")
+        _check_item(item, config, f"text {number}")
 
 
-def _check_item(item: Item, positions: int, vocab_size: int, what: str) -> None:
+def _check_item(item: Item, config: OPTConfig, what: str) -> None:
     if not item.context or not item.continuation:
         raise UserError(f"{what}: context and continuation must have a token each, BOS being the least context")
-    strange = [token for token in item.context + item.continuation if not 0 <= token < vocab_size]
-    if strange:
-        raise UserError(f"{what} holds the id {strange[0]}, but ids go from 0 to {vocab_size - 1}")
+    config.check_token_ids(item.context + item.continuation, what)
+    positions = config.max_position_embeddings
     if len(item.input_tokens) > positions:
         raise UserError(
             f"{what} has {len(item.input_tokens) + 1} tokens with BOS, and a model with {positions} positions scores "

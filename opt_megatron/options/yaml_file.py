@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .declaration import Option
 from .kinds import shown
 
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[Any, Any]:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{path}: {line}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # characters that are no text, numbers of thousands of digits
-        raise UserError(f"{path}: is no YAML: {str(error).splitlines()[0][:120]}") from None
+        raise UserError(f"{path}: is no YAML: {first_line(error, 120)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

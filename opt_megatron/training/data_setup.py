@@ -93,9 +93,5 @@ def read_tokenizer(options: TrainingOptions) -> OPTTokenizer | None:
     if options.tokenizer is None:
         return None
     tokenizer = OPTTokenizer.from_directory(options.tokenizer)
-    if len(tokenizer) > options.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {options.config.vocab_size} rows: "
-            "it is another model's; give --tokenizer DIR"
-        )
+    tokenizer.check_fits(options.config.vocab_size)
     return tokenizer

@@ -18,9 +18,9 @@ from ..checkpoint.parameter_mapping import (
     POSITIONS,
     canonical_shapes,
     component_view,
+    even_stage_parameters,
     layers_of_stage,
     rank_block,
-    stage_parameters,
 )
 from ..config import POSITION_OFFSET, OPTConfig
 from ..model.lora import adapted_layers
@@ -51,10 +51,8 @@ def init_weights(
     parameters = dict(model.named_parameters())
     shapes = canonical_shapes(config)
     tp_rank, tp = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
-    stage = layers_of_stage(
-        config.num_layers, parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
-    )
-    for mapping in stage_parameters(config, stage, first=parallel.is_first_stage, last=parallel.is_last_stage):
+    stages, stage = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
+    for mapping in even_stage_parameters(config, stages, stage):
         target = parameters[mapping.megatron]
         for component, name in enumerate(mapping.canonical):
             block = rank_block(shapes[name], mapping.split, tp_rank, tp)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoint.formats.registry import open_checkpoint
 from ..checkpoint.load import load_weights, locate_on_all_ranks
-from ..checkpoint.parameter_mapping import layers_of_stage, stage_parameters
+from ..checkpoint.parameter_mapping import even_stage_parameters
 from ..config import OPTConfig
 from ..model.opt_model import build_model
 from ..parallel.context import ParallelContext, on_all_ranks
@@ -77,9 +77,8 @@ def _mark_tensor_parallel_parameters(model: nn.Module, config: OPTConfig, parall
     Core sets them only where it initialises the parameters itself.
     """
     stages, stage = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
-    layers = layers_of_stage(config.num_layers, stages, stage)
     parameters = dict(model.named_parameters())
-    for mapping in stage_parameters(config, layers, first=parallel.is_first_stage, last=parallel.is_last_stage):
+    for mapping in even_stage_parameters(config, stages, stage):
         parameter, dim = cast(_ParallelParameter, parameters[mapping.megatron]), mapping.split.value
         parameter.tensor_model_parallel = dim is not None
         parameter.partition_dim, parameter.partition_stride = (-1 if dim is None else dim), 1

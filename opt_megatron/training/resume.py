@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 
 from ..checkpoint.formats.torch_dist import LORA_FILE
+from ..config import dtype_name
 from ..errors import UserError
 from ..parallel.context import ParallelContext
 from ..tokenizer import TOKENIZER_FILES
@@ -36,8 +37,7 @@ def make_checkpoint_manager(options: TrainingOptions, parallel: ParallelContext)
 
 def _companions(options: TrainingOptions) -> dict[str, bytes]:
     """The files that make a checkpoint loadable: config, LoRA options, tokenizer."""
-    dtype = str(options.dtype).removeprefix("torch.")
-    config = options.config.replace(dtype=dtype).to_hf()
+    config = options.config.replace(dtype=dtype_name(options.dtype)).to_hf()
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
     if options.lora is not None:
         files[LORA_FILE] = json.dumps(asdict(options.lora), indent=2).encode()

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config import POSITION_OFFSET, RELEASED_SIZES, OPTConfig
+from ...config import POSITION_OFFSET, RELEASED_SIZES, OPTConfig, dtype_name
 from ...errors import CheckpointError
 from ..parameter_mapping import EMBEDDING, PREFIX
-from ..storage.lazy_tensor import LazyTensor, dtype_name
+from ..storage.lazy_tensor import LazyTensor
 
 
 @dataclass

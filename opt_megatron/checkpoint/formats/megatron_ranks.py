@@ -10,12 +10,26 @@ from .model_parallel_parts import missing_from_grid
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+_ITERATION_DIRECTORY = re.compile(r"iter_(\d{7,})")
 _RANK_DIRECTORY = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 
 
 def rank_directory(tp_rank: int, pp_rank: int, pipeline_stages: int) -> str:
     """Megatron-LM's name for one rank's directory."""
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pipeline_stages > 1 else "")
+
+
+def iteration_name(iteration: int) -> str:
+    """Megatron-LM's name for the directory of one iteration."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_directories(directory: Path) -> list[tuple[int, Path]]:
+    """(iteration, directory) of every iteration in a run's directory, the latest first; empty if there is none."""
+    if not directory.is_dir():
+        return []
+    matches = [(_ITERATION_DIRECTORY.fullmatch(child.name), child) for child in directory.iterdir()]
+    return sorted(((int(match[1]), child) for match, child in matches if match), reverse=True)
 
 
 def iteration_directory(directory: Path) -> Path:
@@ -27,7 +41,7 @@ def iteration_directory(directory: Path) -> Path:
     word = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     if word != "release" and not re.fullmatch(r"[0-9]{1,9}", word):
         raise CheckpointError(f"{directory / TRACKER}: says {word[:40]!r}, neither 'release' nor a number")
-    path = directory / (word if word == "release" else f"iter_{int(word):07d}")
+    path = directory / (word if word == "release" else iteration_name(int(word)))
     if not path.is_dir():
         raise CheckpointError(f"{directory}: {TRACKER} says {word!r}, but there is no directory {path.name}")
     return path

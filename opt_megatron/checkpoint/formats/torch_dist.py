@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 
 from ...config import OPTConfig
@@ -21,11 +20,11 @@ from ..storage.lazy_tensor import LazyTensor
 from ..storage.lora_weight import LoRAWeight
 from .format import Format
 from .infer_config import directory_config
+from .megatron_ranks import iteration_directories
 from .megatron_tensors import qkv_component
 from .torch_dist_shards import INDEX_FILE, ShardedTensors
 
 LORA_FILE = "lora.json"
-_ITERATION = re.compile(r"iter_(\d{7,})")
 
 
 class TorchDistFormat(Format):
@@ -72,12 +71,7 @@ def _newest(directory: Path) -> Path | None:
     """The directory itself if it is a checkpoint, or the run's checkpoint with the highest iteration."""
     if (directory / INDEX_FILE).is_file():
         return directory
-    found = [
-        (int(match[1]), child)
-        for child in directory.iterdir()
-        if (match := _ITERATION.fullmatch(child.name)) and (child / INDEX_FILE).is_file()
-    ]
-    return max(found)[1] if found else None
+    return next((path for _, path in iteration_directories(directory) if (path / INDEX_FILE).is_file()), None)
 
 
 def _with_lora(weight: LazyTensor, name: str, stored: ShardedTensors, scale: float) -> LazyTensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...config import DTYPES
 from ...errors import CheckpointError, shorten
-from ..storage.blocks import Block
+from ..storage.blocks import Block, contiguous_strides
 from ..storage.lazy_tensor import Concatenated, LazyTensor
 from ..storage.mmap import MappedFile
 from ..storage.torch_reader import FileSpan, FileTensor, TorchFile
@@ -131,14 +131,10 @@ class _Shard(LazyTensor):
                 raise CheckpointError(
                     f"{path}: holds something else than a tensor of {list(expected)} where one is wanted"
                 )
-            if content.stride[self._skip :] != _strides(self.shape) or content.storage.dtype != self.dtype:
+            if content.stride[self._skip :] != contiguous_strides(self.shape) or content.storage.dtype != self.dtype:
                 raise CheckpointError(f"{path}: a tensor of {list(expected)} does not lie there as its index says")
             self._opened = content
         return self._opened
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _read_index(path: Path) -> dict[str, Any]:

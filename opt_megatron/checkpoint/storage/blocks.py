@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 Block = tuple[slice, ...]  # one slice with a start and a stop per dimension, step 1
 
 
 def whole(shape: tuple[int, ...]) -> Block:
     """The block that covers a tensor of this shape."""
     return tuple(slice(0, size) for size in shape)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in elements, of a tensor of this shape that is stored row by row."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def block_shape(block: Block) -> tuple[int, ...]:

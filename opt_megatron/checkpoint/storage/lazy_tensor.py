@@ -231,11 +231,6 @@ class Tied(LazyTensor):
         self._second.release(block)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as config files write it: float16, not torch.float16."""
-    return str(dtype).removeprefix("torch.")
-
-
 def bitwise_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape are equal to the bit (so a NaN equals itself, and -0 is not 0)."""
     if left.dtype != right.dtype or left.shape != right.shape:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import io
-import math
 import pickle
 import struct
 import zlib
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .blocks import contiguous_strides
 
 _ALIGNMENT = 64  # of every record's data, so that it can be mapped and viewed
 _STORAGES = {
@@ -82,11 +83,10 @@ class _Pickler(pickle.Pickler):
         """A placeholder as torch pickles a contiguous tensor; the default for everything else."""
         if not isinstance(obj, TensorPlaceholder):
             return NotImplemented
-        strides = tuple(math.prod(obj.shape[dim + 1 :]) for dim in range(len(obj.shape)))
         self.placeholders.append(obj)
         storage = _PlaceholderStorage(len(self.placeholders) - 1, obj)
         hooks: collections.OrderedDict[str, Any] = collections.OrderedDict()
-        arguments = (storage, 0, tuple(obj.shape), strides, False, hooks)
+        arguments = (storage, 0, tuple(obj.shape), contiguous_strides(obj.shape), False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
     def persistent_id(self, obj: Any) -> Any:

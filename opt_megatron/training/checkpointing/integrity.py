@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
 
+from ...checkpoint.formats.megatron_ranks import iteration_directories
 from ...parallel.context import ParallelContext
 
 MANIFEST_FILE = "manifest.json"
-_DIRECTORY_NAME = re.compile(r"iter_(\d{7,})")
 _READ_BYTES = 2**22
-
-
-def directory_name(iteration: int) -> str:
-    """The name of the directory of one checkpoint."""
-    return f"iter_{iteration:07d}"
 
 
 def saved_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """The complete checkpoints of a run, newest first: (iteration, directory)."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _DIRECTORY_NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
+    return iteration_directories(directory)  # what is being written has another name
 
 
 def newest_intact_checkpoint(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.formats.megatron_ranks import TRACKER, iteration_name
 from ...checkpoint.formats.torch_dist import INDEX_FILE
 from ...errors import CheckpointError
 from ...files import cannot_write, partial_path, replace_directory, write_text_atomically
@@ -23,13 +24,11 @@ from ...parallel.context import ParallelContext, on_all_ranks
 from ...parallel.core_compat import own_async_writer, prepare_training
 from ..optimizer import TrainingOptimizer
 from .async_save import AsyncSave, thread_save_strategy
-from .integrity import MANIFEST_FILE, directory_name, manifest_entry, saved_checkpoints
+from .integrity import MANIFEST_FILE, manifest_entry, saved_checkpoints
 from .sharded_state import layout_of, restore_random_state, sharded_state, tensor_index
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
-
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 
 @dataclass
@@ -98,7 +97,7 @@ class CheckpointManager:
         from megatron.core import dist_checkpointing
 
         self.finish()
-        partial = partial_path(self.directory / directory_name(state.iteration))
+        partial = partial_path(self.directory / iteration_name(state.iteration))
         on_all_ranks(self._parallel, lambda: self._create_partial(partial) if self._parallel.is_leader else None)
         request = dist_checkpointing.save(
             sharded_state(model, optimizer, self._parallel, is_loading=False)
@@ -154,7 +153,7 @@ class CheckpointManager:
         return pending.iteration
 
     def _publish(self, pending: AsyncSave, manifest: dict[str, tuple[int, str]]) -> None:
-        target, partial = self.directory / directory_name(pending.iteration), pending.partial
+        target, partial = self.directory / iteration_name(pending.iteration), pending.partial
         try:
             write_text_atomically(partial / INDEX_FILE, json.dumps(tensor_index(partial)), fsync=True)
             for path in sorted(partial.iterdir()):
@@ -163,7 +162,7 @@ class CheckpointManager:
             write_text_atomically(partial / MANIFEST_FILE, json.dumps(manifest, indent=1), fsync=True)
             # A directory of this name is left from a run that has been resumed from an earlier step.
             replace_directory(partial, target, fsync=True)
-            write_text_atomically(self.directory / LATEST_FILE, str(pending.iteration), fsync=True)
+            write_text_atomically(self.directory / TRACKER, str(pending.iteration), fsync=True)
         except OSError as error:
             raise cannot_write(target, error) from None
         self._remove_old(pending.iteration)

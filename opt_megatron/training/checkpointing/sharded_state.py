@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...config import dtype_name
 from ...parallel.context import ParallelContext
 from ..optimizer import TrainingOptimizer
 
@@ -95,6 +96,5 @@ def tensor_index(path: Path) -> dict[str, Any]:
                     "length": info.length,
                 }
             )
-        dtype = str(tensor.properties.dtype).removeprefix("torch.")
-        index[name] = {"shape": list(tensor.size), "dtype": dtype, "chunks": chunks}
+        index[name] = {"shape": list(tensor.size), "dtype": dtype_name(tensor.properties.dtype), "chunks": chunks}
     return index

@@ -13,6 +13,7 @@ import torch
 import training_jobs as jobs
 from ranks import RankPool
 
+from opt_megatron.checkpoint.formats.megatron_ranks import TRACKER
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.data.options import DataOptions
@@ -20,7 +21,6 @@ from opt_megatron.errors import CheckpointError
 from opt_megatron.model.lora_options import LoRAOptions
 from opt_megatron.parallel.context import ParallelContext
 from opt_megatron.training.checkpointing.integrity import find_damage, saved_checkpoints
-from opt_megatron.training.checkpointing.manager import LATEST_FILE
 from opt_megatron.training.lr_schedule import LRSchedule
 from opt_megatron.training.metrics import METRICS_FILE
 from opt_megatron.training.options import TrainerOptions
@@ -135,7 +135,7 @@ def test_the_newest_whole_checkpoint_is_taken(
 def test_only_the_last_are_kept(ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path) -> None:
     ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, replace(settings, keep_last=2))
     assert [iteration for iteration, _ in saved_checkpoints(tmp_path / "run")] == [12, 8]
-    assert (tmp_path / "run" / LATEST_FILE).read_text() == "12"
+    assert (tmp_path / "run" / TRACKER).read_text() == "12"
 
 
 def test_other_settings_are_another_run(
