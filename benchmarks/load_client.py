@@ -115,7 +115,7 @@ class LoadClient:
 async def keep_streams(
     client: LoadClient, requests: list[LoadRequest], streams: int, seconds: float, on_done: asyncio.Queue[int]
 ) -> list[LoadResult]:
-    """Keep `streams` streams open for so many seconds, starting the next request whenever one ends.
+    """Keep `streams` streams open for `seconds` seconds, starting the next request whenever one ends.
 
     Streams that are open then are read to their end. `on_done` receives the number of ended requests at each end.
     """

@@ -1,4 +1,4 @@
-"""What one run of the benchmark measures, and the checks that need no model and are made before anything else."""
+"""The options of one run of the benchmark, and their checks, which need no model and come first."""
 
 from __future__ import annotations
 

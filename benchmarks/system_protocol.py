@@ -65,4 +65,4 @@ class System(Protocol):
         """Find the system's best parameters for `serve`, and keep them: seconds by name; {} if it has none."""
 
     def serve(self, requests: list[WorkloadRequest], arrivals: list[float]) -> ServingResult:
-        """Serve requests that arrive after so many seconds each."""
+        """Serve requests; `arrivals` are seconds after the call."""

@@ -82,7 +82,7 @@ def _convert(source: Path, target: Path, dtype: str, config: OPTConfig) -> None:
 
 
 class _NumberTokenizer:
-    """As much of a tokenizer as the converter asks for: token 17 is called "17"."""
+    """The part of a tokenizer that the converter needs: token 17 is called "17"."""
 
     def __init__(self, config: OPTConfig) -> None:
         self.bos_token = str(config.bos_token_id)
@@ -91,5 +91,5 @@ class _NumberTokenizer:
         self._size = config.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """Name -> id."""
+        """The vocabulary, token -> id."""
         return {str(number): number for number in range(self._size)}

@@ -19,7 +19,7 @@ PromptTokens = tuple[int, ...]  # token ids
 
 @dataclass(frozen=True)
 class WorkloadRequest:
-    """One request of the mixed workload: token ids, and how many new ones are wanted."""
+    """One request of the mixed workload: token ids, and the number of new ones to generate."""
 
     prompt: PromptTokens
     new_tokens: int

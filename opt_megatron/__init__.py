@@ -1,7 +1,7 @@
 """Run, convert, train, serve and study Meta's OPT language models on Megatron-core.
 
 Importing this package is cheap: torch and Megatron-core are imported by the modules that use them, and `OPT`
-(api.py) when it is first asked for.
+(api.py) when it is first used.
 """
 
 from typing import TYPE_CHECKING, Any

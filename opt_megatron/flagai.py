@@ -42,7 +42,7 @@ class mpu:
         """Make tensor parallel groups of this size; torch.distributed must have been initialised.
 
         Raises:
-            UserError: it has not.
+            UserError: it has not been.
         """
         if not dist.is_initialized():
             raise UserError("call torch.distributed.init_process_group before mpu.initialize_model_parallel")

@@ -1,4 +1,4 @@
-"""What callers of `OPT` pass (texts, ids, numbers of layers), checked and brought into one form."""
+"""What callers of `OPT` pass (texts, ids, numbers of layers), checked and converted to one form."""
 
 from __future__ import annotations
 

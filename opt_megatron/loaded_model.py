@@ -1,6 +1,6 @@
 """The part of `OPT` that loads: from a name to ranks, an opened checkpoint, its weights, and an engine.
 
-What is not needed yet is not made: `open` reads no weights, and the engine is made when first used.
+Loading is lazy: `open` reads no weights, and the engine is created when it is first used.
 """
 
 from __future__ import annotations
@@ -158,12 +158,12 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """What it was opened by."""
+        """The name or directory that it was opened by."""
         return self.pretrained.name
 
     @property
     def config(self) -> OPTConfig:
-        """The architecture."""
+        """The model's architecture."""
         return self.pretrained.config
 
     @property

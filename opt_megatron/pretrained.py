@@ -1,4 +1,4 @@
-"""Loading, in the order in which mistakes are to be found: arguments, ranks, checkpoint, layout, tokenizer, weights.
+"""Loading, in the order in which mistakes are reported: arguments, ranks, checkpoint, layout, tokenizer, weights.
 
 `OPT.from_pretrained` and every command that runs a model load it through here:
 
@@ -34,7 +34,7 @@ class Pretrained:
     """A model whose weights can be loaded, or have been made elsewhere.
 
     Attributes:
-        name: what it was opened by.
+        name: the name or directory that it was opened by.
         tokenizer: None where there is none.
         checkpoint: opened; None for a model that was not read from one.
         tokenizer_error: why there is no tokenizer.

@@ -89,7 +89,7 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every tensor."""
+        """The dtype of every tensor."""
         return self._model.params_dtype
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Weights(Mapping[str, Tensor]):
         return name
 
     def _check_float(self, name: str) -> None:
-        """Decided by the name, so that every rank raises or none does."""
+        """Raise UserError if the weight is quantised. Depends on the name alone: all ranks raise, or none."""
         parameter = self._locations[name][0].parameter
         is_linear = parameter.split is not Split.REPLICATED and parameter.megatron.endswith(".weight")
         if self._model.quantization is not None and is_linear:
@@ -171,7 +171,7 @@ class Weights(Mapping[str, Tensor]):
         return part
 
     def _write(self, location: _Location, value: Tensor) -> None:
-        """Put this rank's slice of the whole value into the parameter."""
+        """Copy this rank's slice of the whole value into the parameter."""
         split = location.parameter.split
         ranks, rank = self._parallel.tensor_model_parallel_size, self._parallel.tensor_model_parallel_rank
         weight = _float_weight(self._model, location.parameter.megatron)

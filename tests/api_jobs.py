@@ -1,4 +1,4 @@
-"""What tests of research hooks let every rank do (importable by the rank processes)."""
+"""Jobs that ranks run for the tests of `OPT` and its hooks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def look(directory: Path, tp: int, pp: int, tokens: Tensor, generate_first: bool
 
 
 def captured(directory: Path, tp: int, pp: int, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Whole tensors."""
+    """The whole tensors at several hook points."""
     return _load(directory, tp, pp).capture(tokens, names)
 
 

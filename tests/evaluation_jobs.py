@@ -1,4 +1,4 @@
-"""What tests of evaluation let every rank do (importable by the rank processes)."""
+"""Jobs that ranks run for the tests of evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests let every rank do (importable by the rank processes)."""
+"""Jobs that ranks run for the tests of several areas."""
 
 from __future__ import annotations
 

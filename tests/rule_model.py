@@ -1,4 +1,4 @@
-"""A language model that is a rule instead of weights, in the place of the engine's runner.
+"""A language model that is a rule instead of weights, used instead of the engine's runner.
 
 The logits follow from all tokens so far, as the cache holds them: whoever writes, copies or reads the cache at a
 wrong place gets other tokens.

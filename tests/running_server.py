@@ -56,7 +56,7 @@ class Brake:
 
 @dataclass
 class Answer:
-    """Of a request."""
+    """The response to a request."""
 
     status: int
     headers: dict[str, str]
@@ -112,7 +112,7 @@ class Running:
         raise AssertionError(f"there is no {name} with {wanted}")
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Until it holds."""
+        """Wait until the condition holds."""
         pause = threading.Event()
         for _ in range(SECONDS * 100):
             if condition():

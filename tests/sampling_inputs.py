@@ -1,4 +1,4 @@
-"""Inputs of the tests of sampling, and its functions with options in the place of a processor chain."""
+"""Inputs of the tests of sampling, and its functions called with options instead of a processor chain."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""FlagAI's two scripts for OPT, each in processes of its own, and the semantics of its predictor."""
+"""FlagAI's two scripts for OPT, each in separate processes, and the semantics of its predictor."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Loading in steps: what is opened, what is read when, and what mistakes say."""
+"""Loading in steps: what is opened, what is read when, and the messages about mistakes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the training tests let every rank do (importable by the rank processes)."""
+"""Jobs that ranks run for the tests of training."""
 
 from __future__ import annotations
 

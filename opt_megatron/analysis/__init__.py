@@ -1,1 +1,1 @@
-"""Interpretability methods that stand on `opt_megatron.OPT`: the logit lens."""
+"""Interpretability methods that use `opt_megatron.OPT`: the logit lens."""

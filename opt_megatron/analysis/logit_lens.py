@@ -27,7 +27,7 @@ class Lens:
     """What each layer predicts after each token of one sequence.
 
     Attributes:
-        tokens: [s] the ids that were read.
+        tokens: [s] the input ids.
         best: [num_layers + 1, s] the likeliest next id after each token; the first row is the embedding's.
         probabilities: [num_layers + 1, s] of these ids.
     """
@@ -58,7 +58,7 @@ def logit_lens(opt: OPT, tokens: Tokens) -> Lens:
 
 
 def draw(lens: Lens, opt: OPT, path: Path, *, last: int | None = None, title: str = "") -> None:
-    """Write a PNG: a row for each layer, the embedding at the bottom, and a column for each token that was read.
+    """Write a PNG: a row for each layer, the embedding at the bottom, and a column for each input token.
 
     Args:
         last: number of tokens that are shown, the last ones; None for all.

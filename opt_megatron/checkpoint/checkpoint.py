@@ -56,7 +56,7 @@ class Checkpoint:
         return tensor
 
     def release(self, name: str, block: Block) -> None:
-        """Release the memory that reading a block has brought in."""
+        """Release the memory that reading a block has used."""
         self.tensors[name].release(block)
 
     def check_tensors(self) -> None:

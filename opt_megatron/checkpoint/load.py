@@ -58,7 +58,7 @@ def load_model(
         model = build_model(checkpoint.config, parallel, torch_dtype, quantization=quantization)
         load_weights(model, checkpoint, parallel)
         if quantization is not None:
-            model.prepare_inference()  # quantised weights are good for nothing else
+            model.prepare_inference()  # quantised weights can only be used for inference
         return model.requires_grad_(False)
 
     return on_all_ranks(parallel, load)

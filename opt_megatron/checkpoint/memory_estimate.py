@@ -129,7 +129,7 @@ def smallest_layouts(
 
 
 def _distinct_ranks(config: OPTConfig, tp: int, pp: int, workload: Workload, stored: str) -> list[RankMemory]:
-    # The tensor ranks of a stage hold equally much, and so do the stages between the first and the last.
+    # The tensor ranks of a stage need the same memory, and so do the stages between the first and the last.
     return [_estimate_rank(config, tp, pp, 0, stage, workload, stored) for stage in sorted({0, pp // 2, pp - 1})]
 
 

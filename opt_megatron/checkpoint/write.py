@@ -153,7 +153,11 @@ def _copy(
 
 
 def _write_rows(values: Tensor, first: int, destination: Destination, descriptor: int) -> int:
-    """Write those rows of `values`, of which the first is row `first`, that belong there; returns bytes written."""
+    """Write the rows of `values` that belong to the destination; `first` is the number of the first row.
+
+    Returns:
+        the number of bytes written.
+    """
     rows, columns = destination.block[0], destination.block[1:]
     start, stop = max(rows.start, first), min(rows.stop, first + len(values))
     if start >= stop:

@@ -23,7 +23,7 @@ _REVISION = "branch, tag or commit of a Hub repository"
 
 @dataclass(frozen=True, kw_only=True)
 class RevisionOptions(Options):
-    """Of a repository."""
+    """Which revision of a Hub repository is read."""
 
     revision: str | None = option(None, help=_REVISION)
 
@@ -40,14 +40,14 @@ class LoadOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RequiredLoadOptions(LoadOptions):
-    """The same where the embedded model would be of no use."""
+    """Which checkpoint a command reads; there is no default."""
 
     load: str = option(help=_FORMATS, metavar="CHECKPOINT", required=True, is_path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfigOptions(Options):
-    """The architecture, given by hand."""
+    """An architecture that replaces the checkpoint's."""
 
     model_config: str | None = option(
         None,
@@ -59,7 +59,7 @@ class ModelConfigOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ModelConfigOptions, LoadOptions):
-    """Which model runs."""
+    """Which model a command runs."""
 
     tokenizer: str | None = option(
         None, help="where the tokenizer's files are", metavar="DIR", default_text="--load", is_path=True
@@ -107,6 +107,6 @@ def config_argument(args: argparse.Namespace) -> OPTConfig | None:
 
 
 def print_config_notes(notes: list[str]) -> None:
-    """Tell what of the config was derived because the files do not carry it."""
+    """Print which values of the config were inferred because the files do not contain them."""
     for note in notes:
         print(f"opt-megatron: no config.json: {note}", file=sys.stderr)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the one that was named.
+    """Run the chosen evaluation.
 
     Raises:
         UserError: of any kind; the same one on every rank.

@@ -1,4 +1,4 @@
-"""opt-megatron evaluate lm-eval."""
+"""opt-megatron evaluate lm-eval: runs tasks of lm-eval, on one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FILES = {"results.json", "results.md"}
 
 @dataclass(frozen=True, kw_only=True)
 class LmEvalOptions(Options):
-    """Which tasks run, and what becomes of the results."""
+    """Which tasks run, and where the results are written."""
 
     tasks: tuple[str, ...] = option(
         help="lm-eval's, your own (--include-path), or fairy_last_word and fairy_minimal_pairs, which come with this "

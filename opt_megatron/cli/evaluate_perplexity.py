@@ -1,4 +1,4 @@
-"""opt-megatron evaluate perplexity."""
+"""opt-megatron evaluate perplexity: the perplexity of texts, on one process or under torchrun."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ HELP = "continue prompts, on one process or under torchrun with tensor and pipel
 
 @dataclass(frozen=True)
 class PromptOptions(Options):
-    """What is continued."""
+    """The prompts that are continued."""
 
     prompt: tuple[str, ...] | None = option(None, help="a prompt; repeatable", metavar="TEXT")
     prompt_file: str | None = option(

@@ -20,7 +20,7 @@ HELP = "print a checkpoint's format, layout, config, dtype, parameter count and 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(Options):
-    """What is looked at."""
+    """The checkpoint that is inspected."""
 
     checkpoint: str = option(help="a checkpoint in any format, or a name as --load takes it", positional=True)
 

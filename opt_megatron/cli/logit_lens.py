@@ -17,7 +17,7 @@ HELP = 'draw which token each layer predicts, as a PNG (pip install -e ".[plot]"
 
 @dataclass(frozen=True, kw_only=True)
 class LogitLensOptions(Options):
-    """What is drawn."""
+    """The prompt, and the picture to write."""
 
     prompt: str = option(help="what the model reads", metavar="TEXT", required=True)
     output: str = option(help="the picture", metavar="FILE.png", required=True, is_path=True)
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, look, draw.
+    """Load the model, compute the lens, and write the picture.
 
     Raises:
         UserError: of any kind; the same one on every rank.

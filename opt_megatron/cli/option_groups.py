@@ -1,6 +1,6 @@
 """A command's options: declared to argparse in groups, read from a file of --config, and completed with defaults.
 
-What a command line says goes before what the file says, and that before the defaults.
+The command line overrides the file, and the file overrides the defaults.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _COLUMNS: tuple[str, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(Options):
-    """What is estimated."""
+    """The model, layout and workload whose memory is estimated."""
 
     model: str = option(
         help="a released size (opt-125m ... opt-175b), or a config.json or its directory", required=True, is_path=True

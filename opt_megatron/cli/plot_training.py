@@ -16,7 +16,7 @@ HELP = "draw loss curves (or another measure) of training runs to PNG"
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions(Options):
-    """What is drawn."""
+    """The runs, the measure, and the picture to write."""
 
     runs: tuple[str, ...] = option(
         help="directories that train --save has written", positional=True, nargs="+", metavar="RUN"

@@ -46,7 +46,7 @@ class ServerOptions(Options):
         None, help="what clients call the model; repeatable", metavar="NAME"
     )
     api_key: str | None = option(
-        None, help=f"clients must show it; better given in {_KEY_VARIABLE}, which nobody sees", metavar="KEY"
+        None, help=f"clients must send it; better set in {_KEY_VARIABLE}, which other users cannot see", metavar="KEY"
     )
 
 
@@ -67,7 +67,7 @@ class LimitOptions(Options):
     )
     shutdown_timeout: float = option(
         20.0,
-        help="seconds for running requests when the server is told to end (torchrun allows 30 in all)",
+        help="seconds for running requests when the server shuts down (torchrun allows 30 in all)",
         above=0,
         metavar="S",
     )
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until a signal comes.
+    """Serve until a signal arrives.
 
     Raises:
         UserError: of any kind; the same one on every rank.

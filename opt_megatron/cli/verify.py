@@ -20,7 +20,7 @@ HELP = "compare a converted checkpoint with its manifest, or two checkpoints of 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    """What is compared."""
+    """The checkpoints that are compared."""
 
     checkpoint: str = option(
         help="a checkpoint in any format, or a name as --load takes it", positional=True, metavar="A"
@@ -85,9 +85,9 @@ def _compare_weights(first: Checkpoint, second: Checkpoint | None, workers: int)
     with_what = "its manifest" if second is None else f"{second.path} ({second.format_description})"
     verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
     values = f"{len(configs)} value" + ("s" if len(configs) > 1 else "")
-    beside = f", {'and' if found else 'but differ in'} {values} of the config" if configs else ""
+    config_values = f", {'and' if found else 'but differ in'} {values} of the config" if configs else ""
     names = first.tensors.keys() | {difference.name for difference in found}
-    print(f"{first.path} ({first.format_description}) and {with_what} {verdict} {len(names)} tensors{beside}")
+    print(f"{first.path} ({first.format_description}) and {with_what} {verdict} {len(names)} tensors{config_values}")
     return not found and not configs
 
 

@@ -1,4 +1,4 @@
-"""Which corpora training and validation samples come from: --data-path, --split and their relatives, checked."""
+"""Which corpora training and validation samples come from: --data-path, --split and the like, parsed and checked."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def build_datasets(
 
     Raises:
         UserError: options that contradict each other, files that are missing, damaged or hold too little,
-            token ids that the model does not have, no place for the indices. The same on every rank.
+            token ids that the model does not have, or indices that cannot be written. The same on every rank.
     """
     check_seed(seed)
     if seq_length < 1:

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity of texts, log-likelihoods of continuations, and lm-eval's tasks."""
+"""Evaluation of a model: perplexity of texts, log-likelihoods of continuations, and lm-eval's tasks."""

@@ -3,8 +3,8 @@
     evaluator = Evaluator(opt)
     result = evaluator.lead(lambda: ...)        # on every rank; the action runs on the leader
 
-Between its questions the other ranks wait for the next one. A question is checked on the leader before it is
-sent, so that all ranks carry it out or none.
+The other ranks wait for the leader's commands. A command is checked on the leader before it is sent, so that either
+all ranks execute it or none.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class OPTMegatronLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands for an empty context."""
+        """The id that replaces an empty context."""
         return self._config.bos_token_id
 
     @property

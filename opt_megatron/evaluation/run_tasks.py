@@ -121,7 +121,7 @@ def _report_other_numbers_of_shots(results: dict[str, Any], wanted: int | None) 
 
 
 def _task_manager(options: TaskOptions) -> Any:
-    """lm-eval's, for this project's tasks and the user's, and for lm-eval's own if they are asked for.
+    """lm-eval's manager of this project's and the user's tasks, and of lm-eval's own tasks if one is requested.
 
     Indexing lm-eval's own tasks takes seconds.
     """

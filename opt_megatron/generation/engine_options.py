@@ -1,4 +1,4 @@
-"""The engine's options: how it runs, whatever is asked of it."""
+"""The engine's options, which apply to all requests."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ BLOCK_SIZE = 64  # tokens; every block of the KV cache belongs to one sequence
 
 
 class OutputKind(IntEnum):
-    """What a step returns to the leader for each token whose logits are asked for; each kind includes the previous."""
+    """What a step returns to the leader for each token with an output; each kind includes the previous one."""
 
     ARGMAX = 0  # only the best id and its logit: greedy decoding
     LOGITS = 1  # logits of the whole vocabulary

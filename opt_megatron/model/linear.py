@@ -56,7 +56,7 @@ class DeferredWeight(nn.Module):
             self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
 
     def store_weight(self, weight: Tensor) -> None:
-        """Keep what is needed of `weight`, which has the shape and dtype of the parameter."""
+        """Store `weight`, which has the shape and dtype of the parameter."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

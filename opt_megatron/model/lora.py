@@ -37,7 +37,7 @@ class _LoRA(PackableLinear):
     """A linear layer with a frozen weight and the two factors.
 
     `lora_a` is initialised as torch's nn.Linear (Kaiming-uniform, as in PEFT) and `lora_b` with zeros: training
-    starts from the frozen model. training/initialize.py fills them, the same at every layout.
+    starts from the frozen model. training/init_weights.py fills them, the same at every layout.
     """
 
     lora_a: nn.Parameter

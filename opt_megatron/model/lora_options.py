@@ -51,5 +51,5 @@ class LoRAOptions(Options):
 
     @property
     def scale(self) -> float:
-        """alpha / rank"""
+        """The factor of the update, alpha / rank."""
         return self.alpha / self.rank

@@ -35,10 +35,10 @@ class Option:
         help: what it does, in the words of `--help`; the default is added.
         minimum, above: the smallest value, included and excluded; of a list, each item's.
         maximum, below: the same for the largest.
-        must: what messages say after "but must", where "be at least 1" does not say enough.
+        must: the words of messages after "but must", where those made from the range ("be at least 1") are not enough.
         choices: the only values, if there is a list of them.
-        default_text: what stands for a default that is None or depends on something.
-        metavar: stands for the value in `--help`.
+        default_text: shown instead of a default that is None or depends on something.
+        metavar: the placeholder of the value in `--help`.
         flags: instead of one made of the argument's name.
         argument: the name of the argument and of the YAML key, where it is not the field's.
         nargs: "+" takes several words after one flag; a list without it is a flag that may be repeated.
@@ -160,7 +160,7 @@ class Option:
         return self.help + (f"; default: {self.default_in_words()}" if self.default_in_words() else "")
 
     def default_in_words(self) -> str:
-        """The default, or nothing where there is none that must be told (None, false, an empty list)."""
+        """The default, or an empty string where there is none to mention (None, false, an empty list)."""
         if self.default_text is not None:
             return self.default_text
         if self.default in (None, NO_DEFAULT, "", ()) or isinstance(self.default, bool):

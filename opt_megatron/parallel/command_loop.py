@@ -1,6 +1,6 @@
 """The command loop: one rank leads, the others follow.
 
-The leader runs a program that the other ranks do not know, and sends a command whenever all ranks have something to
+The leader runs a program that the other ranks do not run, and sends a command whenever all ranks have something to
 compute together; a follower waits for commands, and executes one after the other until the leader stops.
 
     commands = CommandLoop(parallel, execute)
@@ -49,7 +49,7 @@ class CommandLoop:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """On the leader: whatever happens within, release the followers at the end."""
+        """On the leader: stop the followers at the end of the block, also after an error."""
         try:
             yield
         finally:
@@ -84,11 +84,11 @@ class CommandLoop:
         self.send(SHARE, numbers)
 
     def keep_alive(self) -> None:
-        """On the leader: send nothing to do, while there is nothing, so that no follower takes the leader for lost."""
+        """On the leader: send a command without effect, so that no follower times out while there is no work."""
         self.send(KEEP_ALIVE)
 
     def send(self, command: int, numbers: Sequence[int] = ()) -> None:
-        """On the leader: tell the followers to execute a command, which the leader does itself."""
+        """On the leader: send a command for the followers to execute; the leader executes it itself."""
         if not self.has_followers:
             return
         inline = numbers[:_INLINE_SIZE]

@@ -2,7 +2,8 @@
 
 Core assumes CUDA in many places. `prepare_megatron(device)`, which `init_parallel` calls with the device that it
 chose, makes core compute on a CPU, whether or not the machine has a GPU; for a CUDA device nothing is patched.
-The patches are made in core's own modules: torch is left as it is. Every patch names what it replaces and why.
+The patches are made in core's own modules; torch itself is patched only within `cuda_calls_stay_on_cpu`. Every patch
+names what it replaces and why.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def prepare_training(device: torch.device) -> None:
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
     # Core passes the writers' results through a manager process, which it spawns at every save; here the writers
-    # are threads (training/checkpointing.py), and a queue within the process does.
+    # are threads (training/checkpointing/async_save.py), and a queue within the process is enough.
     filesystem_async = sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"]
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # in 0.16, in 0.19
         if hasattr(filesystem_async, name):

@@ -33,7 +33,7 @@ class EngineTimeoutError(RuntimeError):
 
 
 class AsyncEngine:
-    """Takes requests, hands the engine's events to their readers, and stops the engine in an orderly way.
+    """Takes requests, hands the engine's events to their readers, and stops the engine when requests are done.
 
     Args:
         load: makes the model, in the engine's thread.
@@ -166,7 +166,7 @@ class AsyncEngine:
         if self.state is EngineState.STOPPED:
             return
         if error is None and self.state is not EngineState.DRAINING:
-            error = RuntimeError("the engine stopped without being told to")
+            error = RuntimeError("the engine stopped unexpectedly")
         self.state, self.error = EngineState.STOPPED, error
         self._step_watchdog.cancel()
         self._fail_all(ApiError(503, "the engine has stopped", code="unavailable"))
@@ -193,7 +193,7 @@ class AsyncEngine:
         self.metrics.waiting.set(len(self._requests) - self._num_started)
 
     async def _watch_steps(self) -> None:
-        """Stop when a step takes too long: another rank may be gone without closing its connections."""
+        """Stop when a step takes too long: another rank may have died without closing its connections."""
         limit = self.limits.step_seconds
         while True:
             await asyncio.sleep(min(1.0, limit / 4))

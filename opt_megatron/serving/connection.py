@@ -47,7 +47,7 @@ class BoundedConnection(H11Protocol):
         self._write_timer = self.loop.call_later(self.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop that timer."""
+        """Stop the timer of `pause_writing`."""
         super().resume_writing()
         _cancel(self._write_timer)
 

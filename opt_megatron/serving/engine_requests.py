@@ -100,7 +100,7 @@ def _max_prompt_tokens(
 
 
 def _truncate(ids: list[int], length: int | None, *, keep_bos: bool) -> list[int]:
-    """The last `length` ids; with `keep_bos` the first id takes one of the places."""
+    """The last `length` ids; with `keep_bos` the first id is one of them."""
     if length is None or length < 1 or len(ids) <= length:  # for a length below 1 the engine says what is wrong
         return ids
     return [ids[0], *ids[len(ids) - length + 1 :]] if keep_bos else ids[-length:]

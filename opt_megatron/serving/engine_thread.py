@@ -157,5 +157,5 @@ class EngineThread:
     def _call_in_loop(self, function: Callable[..., None], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: the server has ended, and nobody listens
+        except RuntimeError:  # the loop is closed: the server has ended
             return

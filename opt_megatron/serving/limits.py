@@ -16,7 +16,7 @@ class Limits:
         request_seconds: from the arrival of a request to its last token.
         body_seconds: for a body to arrive.
         step_seconds: for one step of the engine, after which a rank counts as lost.
-        drain_seconds: for the running requests to finish once the server is told to stop.
+        drain_seconds: for the running requests to finish once the server is shutting down.
     """
 
     queue_length: int = 1024

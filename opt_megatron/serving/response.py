@@ -49,7 +49,7 @@ class ResponseBuilder:
         """Read the next events; return the deltas that they make.
 
         Raises:
-            ApiError: the engine refused a prompt, failed at it, or was told to cancel it.
+            ApiError: the engine refused or failed to run a prompt, or its request was cancelled.
         """
         deltas = []
         for prompt_index, event in events:
@@ -137,9 +137,9 @@ class ChoiceBuilder:
     def _next_offset(self, token: int, event: TokenEvent) -> int:
         """Where the token begins in the choice's text, in characters.
 
-        A token that completes no character has the offset at which the character will stand.
+        A token that completes no character has the offset that the character will have.
         """
-        if self._is_in_prompt and not event.is_prompt:  # the continuation is decoded apart from the prompt
+        if self._is_in_prompt and not event.is_prompt:  # the continuation is decoded separately from the prompt
             self._is_in_prompt, self._offset = False, self._prompt_length
             self._decoder = self._model.tokenizer.stream()
         begin = self._offset

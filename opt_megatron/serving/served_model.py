@@ -34,7 +34,7 @@ class ServedModel:
         return self.config.max_position_embeddings
 
     def check_name(self, name: str | None) -> None:
-        """Check the name that a request asks for; None stands for any.
+        """Check the model name in a request; None accepts any.
 
         Raises:
             ApiError: 404, the server has no model of this name.

@@ -1,4 +1,4 @@
-"""`Server`: uvicorn in this thread, the engine in another, and an orderly end of both."""
+"""`Server`: uvicorn in this thread, the engine in another, and the shutdown of both."""
 
 from __future__ import annotations
 

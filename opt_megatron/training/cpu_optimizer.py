@@ -65,7 +65,7 @@ class CPUOptimizer(TrainingOptimizer):
 
     @torch.no_grad()
     def step(self, lr: float) -> OptimizerStep:
-        """Update the parameters, or skip the step; every rank of the model decides alike. Collective."""
+        """Update the parameters, or skip the step; all ranks make the same decision. Collective."""
         scale = self._scale.value
         grads = [parameter.main_grad.float() for parameter in self._parameters]  # the buffer itself if it is float32
         norm = self._norm(grads) / scale

@@ -82,7 +82,7 @@ def _masked_loss_sum(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tupl
 
 
 def segment_attention_mask(segments: Tensor) -> Tensor:
-    """[b, 1, s, s] bool, True where a query may attend: earlier tokens of its own segment, and itself.
+    """[b, 1, s, s] bool, True where a query may attend: earlier tokens of the same segment, and itself.
 
     Args:
         segments: [b, s], one number for each packed example; 0 is padding.

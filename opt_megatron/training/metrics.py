@@ -1,4 +1,4 @@
-"""What a run reports: a line for people, metrics.jsonl for programs, TensorBoard for both."""
+"""What a run reports: progress lines on the terminal, metrics.jsonl, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MetricsLogger:
         self._file = _continue_metrics(directory / METRICS_FILE, iteration) if directory else None
 
     def print_line(self, text: str) -> None:
-        """Print one line for people."""
+        """Print one line, on stderr unless another stream was given."""
         print(text, file=self._stream, flush=True)
 
     def record(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def training_line(iteration: int, last: int, values: dict[str, Any], seconds_left: float) -> str:
-    """The line for people on the steps since the last one."""
+    """The progress line about the steps since the previous one."""
     return (
         f"iteration {iteration:>{len(str(last))}}/{last} | loss {values['loss']:.4f} | "
         f"perplexity {perplexity_of(values['loss']):.2f} | "

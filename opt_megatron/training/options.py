@@ -13,7 +13,7 @@ _DECAY_RATE = "be a number from 0 up, and below 1"
 
 @dataclass(frozen=True)
 class StartOptions(Options):
-    """What a run begins with."""
+    """What a run starts from."""
 
     preset: str | None = option(None, help="a size of OPT's recipe (8m, 125m ... 175b), from scratch", metavar="SIZE")
     model_config: str | None = option(
@@ -51,7 +51,7 @@ class StartOptions(Options):
 
 @dataclass(frozen=True)
 class TrainerOptions(Options):
-    """How large a step is, and when to do what."""
+    """The size of a step, and the intervals of logging, validation and checkpoints."""
 
     train_iters: int = option(
         help="steps of the whole run, those before a resumption included",
@@ -90,7 +90,7 @@ class TrainerOptions(Options):
 
 @dataclass(frozen=True)
 class ScheduleOptions(Options):
-    """The learning rate; `schedule.py` makes a function of the step of it."""
+    """The learning rate; `lr_schedule.py` computes it for each step."""
 
     lr: float | None = option(None, help="peak learning rate", above=0, must="be positive", default_text="the preset's")
     min_lr: float | None = option(None, help="learning rate at the end", default_text="a tenth of --lr")
@@ -132,7 +132,7 @@ class OptimizerOptions(Options):
 
 @dataclass(frozen=True)
 class SavingOptions(Options):
-    """What is written."""
+    """What a run writes, and where."""
 
     save: str | None = option(
         None,
@@ -162,7 +162,7 @@ class ExecutionOptions(Options):
 
 @dataclass(frozen=True)
 class DeviceOptions(Options):
-    """Where and in which numbers."""
+    """The device and the dtype."""
 
     bf16: bool = option(False, help="bfloat16 with float32 main parameters")
     fp16: bool = option(False, help="float16 with those and dynamic loss scaling")

@@ -1,4 +1,4 @@
-"""A whole run: data, model, optimizer, checkpoints and the training loop, set up in this order.
+"""Sets up a run (data, model, optimizer, checkpoints) and runs its training loop.
 
 A run starts from scratch (a config and OPT's initialisation), from the weights of a checkpoint (fine-tuning), or
 from where it stopped, if its directory holds an intact checkpoint.

@@ -17,7 +17,7 @@ from .recipe import INIT_STD
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(SavingOptions, ExecutionOptions):
-    """All that `train` needs.
+    """All options of `train`.
 
     Attributes:
         config: the architecture, dropout included; in fine-tuning, the checkpoint's.

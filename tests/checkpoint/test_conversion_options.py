@@ -1,4 +1,4 @@
-"""Options of a conversion that no format has together."""
+"""Combinations of conversion options that are refused."""
 
 import pytest
 

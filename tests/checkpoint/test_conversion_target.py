@@ -1,4 +1,4 @@
-"""The target of a conversion: nothing else is overwritten, and it is whole or not there."""
+"""The target of a conversion: nothing else is overwritten, and it is complete or absent."""
 
 import os
 import shutil

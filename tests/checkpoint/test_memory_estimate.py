@@ -1,4 +1,4 @@
-"""The plan's arithmetic against models and caches that really exist."""
+"""The memory estimate against models and caches that are really allocated."""
 
 import pytest
 import rank_jobs

@@ -1,4 +1,4 @@
-"""The parameter table, on tensors small enough to check by eye."""
+"""The parameter mapping, on tensors small enough to check by eye."""
 
 import torch
 

@@ -13,13 +13,13 @@ from opt_megatron.errors import UserError
 
 def test_blocks_of_rows_do_not_change_the_result(tmp_path, monkeypatch):
     """Tensors larger than a block are copied in pieces; here a block is a row or two."""
-    from opt_megatron.checkpoint import write as scatter
+    from opt_megatron.checkpoint import write
 
     config = hf_config()
     tensors = random_tensors(config)
     write_metaseq_flat(tmp_path / "source", config, tensors, 2, 3)
     convert(tmp_path / "source", tmp_path / "large", megatron(2, 2), fsync=False)
-    monkeypatch.setattr(scatter, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(write, "BLOCK_BYTES", 50)
     convert(tmp_path / "source", tmp_path / "small", megatron(2, 2), fsync=False)
     assert_same(tensors, contents(tmp_path / "small"))
     assert read_manifest(tmp_path / "small") == read_manifest(tmp_path / "large")

@@ -267,7 +267,7 @@ def test_wrong_options_of_a_prompt_are_one_line(capsys, tmp_path, options, messa
         (("--num-beams", "30"), "needs 30 rows at a time; raise max_batch_size, which is 16"),
         (
             ("--kv-cache-memory", "1kB"),
-            "kv_cache_memory is 1000 bytes, but 64 tokens, the least that can be had, take 524288",
+            "kv_cache_memory is 1000 bytes, but 64 tokens, the minimum, take 524288",
         ),
         (("--kv-cache-memory", "1MB", "--max-new-tokens", "300"), "tokens of KV cache and 64 fit"),
         (("--prefill-chunk-size", "0"), "--prefill-chunk-size is 0"),

@@ -1,4 +1,4 @@
-"""Preprocessing: the right documents in the right order, bad lines told, all or nothing written."""
+"""Preprocessing: the right documents in the right order, bad lines reported, all or nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer: OPT's layout, the same for every reader, the same again."""
+"""Training a tokenizer: OPT's ids, equal for every reader and in every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bodies are taken."""
+"""Which request bodies are accepted."""
 
 import pytest
 from body_reading import read, refused

@@ -1,4 +1,4 @@
-"""In which words bodies are refused."""
+"""The messages with which bodies are refused."""
 
 import pytest
 from body_reading import refused

@@ -1,4 +1,4 @@
-"""OPT's first values: the stated distributions, the same at every layout."""
+"""OPT's initial values: the stated distributions, the same at every layout."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A part holds {"module": {Hugging Face's name: this part's slice}}, and every name may occur a second time
 beside "module" with the value None. `lm_head.weight` is whole in every part. The one file pytorch_model.bin is
-recognised and read as Hugging Face's.
+recognised and read as Hugging Face's format.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Format(ABC):
 
     Attributes:
         title: the name in messages.
-        detection_rank: `detect` is called in this order, lowest first, and the first format that says yes is
-            the one: a format whose file names are special comes before one whose names are general.
+        detection_rank: `detect` is called in this order, lowest first, and the first format that returns
+            True is used: formats with special file names come before those with general ones.
         file_names: a regular expression of the names that its directories hold besides config.json, the
             tokenizer's files and the like. Only a directory that holds nothing else may be replaced by --force.
         model_file_suffixes: suffixes of a single file that is a whole model.
@@ -67,7 +67,7 @@ class OutputFormat(Format):
         """Check that the format has what the options ask for.
 
         Raises:
-            UserError: it has not.
+            UserError: it does not.
         """
         to = options.to
         if not self.has_pipeline_stages and options.pipeline_model_parallel_size > 1:

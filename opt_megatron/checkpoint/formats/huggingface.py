@@ -57,7 +57,7 @@ class HuggingFaceFormat(OutputFormat):
             tensors = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
             twice = sorted(tensors.keys() & stored.keys())
             if twice:
-                raise CheckpointError(f"{file}: {shorten(twice)} stands in another shard too")
+                raise CheckpointError(f"{file}: {shorten(twice)} is in another shard too")
             stored |= tensors
         kind = "safetensors" if files[0].suffix == ".safetensors" else "pytorch .bin"
         shards = f", {len(files)} shards" if len(files) > 1 else ""

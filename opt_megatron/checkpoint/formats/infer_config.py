@@ -19,7 +19,7 @@ from ..storage.lazy_tensor import LazyTensor
 
 @dataclass
 class StoredMetadata:
-    """What files say of the model besides its tensors; None where they say nothing.
+    """What files contain about the model besides its tensors; None where they contain nothing.
 
     Attributes:
         where: the place in the files, for messages ("cfg.model").
@@ -38,7 +38,7 @@ def directory_config(path: Path) -> OPTConfig | None:
     """The config in a checkpoint's directory, or in that of its one file; None if there is no config.json.
 
     Raises:
-        CheckpointError: there is one, and it cannot be read as an OPT's.
+        CheckpointError: the file is not the config of an OPT model.
     """
     file = (path.parent if path.is_file() else path) / "config.json"
     return OPTConfig.from_file(file) if file.is_file() else None

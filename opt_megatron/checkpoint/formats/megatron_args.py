@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments, which its files carry beside the model: what is checked in them and what is written."""
+"""Megatron-LM's arguments, which its files contain besides the model: how they are checked, and which are written."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class MetaseqFormat(OutputFormat):
             config: by default that of a config.json, or one inferred from the shapes and metaseq's `cfg`.
 
         Raises:
-            CheckpointError: a part or shard is missing or doubled, the files are of several models, or a group
-                of parameters is flat and nothing says what is in it.
+            CheckpointError: a part or shard is missing or there twice, the files are of several models, or a
+                group of parameters is flat and has no metadata.
         """
         grid = _part_grid(path)
         opened = [[TorchFile(file) for file in shards] for shards in grid]
@@ -78,7 +78,7 @@ class MetaseqFormat(OutputFormat):
         """Unflattened parts with the fused [K; V; Q]; 350m as the one file that Meta released.
 
         Raises:
-            UserError: 350m in several parts, which metaseq has no form for.
+            UserError: 350m in several parts, for which metaseq has no format.
         """
         parts = options.tensor_model_parallel_size
         is_fused = config.do_layer_norm_before and not config.has_embedding_projection
@@ -102,7 +102,7 @@ FORMAT = MetaseqFormat()
 
 
 def _part_grid(path: Path) -> list[list[Path]]:
-    """[part][shard] -> file, none missing and none doubled."""
+    """[part][shard] -> file, none missing and none there twice."""
     files = [path] if path.is_file() else sorted(path.glob("*.pt"))
     found: dict[tuple[int, int], Path] = {}
     stems = set()

@@ -1,6 +1,6 @@
 """The checkpoint formats. A checkpoint's format is recognised from its file names, never from a flag.
 
-Imports no torch and none of the formats before one is needed, so that `--help` can list their names at once.
+Imports neither torch nor a format until it is needed, so that `--help` lists their names at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def output_format(name: str) -> OutputFormat:
 
 @functools.cache
 def all_formats() -> tuple[Format, ...]:
-    """Every format, in the order in which they are asked whether a directory is theirs."""
+    """Every format, in the order in which their `detect` is called."""
     return tuple(sorted((_load(entry.module) for entry in _ENTRIES), key=lambda found: found.detection_rank))
 
 
@@ -124,6 +124,6 @@ def _describe_contents(path: Path) -> str:
     if not path.exists():
         return "there is no such directory; give a checkpoint directory or a model name"
     if path.is_file():
-        return "is a file, and not one that is a whole model by itself; give the directory that it stands in"
+        return "is a file, and not one that is a whole model by itself; give its directory"
     names = sorted(child.name for child in path.iterdir())
     return f"holds no weights that are known here; it holds {shorten(names) if names else 'nothing'}"

@@ -1,6 +1,6 @@
-"""What training saves: megatron-core's dist_checkpointing (torch_dist), with an index in JSON. It is only read.
+"""The checkpoints of training: megatron-core's dist_checkpointing (torch_dist), with an index in JSON. Only read.
 
-    DIR/iter_0000200/  config.json  tensors.json  __0_0.distcp ...     (DIR stands for its newest iteration)
+    DIR/iter_0000200/  config.json  tensors.json  __0_0.distcp ...     (DIR: its newest iteration is read)
 
 A .distcp file is a sequence of torch.save files, one for each shard of a tensor. `torch_dist_shards.py` says how
 the index names them. LoRA's factors (`lora_a`, `lora_b`, and lora.json) are added to their weights as they are read.
@@ -28,7 +28,7 @@ LORA_FILE = "lora.json"
 
 
 class TorchDistFormat(Format):
-    """Megatron-core's distributed checkpoints."""
+    """The newest iteration of a training run, or one iteration, as megatron-core's dist_checkpointing writes it."""
 
     title = "torch_dist"
     detection_rank = 10  # before Megatron's: a training run has Megatron-LM's tracker file too

@@ -58,7 +58,7 @@ class ShardedTensors:
         try:
             return self._assemble(entry, layer)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{self._path / INDEX_FILE}: {name} makes no sense: {error!r}") from None
+            raise CheckpointError(f"{self._path / INDEX_FILE}: the entry of {name} is not valid: {error!r}") from None
 
     def _assemble(self, entry: dict[str, Any], layer: int | None) -> LazyTensor:
         shape, dtype = [int(size) for size in entry["shape"]], str(entry["dtype"])
@@ -102,7 +102,7 @@ class _Shard(LazyTensor):
     """The tensor in a span of a file, which is opened when it is first read.
 
     Args:
-        skip: leading dimensions of size 1 that the stored tensor has and this one has not.
+        skip: number of leading dimensions of size 1 that only the stored tensor has.
     """
 
     def __init__(self, span: FileSpan, shape: tuple[int, ...], dtype: torch.dtype, skip: int) -> None:

@@ -44,7 +44,7 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def release(self, block: Block) -> None:
-        """Release the memory that reading this block has brought in; called when the block is no longer used."""
+        """Release the memory that reading this block has used; called when the block is no longer needed."""
 
 
 class WrappedTensor(LazyTensor):

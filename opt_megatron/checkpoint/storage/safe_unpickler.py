@@ -1,4 +1,4 @@
-"""A pickle interpreter that builds plain data and runs nothing.
+"""A pickle interpreter that builds plain data and executes no code.
 
 Python's own cannot be restricted enough: whatever `find_class` allows, it sets attributes of any object, hashes any
 key, and its C version allocates memory for any memo index. This one knows the opcodes that torch.save writes
@@ -21,7 +21,7 @@ from typing import Any
 
 
 class Inert:
-    """Stands for a class, a function or an object that is not known here. Operations on it have no effect."""
+    """A stub for an unknown class, function or object. Operations on it have no effect."""
 
 
 class InvalidPickleError(ValueError):

@@ -114,7 +114,7 @@ class TorchFile:
         return WrappedTensor(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
 
     def model(self, whose: str) -> dict[str, LazyTensor]:
-        """The tensors under "model", where metaseq and Megatron-LM alike keep them.
+        """The tensors under "model", where both metaseq and Megatron-LM store them.
 
         Raises:
             CheckpointError: there is no such dictionary, so the file is not one of `whose`.

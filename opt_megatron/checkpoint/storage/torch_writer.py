@@ -30,7 +30,7 @@ _LIMIT_32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class TensorPlaceholder:
-    """Stands in the content for a tensor whose data is written later."""
+    """A placeholder in the saved object for a tensor whose data is written later."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -107,7 +107,7 @@ class _Archive:
         self._file.write(data)
 
     def add_hole(self, name: str, size: int) -> int:
-        """Write a record without its data, and return where that belongs. The checksum is 0; torch compares none."""
+        """Write a record without its data; returns the data's offset. The checksum is 0: torch does not compare it."""
         start = self._header(name, size, 0)
         self._file.seek(start + size)
         return start

@@ -1,4 +1,4 @@
-"""Reads the data of the tasks in this directory, which lie in JSON lines next to the YAML files."""
+"""Reads the data of the tasks in this directory: files of JSON lines next to the YAML files."""
 
 from __future__ import annotations
 

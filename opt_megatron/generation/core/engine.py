@@ -88,7 +88,7 @@ class Engine:
         per_token = sum(runner.cache_bytes_per_token for runner in self._runners)
         if kv_cache_memory < per_token * BLOCK_SIZE:
             raise UserError(
-                f"kv_cache_memory is {kv_cache_memory} bytes, but {BLOCK_SIZE} tokens, the least that can be had, take "
+                f"kv_cache_memory is {kv_cache_memory} bytes, but {BLOCK_SIZE} tokens, the minimum, take "
                 f"{per_token * BLOCK_SIZE} on each rank"
             )
         return min(maximum, kv_cache_memory // (per_token * BLOCK_SIZE) * BLOCK_SIZE)

@@ -1,4 +1,4 @@
-"""The executor: what the leader wants of the models is done on all ranks."""
+"""The executor: runs the leader's calls of the models on all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Runner(Protocol):
         """Bytes of the cache for one token."""
 
     def allocate(self, num_tokens: int) -> None:
-        """Allocate a cache of at least so many tokens."""
+        """Allocate a cache of at least `num_tokens` tokens."""
 
     def forward(self, step: StepInput) -> Tensor:
         """Run one step. R = tokens that the leader gets an output for.
@@ -35,7 +35,7 @@ class Runner(Protocol):
 
 
 class Command(IntEnum):
-    """What the leader's calls are on the wire, with the numbers that follow."""
+    """The commands that are broadcast for the leader's calls; the comments list the numbers that follow."""
 
     ALLOCATE = 0  # tokens of the cache, for each runner
     FORWARD = 1  # which runner, and a StepInput
@@ -43,7 +43,7 @@ class Command(IntEnum):
 
 
 class Executor:
-    """The leader's calls are executed by all ranks' runners.
+    """Executes the leader's calls on the runners of all ranks.
 
     Args:
         runners: of the model, and of the draft model if there is one.
@@ -57,7 +57,7 @@ class Executor:
         self._runners = runners
 
     def allocate(self, num_tokens: int) -> None:
-        """Allocate caches of at least so many tokens."""
+        """Allocate caches of at least `num_tokens` tokens."""
         self.commands.send(Command.ALLOCATE, [num_tokens] * len(self._runners))
         for runner in self._runners:
             runner.allocate(num_tokens)

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence
 from .embedding_bag_attention import EmbeddingBagAttention
 
-_MAX_SINGLE_QUERIES = 8  # the tokens of a sequence's part of a step with at most so many are single queries
+_MAX_SINGLE_QUERIES = 8  # a sequence with at most this many tokens in a step is computed as single queries
 
 
 @dataclass(frozen=True)

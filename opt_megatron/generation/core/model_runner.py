@@ -1,6 +1,6 @@
 """The model runner: one step of this rank's part of the model, from the previous pipeline stage to the next.
 
-T = tokens of the step, R = tokens whose logits are asked for, H = hidden size, V = vocabulary.
+T = tokens of the step, R = tokens with an output, H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ModelRunner:
         return KVCache.bytes_per_token(self._model.num_layers, self._num_heads, self._config.head_dim, self._dtype)
 
     def allocate(self, num_tokens: int) -> None:
-        """Allocate a cache of at least so many tokens, unless the present one is as large."""
+        """Allocate a cache of at least `num_tokens` tokens, unless the present one is as large."""
         if self._cache.num_tokens < num_tokens:
             self._cache = self._make_cache(0)  # release the old one before the new one is allocated
             self._cache = self._make_cache(num_tokens)
@@ -130,7 +130,7 @@ class ModelRunner:
 
 
 def _output_indices(sequences: tuple[ScheduledSequence, ...], device: torch.device) -> Tensor:
-    """Indices [R] of the step's tokens whose logits are asked for."""
+    """Indices [R] of the step's tokens that have an output."""
     indices: list[int] = []
     end = 0
     for sequence in sequences:

@@ -10,7 +10,7 @@ from ..request import Request
 
 
 class RequestQueue:
-    """Any thread puts requests, and the engine drains the queue between steps.
+    """A queue that any thread puts requests into, and that the engine drains between steps.
 
     Args:
         requests: the first ones.
@@ -61,7 +61,7 @@ class RequestQueue:
             return arrived, cancelled
 
     def wait(self, seconds: float) -> bool:
-        """Wait until something has arrived, or was cancelled, or the queue is closed; False after so many seconds."""
+        """Wait until something has arrived, or was cancelled, or the queue is closed; False after `seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._arrived or self._cancelled or self._is_closed), seconds)
 

@@ -1,6 +1,6 @@
 """The scheduler: admission by free KV-cache blocks, shared prefixes, and prompts in pieces (chunked prefill).
 
-It knows sequence groups and the allocator, and no model, so that its decisions can be tested with numbers alone.
+It uses sequence groups and the allocator, but no model, so that its decisions can be tested with numbers alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ScheduledGroup(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served, as long as sequences and memory last.
+    """First come, first served, within the limits of batch size and memory.
 
     Args:
         max_batch_size: sequences that run at the same time.

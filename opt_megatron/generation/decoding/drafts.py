@@ -1,4 +1,4 @@
-"""Drafts: what proposes tokens for speculative decoding (`speculative.py`)."""
+"""Drafts, which propose tokens for speculative decoding (`speculative.py`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_NGRAM = 3
 
 
 class Draft(Protocol):
-    """Proposes continuations."""
+    """The interface of a draft: it proposes the next tokens of several sequences."""
 
     def propose(self, groups: Sequence[SamplingGroup]) -> None:
         """Set each group's `proposal`, of at most its `max_proposed_tokens`."""
@@ -25,7 +25,7 @@ class Draft(Protocol):
 class PromptLookup:
     """Proposes what followed the previous occurrence of the newest tokens in the sequence.
 
-    (Saxena 2023, "Prompt Lookup Decoding".) It costs nothing, and helps where text repeats its prompt.
+    (Saxena 2023, "Prompt Lookup Decoding".) It needs no model, and helps where the text repeats its prompt.
 
     Args:
         num_tokens: proposed at a time.

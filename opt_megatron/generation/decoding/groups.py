@@ -1,4 +1,4 @@
-"""Which kind of search continues a request."""
+"""Chooses the search for a request: sampling, beam search or contrastive search."""
 
 from __future__ import annotations
 

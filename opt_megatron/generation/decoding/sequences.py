@@ -1,8 +1,8 @@
 """The state of decoding: a sequence group is one continuation of a request, with the cached sequences it needs.
 
 Sampling needs one sequence (`sampling_group.py`), beam search and contrastive search (`beam_search.py`,
-`contrastive_search.py`) several with a common prefix. In every step the engine asks each group which tokens to
-schedule, runs them all in one forward pass, and gives each group its outputs; the group answers with events.
+`contrastive_search.py`) several with a common prefix. In every step each group schedules its
+tokens, the engine runs all of them in one forward pass, and each group turns its outputs into events.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CopyCache = Callable[[CachedSequence, CachedSequence, int, int], None]
 
 
 class SequenceGroup(ABC):
-    """What all searches have in common.
+    """One continuation of a request, or several under one search; the base class of all searches.
 
     Attributes:
         request_id: the request's number, which its events carry.

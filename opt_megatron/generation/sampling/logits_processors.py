@@ -204,7 +204,7 @@ class LogitsProcessor(NamedTuple):
     """One step of the chain.
 
     Attributes:
-        is_active: whether a request's options turn it on; asked once a request.
+        is_active: whether a request's options turn it on; evaluated once per request.
         apply: (scores, options, tokens so far) -> new scores; where `selects` is set, the indices of the scores that
             are kept, so that the processors after it see only those.
         keeps_argmax: the best token stays the best one, so that greedy search can do without it.

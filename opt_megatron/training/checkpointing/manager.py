@@ -3,7 +3,7 @@
 A checkpoint is written under its partial name and renamed once every rank has flushed its files: a directory with
 the final name is complete. Tensors are copied and then written by a thread while training continues; `finish`, at a
 later step, does the rest when all ranks are ready. Before a checkpoint is read, its manifest is verified, and an
-older one is taken if it is damaged (`integrity.py`).
+older one is used if it is damaged (`integrity.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds apart from parameters and optimizer.
+    """What a checkpoint contains besides parameters and optimizer.
 
     Attributes:
         iteration: steps made.

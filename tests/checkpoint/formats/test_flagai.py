@@ -1,4 +1,4 @@
-"""FlagAI's parts."""
+"""FlagAI's format: parts are read, joined and written, and broken ones are refused."""
 
 import pytest
 from checkpoint_samples import SAMPLES, TENSORS

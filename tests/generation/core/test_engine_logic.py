@@ -1,4 +1,4 @@
-"""The engine with a rule in the place of the model: batches, commands, choices, and nothing of tensors."""
+"""The engine with a rule instead of the model: batches, commands and choices, without tensors."""
 
 from dataclasses import replace
 
@@ -162,7 +162,7 @@ def test_requests_wait_for_memory_and_refused_is_what_can_never_run(make):
     with pytest.raises(UserError, match=message) as error:
         engine.complete([requests[0], request(BASE[:50], 80)])
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="kv_cache_memory is 100 bytes, but 64 tokens, the least that can be had, take"):
+    with pytest.raises(UserError, match="kv_cache_memory is 100 bytes, but 64 tokens, the minimum, take"):
         make(kv_cache_memory=100)
     with pytest.raises(UserError, match="prompt 1 needs 4 rows at a time; raise max_batch_size, which is 3"):
         make(max_batch_size=3).complete([request(BASE, num_beams=4)])

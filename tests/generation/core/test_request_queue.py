@@ -1,4 +1,4 @@
-"""Requests that arrive, and are cancelled, while others run; with a rule in the place of the model."""
+"""Requests that arrive, and are cancelled, while others run; with a rule instead of the model."""
 
 import threading
 from collections import defaultdict

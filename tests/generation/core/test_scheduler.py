@@ -1,4 +1,4 @@
-"""The scheduler with sequence groups, and a rule in the place of the model."""
+"""The scheduler with sequence groups, and a rule instead of the model."""
 
 import pytest
 from rule_model import RuleModel

@@ -1,4 +1,4 @@
-"""What drafts propose."""
+"""Drafts propose the tokens that followed earlier, or those of the draft model."""
 
 from opt_megatron.generation.decoding.drafts import PromptLookup
 

@@ -1,4 +1,4 @@
-"""Speculative decoding changes how many steps are made, and nothing of what comes out."""
+"""Speculative decoding changes the number of steps, and nothing of the output."""
 
 import itertools
 

@@ -171,9 +171,9 @@ def test_what_is_read_is_checked(ranks: Callable[[int], RankPool], settings: Tra
     index = json.loads((path / "tensors.json").read_text())
     for change, message in {
         "gone": "1 missing",
-        "outside": "makes no sense",
+        "outside": "is not valid",
         "beyond": "damaged or incomplete",
-        "strange": "makes no sense",
+        "strange": "is not valid",
         "elsewhere": "something else|does not lie|is damaged|truncated",
     }.items():
         copy = tmp_path / change
