@@ -64,7 +64,7 @@ class LoadedModel:
         """Load a checkpoint in any format, at any layout; on several ranks under torchrun, on each of them.
 
         Args:
-            name_or_dir: as of --load: a directory, a released size, a Hub repository, or "story".
+            name_or_dir: as for --load: a directory, a released size, a Hub repository, or "story".
             dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
             device: "cpu" or "cuda"; by default CUDA where there is one.
             config: used instead of the checkpoint's own.
@@ -107,7 +107,7 @@ class LoadedModel:
     ) -> Self:
         """`from_pretrained` on ranks that have been started, without reading the weights, which `load` does.
 
-        What is to be checked against config and tokenizer can so be checked before hours of reading.
+        Arguments can so be checked against config and tokenizer before the weights are read, which may take long.
 
         Args:
             needs_tokenizer: a missing tokenizer is an error.
@@ -135,12 +135,12 @@ class LoadedModel:
         batch_size: int = 8,
         engine: EngineOptions | None = None,
     ) -> Self:
-        """For a model that has been built and filled already."""
+        """An `OPT` around a model whose weights are loaded already."""
         pretrained = Pretrained("the model", parallel, model.opt_config, tokenizer)
         return cls(pretrained, model, batch_size=batch_size, engine=engine)
 
     def load(self) -> Self:
-        """Read the weights, unless that was done; returns the object itself.
+        """Read the weights, unless they have been read; returns the object itself.
 
         Raises:
             CheckpointError: the checkpoint turned out to be damaged; on every rank.

@@ -105,7 +105,7 @@ def open_pretrained(
     """Open a checkpoint; called on every rank.
 
     Args:
-        name: as of --load: a directory, a released size, a Hub repository, or "story".
+        name: as for --load: a directory, a released size, a Hub repository, or "story".
         config: used instead of the checkpoint's own.
         tokenizer: where its files are; by default next to the weights.
         needs_tokenizer: a missing tokenizer is an error. It always is where `tokenizer` was given.
