@@ -32,7 +32,7 @@ def ctranslate2_directory(model: Path, dtype: str) -> Path:
 
 
 def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ...]) -> None:
-    """Make the random model and its conversions, as far as they are not there yet."""
+    """Make the random model and its conversions, unless they exist already."""
     target = huggingface_directory(model)
     if not target.is_dir():
         with PartialDirectory(target) as partial:

@@ -34,7 +34,7 @@ def captured(directory: Path, tp: int, pp: int, tokens: Tensor, names: list[str]
 
 
 def changed(directory: Path, tp: int, pp: int, tokens: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Logits with a hook that scales different parts differently, and after it has gone."""
+    """Logits with a hook that scales different parts differently, and after it was removed."""
     opt = _load(directory, tp, pp)
     with opt.hooks({name: scaled}):
         logits = opt.logits(tokens)
@@ -68,7 +68,7 @@ def _spoil(tensor: Tensor) -> None:
 
 
 def failing(directory: Path, pp: int, tokens: Tensor, name: str) -> tuple[list[str], bool]:
-    """What hooks that fail at one place come to on this rank, and whether the model is as before."""
+    """The errors of hooks that fail at one hook point, on this rank, and whether the model is as before."""
     opt = _load(directory, 1, pp)
     plain = opt.logits(tokens)
 

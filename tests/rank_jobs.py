@@ -260,7 +260,7 @@ def kinds_of_collectives(tp: int, pp: int) -> tuple[str, bool]:
 
 
 def with_a_peer_that_ends(rank: int, store: str, how: str, pipe: Any) -> None:
-    """A process of its own: one of two ranks; rank 1 ends after the first round, and 0 tells what it sees then."""
+    """A separate process, one of two ranks: rank 1 ends after the first round, and 0 reports what it sees then."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

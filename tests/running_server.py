@@ -28,7 +28,7 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, "te
 
 
 class Brake:
-    """Stands in a runner's place: its steps wait while the brake is on, or fail."""
+    """Replaces a runner: its steps wait while the brake is on, or fail."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
@@ -85,7 +85,7 @@ class Running:
     thread: threading.Thread
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
-        """Ask, with a body of bytes as they are and anything else as JSON."""
+        """Send a request; a body of bytes is sent unchanged, and anything else as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
         try:
             content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()

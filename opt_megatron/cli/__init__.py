@@ -100,7 +100,7 @@ def _report(program: str, message: str, code: int) -> int:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error means that another rank has gone, which `run_and_exit` reports in one line."""
+    """Whether an error means that another rank has ended, which `run_and_exit` reports in one line."""
     if not isinstance(error, RuntimeError):
         return False
     distributed = sys.modules.get("torch.distributed")

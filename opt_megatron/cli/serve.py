@@ -191,7 +191,7 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 
 def _allow_connections(connections: int) -> None:
-    """Raise the limit on this process's open files to what so many connections need.
+    """Raise the limit on this process's open files to what `connections` connections need.
 
     Raises:
         UserError: the system allows less.

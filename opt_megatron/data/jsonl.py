@@ -173,7 +173,7 @@ def get_string(value: dict[str, Any], key: str) -> str:
 def parse_lines(
     paths: Sequence[str], parse: Callable[[bytes], T], bad: BadLines, *, strict: bool = False
 ) -> Iterator[T]:
-    """What `parse` makes of each line; lines for which it raises a ValueError are added to `bad`.
+    """The result of `parse` for each line; lines for which it raises a ValueError are added to `bad`.
 
     Raises:
         UserError: a line is bad and `strict` is set, or a file cannot be decompressed.

@@ -32,7 +32,7 @@ class _Command(IntEnum):
 class Evaluator:
     """Scores and generates on all ranks, called by the leader alone.
 
-    The engine, which repacks the weights, is made when something is to be generated; scoring goes on as before.
+    The engine, which repacks the weights, is created by the first call of `complete`; scoring works before and after.
     """
 
     def __init__(self, opt: OPT) -> None:

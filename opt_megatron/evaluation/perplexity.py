@@ -26,7 +26,7 @@ from ..model.scoring import Item
 from ..tokenizer import OPTTokenizer
 from ..training.metrics import perplexity_of
 
-_BATCHES_AT_A_TIME = 64  # windows are sorted by length among so many batches
+_BATCHES_AT_A_TIME = 64  # windows are sorted by length within this many batches
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         replace(tiny_options(tmp_path), systems=("opt_megatron", "ctranslate2")).check()
 
 
-def test_a_child_that_ends_is_told() -> None:
+def test_a_child_that_ends_is_reported() -> None:
     with pytest.raises(UserError, match="the process of a child ended with code 9"):
         in_child("a child", 1, os._exit, 9)
 

@@ -49,7 +49,7 @@ def test_damage_found_half_way_leaves_nothing_behind(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """The limit on file size stands in for the disk's end: writing fails in the same way, in the same place."""
+    """A limit on file size simulates a full disk: writing fails in the same way at the same point."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000));"

@@ -53,7 +53,7 @@ def test_mistakes_are_one_line_and_write_nothing(capsys, tmp_path, arguments, me
     assert err.startswith("opt-megatron: error: ") and message in err and len(err.splitlines()) == 1
 
 
-def test_what_was_derived_is_told(capsys, tmp_path):
+def test_what_was_derived_is_reported(capsys, tmp_path):
     config = hf_config()
     write_metaseq_flat(tmp_path / "source", config, random_tensors(config), 2, 3)
     code, out, err = run(capsys, "--load", str(tmp_path / "source"), "--save", str(tmp_path / "hf"), "--to", "hf")

@@ -123,7 +123,7 @@ def test_fine_tuning_on_pairs_with_lora(data: Path, tmp_path: Path, capsys: pyte
 
 
 def start(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
-    """The tool in processes of its own; the first one's output is read."""
+    """The tool in separate processes; the first one's output is read."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -134,7 +134,7 @@ def start(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
 
 
 def wait_for(run_directory: Path, iterations: int, process: subprocess.Popen[str]) -> None:
-    """Until so many steps have been recorded."""
+    """Wait until this many steps have been recorded."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         path = run_directory / METRICS_FILE
@@ -299,7 +299,7 @@ def test_options_of_something_else_are_left_alone(
     assert (tmp_path / "run" / "run.yaml").read_text() == "mine: true\n"
 
 
-def test_what_cannot_be_resumed_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_resumed_is_reported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save = tmp_path / "run"
     assert run(capsys, *training(data, save, "--exit-iters", "2"))[0] == 0
     code, _, err = run(capsys, *training(data, save, "--exit-iters", "1"))

@@ -61,7 +61,7 @@ def subcommand(command: str) -> list[str] | None:
 
 
 def as_pattern(expected: list[str]) -> re.Pattern[str]:
-    """`...` stands for anything within a line; a line of it alone, for any lines."""
+    """`...` matches anything within a line; alone on a line, it matches any lines."""
     lines = [
         r"(?:.*\n)*?.*" if line.strip() == "..." else ".*".join(map(re.escape, line.split("..."))) for line in expected
     ]

@@ -167,7 +167,7 @@ def test_results_are_shown_even_when_they_cannot_be_written(capsys, tmp_path, mo
     assert code == 2 and "fairy_minimal_pairs" in out and "no space left" in err
 
 
-def test_tasks_of_ones_own(capsys, tmp_path):
+def test_tasks_of_the_user(capsys, tmp_path):
     data = tmp_path / "animals.jsonl"
     data.write_text("".join(json.dumps({"q": f"The {x} said", "a": [" to", " zebra"]}) + "\n" for x in ("fox", "cat")))
     (tmp_path / "animals.yaml").write_text(

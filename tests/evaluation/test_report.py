@@ -20,7 +20,7 @@ RESULTS = {
 }
 
 
-def test_published_scores_stand_beside_the_run(alone):
+def test_published_scores_are_listed_next_to_the_run(alone):
     report = to_json(RESULTS, OPT.open("story", alone), {"dtype": "float32"})
     page = to_markdown(report)
     assert "| lambada_openai | 1.0 | 0 | 5153 | perplexity | lower | 26.1000 | ± 0.9000 |" in page

@@ -41,7 +41,7 @@ def test_seed_out_of_range(seed):
         check_seed(seed)
 
 
-def test_context_says_where_each_rank_stands(ranks):
+def test_context_has_each_ranks_position(ranks):
     contexts = ranks(4).run(rank_jobs.context_facts, 2, 2)
     assert contexts == [(0, 0, True, False, 2), (1, 0, True, False, 2), (0, 1, False, True, 2), (1, 1, False, True, 2)]
 

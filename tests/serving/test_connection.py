@@ -1,4 +1,4 @@
-"""Clients that are slow, or hardly speak HTTP: the others notice nothing."""
+"""Clients that are slow or do not speak HTTP do not affect others."""
 
 import json
 import socket
@@ -31,7 +31,7 @@ def test_what_is_hardly_http_gets_an_answer(server, request_bytes, status):
         assert ended(connection).split()[1] == status
 
 
-def test_slow_clients_are_let_go(alone, monkeypatch):
+def test_slow_clients_are_disconnected(alone, monkeypatch):
     monkeypatch.setattr(BoundedConnection, "head_seconds", 0.5)
     with running(alone, Limits(body_seconds=0.5)) as server:
         server.wait_for(lambda: server.request("GET", "/health").status == 200)
@@ -75,7 +75,7 @@ def _is_closed(connection: socket.socket, sent: bytes) -> bool:
     return False
 
 
-def test_a_client_that_reads_nothing_is_let_go(alone, monkeypatch):
+def test_a_client_that_reads_nothing_is_disconnected(alone, monkeypatch):
     monkeypatch.setattr(BoundedConnection, "write_seconds", 0.3)
     with running(alone) as server:
         server.wait_for(lambda: server.request("GET", "/health").status == 200)

@@ -27,7 +27,7 @@ def test_metrics_count_what_happened(server):
     assert 0 <= server.metric("vllm:kv_cache_usage_perc") <= 1
 
 
-def test_what_waits_for_a_place_is_told_from_what_computes(alone):
+def test_what_waits_for_a_place_is_counted_apart_from_what_computes(alone):
     with running(alone, max_batch_size=1) as server:
         server.wait_for(lambda: server.request("GET", "/health").status == 200)
         server.complete(prompt=PROMPT, max_tokens=400, ignore_eos=True)

@@ -44,5 +44,5 @@ def test_half_characters_wait_for_their_other_half(server):
     options = {"prompt": [2, ids[0]], "max_tokens": len(ids) - 1, "temperature": 0, "echo": True, "logprobs": 0}
     (choice,) = server.complete(**options, logit_bias={str(ids[1]): 100}).json["choices"]
     assert choice["logprobs"]["tokens"][1].startswith("bytes:\\x")
-    # The continuation is a text of its own: it does not complete the half character that the prompt ends with.
+    # The continuation is decoded separately: it does not complete the half character that the prompt ends with.
     assert choice["text"][0] == "\ufffd" and choice["logprobs"]["text_offset"][:3] == [0, 0, 1]

@@ -55,7 +55,7 @@ def wait_until_one_runs(url: str) -> None:
             text = answer.read().decode()
 
 
-def test_two_tensor_parallel_ranks_serve_and_end_when_told_to(server):
+def test_two_tensor_parallel_ranks_serve_and_end_on_a_signal(server):
     options = {"prompt": ["Once upon a time", "The king"], "max_tokens": 20, "temperature": 0.8, "seed": 3, "top_k": 20}
     with ranks_of_a_server(2, 1) as (processes, url):
         assert post(url, **options)["choices"] == server.complete(**options).json["choices"]

@@ -162,7 +162,7 @@ def test_examples_and_reset(page):
     assert page.all('output[for="temperature"]')[0].text == "0.8"
 
 
-def test_text_is_text_and_errors_are_told(page):
+def test_text_is_text_and_errors_are_reported(page):
     generate(page, prompt="<img src=x onerror=document.title='bad'><b>bold</b>", max_tokens=2)
     assert page["tokens"].text.startswith("<img src=x") and not page.all("#tokens img, #tokens b")
     assert page.browser.title == "opt_megatron"
@@ -174,7 +174,7 @@ def test_text_is_text_and_errors_are_told(page):
     page.browser.get_log("browser")  # Chromium notes the answer's status
 
 
-def test_a_connection_that_ends_too_soon_is_told(page):
+def test_a_connection_that_ends_too_soon_is_reported(page):
     page.run(
         "const plain = fetch; window.fetch = async (url, options) => { window.fetch = plain;"
         " const text = await (await plain(url, options)).text(); return new Response(text.split('data: [DONE]')[0]); }"

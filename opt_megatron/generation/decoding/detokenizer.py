@@ -36,7 +36,7 @@ class IncrementalDetokenizer:
             reason = "stop"
         if self._decoder is None:
             return "", reason
-        # A token that ends the text is not part of it, whatever the decoder makes of it.
+        # A token that ends the text is not part of it, whatever its text.
         text = "" if token in self._end_tokens else self._decoder.push(token)
         if reason is not None:
             text += self._decoder.flush()

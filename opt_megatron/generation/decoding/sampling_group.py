@@ -49,7 +49,7 @@ class SamplingGroup(SequenceGroup):
     @property
     def max_proposed_tokens(self) -> int:
         """How many tokens a draft may propose: the last new token is never computed."""
-        # None for the first new token, however the prompt came into the cache: a seed gives one text.
+        # None for the first new token, whether the prompt was computed or copied: a seed always gives the same text.
         if len(self.lead.tokens) == len(self.request.prompt):
             return 0
         return max(0, self.max_length - len(self.lead.tokens))

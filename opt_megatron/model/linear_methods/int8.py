@@ -55,7 +55,7 @@ class Int8Linear(LinearMethod):
         return apply_epilogue(output, relu, residual)
 
     def unpack(self) -> Tensor:
-        """Raises UserError: the float weight is gone."""
+        """Raises UserError: the float weight was not kept."""
         refuse_to_unpack()
 
 

@@ -30,5 +30,5 @@ class Int8WeightOnlyLinear(LinearMethod):
         return apply_epilogue(output if bias is None else output + bias, relu, residual)
 
     def unpack(self) -> Tensor:
-        """Raises UserError: the float weight is gone."""
+        """Raises UserError: the float weight was not kept."""
         refuse_to_unpack()

@@ -66,7 +66,7 @@ def thread_save_strategy(background: bool) -> Any:
     """megatron-core's strategy for torch_dist, writing in this process; core's own forks a process for each file.
 
     Args:
-        background: copy the tensors first, since training goes on changing them.
+        background: copy the tensors first, since training continues to change them.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy

@@ -55,7 +55,7 @@ def test_old_files_keep_their_arguments_under_args(tmp_path):
     assert open_checkpoint(tmp_path).config.num_attention_heads == 4
 
 
-def test_attention_cut_at_documents_is_told(tmp_path):
+def test_attention_cut_at_documents_is_reported(tmp_path):
     content = metaseq_content(PRE, metaseq_part(PRE, TENSORS, 0, 1), 1)
     content["cfg"]["model"].self_attn_doc_sep = 2
     save(content, tmp_path / "restored.pt")
@@ -122,8 +122,8 @@ def test_metaseq_parts_hold_what_metaseqs_scripts_read(tmp_path):
     assert torch.equal(part["model"]["decoder.layers.1.self_attn.qkv_proj.weight"], fused)
 
 
-def test_metaseqs_files_carry_the_config_that_was_written_beside_them(tmp_path):
-    """A pre-norm model without a final norm, with token ids of its own: shapes alone would tell another model."""
+def test_metaseqs_files_are_read_with_the_config_next_to_them(tmp_path):
+    """A pre-norm model without a final norm, with different token ids: the shapes alone would give another config."""
     config = hf_config(_remove_final_layer_norm=True, bos_token_id=5, eos_token_id=7, pad_token_id=3)
     tensors = random_tensors(config)
     del tensors["model.decoder.final_layer_norm.weight"], tensors["model.decoder.final_layer_norm.bias"]

@@ -29,7 +29,7 @@ def megatron_tensors() -> dict[str, torch.Tensor]:
 
 
 def write(directory):
-    """A run with one checkpoint, every layer of a tensor a chunk of its own, matrices in two halves."""
+    """A run with one checkpoint, every layer of a tensor in a separate chunk, matrices in two halves."""
     path = directory / "iter_0000007"
     path.mkdir(parents=True)
     index, content = {}, b""

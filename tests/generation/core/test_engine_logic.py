@@ -129,7 +129,7 @@ def test_commands_are_all_that_a_follower_needs(make, alone):
     assert (other.cells, other_draft.cells) == (rule.cells, draft.cells)
 
 
-def test_each_of_n_samples_has_a_seed_of_its_own(make):
+def test_each_of_n_samples_has_a_different_seed(make):
     rule = RuleModel(VOCABULARY)
     one = request(BASE[:30], 10, n=4, seed=5)
     completions = make(rule).complete([one])

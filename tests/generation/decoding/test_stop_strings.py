@@ -83,7 +83,7 @@ PATTERNS = [
 
 
 def by_characters(text: str, stops: list[str], patterns: list[str], include_stop: bool) -> tuple[str, bool]:
-    """What is to come out: the shortest beginning of the text with a match, up to that match."""
+    """The expected output: the shortest beginning of the text with a match, up to that match."""
     searches = [regex.escape(stop) for stop in stops] + patterns
     for end in range(1, len(text) + 1):
         spans = [match.span() for search in searches if (match := regex.search(search, text[:end]))]

@@ -75,7 +75,7 @@ def test_equal_seeds_give_equal_samples_and_one_number_is_taken_for_each():
 
 
 class FixedShare:
-    """Stands for torch.rand: gives this share."""
+    """Replaces torch.rand: returns this share."""
 
     def __init__(self, share: float) -> None:
         self.share = share
