@@ -21,3 +21,6 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"opt_megatron {release}"
 html_theme_options = {"navigation_depth": 2, "show_toc_level": 2, "show_prev_next": True}
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["wide_tables.css"]
+smartquotes = False  # they would turn the dashes of --options in tables into one
