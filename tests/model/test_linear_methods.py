@@ -83,7 +83,7 @@ def test_methods_are_chosen_by_device_and_dtype():
 def test_a_method_that_no_device_here_has(monkeypatch):
     monkeypatch.setitem(METHODS, "blocked", Quantization("blocked weights", ("onednn.OneDNNLinear",)))
     assert "blocked" in quantizations()
-    assert quantization_help().startswith(f"int8: {METHODS['int8'].help}. ")
+    assert f"int8: {METHODS['int8'].help}. " in quantization_help()
     assert quantization_help().endswith(". blocked: blocked weights")
     with pytest.raises(UserError, match=r"'blocked' is not available for torch\.float32 on cuda"):
         select_method("blocked", torch.device("cuda"), torch.float32)
