@@ -244,7 +244,7 @@ class OPT(LoadedModel):
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             dtype=dtype,
         )
-        save_weights(self.weights, self.pretrained, Path(directory), options, force=force)
+        save_weights(self.weights, self.pretrained, Path(directory).expanduser(), options, force=force)
 
     @cached_property
     def _inspector(self) -> Inspector:

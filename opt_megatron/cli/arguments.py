@@ -103,7 +103,7 @@ def config_argument(args: argparse.Namespace) -> OPTConfig | None:
         return None
     from ..config import OPTConfig
 
-    return OPTConfig.from_path(Path(args.model_config).expanduser())
+    return OPTConfig.from_path(Path(args.model_config))
 
 
 def print_config_notes(notes: list[str]) -> None:

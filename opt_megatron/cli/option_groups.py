@@ -6,6 +6,7 @@ The command line overrides the file, and the file overrides the defaults.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def complete(arguments: argparse.Namespace) -> argparse.Namespace:
     """Check the options on the command line, and add the others: the file's value, or the default.
 
     Returns:
-        the namespace, with every value in the type of its option: tuples for lists, bytes for sizes.
+        the namespace, with every value in the type of its option (tuples for lists, bytes for sizes), and the home
+        directory for the ~ of paths.
 
     Raises:
         UserError: a value is of the wrong kind or out of its range.
@@ -128,8 +130,15 @@ def complete(arguments: argparse.Namespace) -> argparse.Namespace:
         value = None if value is NO_DEFAULT or value is None else declared.convert(value, declared.flag)
         if is_given and declared.named_by_flag:
             declared.check_range(value, declared.flag)
-        setattr(arguments, declared.argument, value)
+        setattr(arguments, declared.argument, _in_home(value) if declared.is_path else value)
     return arguments
+
+
+def _in_home(value: Any) -> Any:
+    """A path or several, with the home directory for ~: no shell has replaced it in a file."""
+    if isinstance(value, tuple):
+        return tuple(map(os.path.expanduser, value))
+    return value if value is None else os.path.expanduser(value)
 
 
 def resolved_options(arguments: argparse.Namespace, groups: Groups) -> dict[str, dict[str, Any]]:

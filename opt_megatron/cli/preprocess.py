@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import UserError
 from ..options import Options, option
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         result = preprocess(
             args.input,
             locate(args.tokenizer, args.revision),
-            str(Path(args.output_prefix).expanduser()),
+            args.output_prefix,
             json_key=args.json_key,
             append_eod=args.append_eod,
             workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,

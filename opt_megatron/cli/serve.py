@@ -174,7 +174,7 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
         return tuple(args.served_model_name)
     if args.load is None:
         return ("story",)
-    path = Path(args.load).expanduser()
+    path = Path(args.load)
     return (path.resolve().name if path.exists() else args.load,)
 
 

@@ -194,7 +194,7 @@ def _for_run_file(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def _absolute(value: str | tuple[str, ...], *, is_written: bool) -> str | tuple[str, ...]:
     if isinstance(value, tuple):
         return tuple(str(_absolute(item, is_written=is_written)) for item in value)
-    path = Path(value).expanduser()
+    path = Path(value)
     # A name, as story, and the weight of a corpus are no paths; a corpus is PREFIX.bin.
     is_there = path.exists() or Path(f"{path}.bin").exists()
     return str(path.absolute()) if is_there or is_written else value

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--output is empty; is a shell variable unset?")
     result = train_tokenizer(
         args.input,
-        Path(args.output).expanduser(),
+        Path(args.output),
         args.vocab_size,
         json_key=args.json_key,
         strict=args.strict,

@@ -73,6 +73,17 @@ def test_mistakes_in_the_file_are_one_line(
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1) and message in err
 
 
+def test_the_home_directory_is_put_for_the_tilde_of_paths_alone(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file.write_text("prompt_file: ~/texts\nprompt: [~/a]\n")
+    args = _parse(["generate", "--config", "~/run.yaml", "--load", "~/model", "--tokenizer", "a~"])
+    assert (args.prompt_file, args.load) == (f"{tmp_path}/texts", f"{tmp_path}/model")
+    assert (args.prompt, args.tokenizer) == (("~/a",), "a~")
+    assert _parse(["train", "--data-path", "0.5", "~/corpus"]).data_path == ("0.5", f"{tmp_path}/corpus")
+
+
 def test_no_option_of_a_file_is_read_as_another_ones_abbreviation(file: Path) -> None:
     file.write_text("max_new: 3")
     with pytest.raises(UserError, match="did you mean max_new_tokens"):
