@@ -135,6 +135,8 @@ def _read(path: Path) -> dict[Any, Any]:
         raise UserError(f"{path}: {line}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # characters that are no text, numbers of thousands of digits
         raise UserError(f"{path}: is no YAML: {first_line(error, 120)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -72,6 +72,7 @@ def test_what_is_read(tmp_path: Path, text: str, expected: dict[str, Any]) -> No
         ("lr: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor"),
         ("lr: [", "line 1: "),
         ("- lr\n- 3", "holds no options"),
+        ("lr: " + "[" * 5000, "is nested too deeply"),
         ("lr: \x00", "is no YAML"),
         ("train_iters: " + "9" * 5000, "is no YAML"),
         ("#" * 1_000_001, "has more than 1,000,000 bytes"),
