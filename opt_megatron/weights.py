@@ -201,6 +201,9 @@ def _checked(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise UserError(f"{name} has the shape {list(shape)}, but was given {list(value.shape)}")
     if not value.is_floating_point():
         raise UserError(f"{name} must be of floating-point numbers, not {value.dtype}")
+    if value.is_meta or value.layout is not torch.strided:
+        kind = "without values (on the meta device)" if value.is_meta else str(value.layout).removeprefix("torch.")
+        raise UserError(f"{name} must be a dense tensor, not one that is {kind}")
     cast = value.detach().to(dtype)
     finite = cast.isfinite()
     if not finite.all():
