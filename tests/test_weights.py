@@ -96,6 +96,25 @@ def test_quantised_weights_are_refused_in_a_sentence_and_others_are_not(alone, t
     assert not list(tmp_path.iterdir())
 
 
+def test_what_has_no_values_or_is_sparse_is_refused(alone):
+    weights = OPT.from_pretrained().weights
+    before = weights[FC1]
+    for value, kind in ((before.to("meta"), "without values"), (before.to_sparse(), "sparse_coo")):
+        with pytest.raises(UserError, match=f"must be a dense tensor, not one that is {kind}"):
+            weights[FC1] = value
+    assert torch.equal(weights[FC1], before)
+
+
+@pytest.mark.parametrize("to", ["megatron", "metaseq", "flagai"])
+def test_parts_whose_edited_matrix_has_equal_slices_are_read_back(alone, tmp_path, monkeypatch, to):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    opt = OPT.from_pretrained()
+    opt.weights[FC1] = torch.ones(opt.weights.shape(FC1))
+    opt.save("~/saved", to=to, tensor_model_parallel_size=2)
+    back = OPT.from_pretrained(str(tmp_path / "saved")).weights
+    assert all(torch.equal(back[name], opt.weights[name]) for name in opt.weights)
+
+
 def test_it_is_a_mapping(alone):
     weights = OPT.from_pretrained().weights
     assert len(weights) == len(list(weights)) == len(weights.keys()) and FC1 in weights and "lm_head.weight" in weights

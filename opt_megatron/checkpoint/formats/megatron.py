@@ -136,9 +136,10 @@ def _local_name(name: str) -> str:
 
 
 def _check_no_duplicates(stages: list[_Stage], directory: Path) -> None:
-    name = "decoder.layers.0.mlp.linear_fc1.weight"
-    slices = [model[name] for models in stages for model in models if name in model]
-    check_no_duplicates(slices, f"{directory}: ranks")
+    matrices = ("mlp.linear_fc1", "mlp.linear_fc2", "self_attention.linear_proj")
+    names = [f"decoder.layers.0.{matrix}.weight" for matrix in matrices]
+    ranks = [[model[name] for name in names if name in model] for models in stages for model in models]
+    check_no_duplicates(ranks, f"{directory}: ranks")
 
 
 def _count_layers(model: dict[str, LazyTensor], file: Path) -> int:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ...errors import CheckpointError, shorten
 from ..parameter_mapping import PREFIX, split_of
-from ..storage.blocks import whole
+from ..storage.blocks import Block, whole
 from ..storage.lazy_tensor import Concatenated, LazyTensor, Replicated
 
-_SPLIT_MATRIX = PREFIX + "layers.0.fc1.weight"
+_SPLIT_MATRICES = [f"{PREFIX}layers.0.{name}.weight" for name in ("fc1", "fc2", "self_attn.out_proj")]
 
 
 def join_parts(parts: list[dict[str, LazyTensor]], path: Path) -> dict[str, LazyTensor]:
@@ -28,8 +28,7 @@ def join_parts(parts: list[dict[str, LazyTensor]], path: Path) -> dict[str, Lazy
         different = sorted(parts[0].keys() ^ part.keys())
         if different:
             raise CheckpointError(f"{path}: parts 0 and {number} hold different tensors: {shorten(different)}")
-    if _SPLIT_MATRIX in parts[0]:
-        check_no_duplicates([part[_SPLIT_MATRIX] for part in parts], f"{path}: parts")
+    check_no_duplicates([[part[name] for name in _SPLIT_MATRICES if name in part] for part in parts], f"{path}: parts")
     return {name: _joined(name, [part[name] for part in parts], path) for name in parts[0]}
 
 
@@ -44,23 +43,28 @@ def missing_from_grid(found: Collection[tuple[int, int]]) -> tuple[int, int, lis
     return rows, columns, list(itertools.islice(empty, 9))
 
 
-def check_no_duplicates(slices: Sequence[LazyTensor], where: str) -> None:
-    """Check that no two slices are the same, as when one part was copied over another.
+def check_no_duplicates(parts: Sequence[Sequence[LazyTensor]], where: str) -> None:
+    """Check that no two parts are the same, as when one was copied over another.
 
     Args:
-        slices: of a matrix that is split among the parts. Only a few rows are compared, and zeros are passed over.
+        parts: of each, its slices of the same split matrices. Only a few rows are compared. Several matrices, because
+            one that somebody has edited may have equal slices (all ones, for example); zeros alone are passed over.
         where: the beginning of the message.
 
     Raises:
         CheckpointError: two are the same; it says which.
     """
     seen: dict[bytes, int] = {}
-    for number, tensor in enumerate(slices):
-        rows = tensor.read((slice(0, min(4, tensor.shape[0])), *whole(tensor.shape)[1:])).float()
-        content = rows.contiguous().numpy().tobytes()
-        if rows.any() and content in seen:
+    for number, slices in enumerate(parts):
+        rows = [tensor.read(_first_rows(tensor)).float() for tensor in slices]
+        content = b"".join(matrix.contiguous().numpy().tobytes() for matrix in rows)
+        if any(matrix.any() for matrix in rows) and content in seen:
             raise CheckpointError(f"{where} {seen[content]} and {number} hold the same slice: one is there twice")
-        seen[content] = number
+        seen.setdefault(content, number)
+
+
+def _first_rows(tensor: LazyTensor) -> Block:
+    return tuple(slice(0, min(4, size)) for size in tensor.shape[:1]) + whole(tensor.shape)[1:]
 
 
 def _joined(name: str, slices: list[LazyTensor], path: Path) -> LazyTensor:
