@@ -79,6 +79,13 @@ class Weights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._shapes or name == TIED_HEAD
 
+    # A mapping's own comparison would gather every tensor, and compare tensors as if they were numbers.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} tensors, {self.dtype})"
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it.
 

@@ -117,6 +117,7 @@ def test_parts_whose_edited_matrix_has_equal_slices_are_read_back(alone, tmp_pat
 
 def test_it_is_a_mapping(alone):
     weights = OPT.from_pretrained().weights
+    assert weights == weights and weights != dict(weights) and "tensors, torch.float32" in repr(weights)
     assert len(weights) == len(list(weights)) == len(weights.keys()) and FC1 in weights and "lm_head.weight" in weights
     assert "nose" not in weights and weights.get("nose") is None and 3 not in weights
     assert next(iter(weights)) == "model.decoder.embed_tokens.weight"

@@ -91,7 +91,10 @@ def _checked(declared: Option, value: Any, label: str) -> Any:
         converted = declared.convert(value, label)
         declared.check_range(converted, label)
     except UserError as error:
-        raise UserError(str(error) if str(error).startswith(label) else f"{label}: {error}") from None
+        message = str(error) if str(error).startswith(label) else f"{label}: {error}"
+        items = value if isinstance(value, list) else [value]
+        is_unquoted = declared.kind.word is str and any(isinstance(item, int | float | bool) for item in items)
+        raise UserError(message + (' (quote a number that is a text, as in "0.3")' if is_unquoted else "")) from None
     return converted
 
 
