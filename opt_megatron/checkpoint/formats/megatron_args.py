@@ -23,11 +23,23 @@ _EXPECTED = {
 }
 
 
-def check_arguments(arguments: dict[str, Any], directory: Path, tp: int, pp: int) -> None:
-    """Check what `args` says against OPT's architecture and against the files that are here.
+def check_arguments(arguments: dict[str, Any], directory: Path) -> None:
+    """Check what `args` says against OPT's architecture.
 
     Raises:
-        CheckpointError: the model is not an OPT, or the ranks' files are not TP `tp` x PP `pp`.
+        CheckpointError: the model is not an OPT.
+    """
+    for name, wanted in _EXPECTED.items():
+        value = arguments.get(name, wanted)
+        if type(value) in (bool, str, float) and value != wanted:
+            raise CheckpointError(f"{directory}: args says {name}={value!r:.40}; in OPT it is {wanted!r}")
+
+
+def check_layout(arguments: dict[str, Any], directory: Path, tp: int, pp: int) -> None:
+    """Check what `args` says against the ranks' files that are here.
+
+    Raises:
+        CheckpointError: they are not all files of TP `tp` x PP `pp`.
     """
     sizes = [integer(arguments, f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline")]
     if None not in sizes and sizes != [tp, pp]:
@@ -35,10 +47,6 @@ def check_arguments(arguments: dict[str, Any], directory: Path, tp: int, pp: int
             f"{directory}: rank files of TP{tp} x PP{pp} are here, but args says TP{sizes[0]} x PP{sizes[1]}: "
             "some are missing, or of another checkpoint"
         )
-    for name, wanted in _EXPECTED.items():
-        value = arguments.get(name, wanted)
-        if type(value) in (bool, str, float) and value != wanted:
-            raise CheckpointError(f"{directory}: args says {name}={value!r:.40}; in OPT it is {wanted!r}")
 
 
 def megatron_args(config: OPTConfig, dtype: torch.dtype, tp: int, pp: int) -> argparse.Namespace:
