@@ -83,7 +83,7 @@ def convert(
         OPTTokenizer.from_directory(tokenizer)  # a damaged one is reported before anything is written
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, config)
     dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
-    files = output_files(checkpoint.config, options, lambda name: getattr(torch, dtypes[name]))
+    files = output_files(checkpoint, options, lambda name: getattr(torch, dtypes[name]))
     on_start(sum(file.num_bytes for file in files))
     with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
         _write_weights(partial, checkpoint, files, workers, progress)
@@ -93,14 +93,14 @@ def convert(
     return _summary(checkpoint, options, files, restarted=partial.restarted)
 
 
-def output_files(config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+def output_files(checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
     """The weight files that a conversion writes.
 
     Raises:
         UserError: the model does not divide by the sizes.
     """
-    check_model_divides(config, options.tensor_model_parallel_size, 1)
-    return output_format(options.to).output_files(config, options, dtype_of)
+    check_model_divides(checkpoint.config, options.tensor_model_parallel_size, 1)
+    return output_format(options.to).output_files(checkpoint, options, dtype_of)
 
 
 def _write_weights(
@@ -128,7 +128,9 @@ def _write_small_files(
 ) -> OPTConfig:
     """Write everything besides the weights: config (which is returned), tokenizer, and the format's text files."""
     config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
-    texts = {"config.json": json.dumps(config.to_hf(), indent=2) + "\n"} | output_format(options.to).text_files(files)
+    texts = {"config.json": json.dumps(config.to_hf(), indent=2) + "\n"} | output_format(options.to).text_files(
+        checkpoint, files
+    )
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

@@ -53,9 +53,9 @@ class FlagAIFormat(OutputFormat):
             tensors[EMBEDDING] = Tied(tensors[EMBEDDING], head, what) if EMBEDDING in tensors else head
         return Checkpoint(path, f"FlagAI parts, {len(parts)}", config, tensors, [])
 
-    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+    def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
         """pytorch_model.bin, or a numbered file for each part, with the whole output head in every file."""
-        parts = options.tensor_model_parallel_size
+        config, parts = checkpoint.config, options.tensor_model_parallel_size
         if parts == 1:
             return [OutputFile(Path("pytorch_model.bin"), "torch", _part_tensors(config, dtype_of, 0, 1))]
         return [

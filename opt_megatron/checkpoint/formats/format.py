@@ -79,14 +79,14 @@ class OutputFormat(Format):
             raise UserError(f"--to {to} has no pipeline stages; leave the numbers of their layers out")
 
     @abstractmethod
-    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+    def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
         """The weight files to write, described without reading or writing anything.
 
         Raises:
             UserError: the format cannot hold the model as the options ask for it.
         """
 
-    def text_files(self, files: list[OutputFile]) -> dict[str, str]:
+    def text_files(self, checkpoint: Checkpoint, files: list[OutputFile]) -> dict[str, str]:
         """File name -> content of the small text files that belong to the weight files."""
         return {}
 

@@ -68,11 +68,11 @@ class HuggingFaceFormat(OutputFormat):
             config, notes = infer_config(canonical, StoredMetadata("nowhere"))
         return Checkpoint(path, f"Hugging Face {kind}{shards}", config, canonical, notes)
 
-    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+    def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
         """Safetensors as transformers writes them: one file, or shards of at most `options.max_shard_size`."""
         tensors = [
             StoredTensor.of_block(name, name, whole(shape), dtype_of(name))
-            for name, shape in canonical_shapes(config).items()
+            for name, shape in canonical_shapes(checkpoint.config).items()
         ]
         shards = _shards(tensors, options.max_shard_size)
         if len(shards) == 1:
@@ -80,7 +80,7 @@ class HuggingFaceFormat(OutputFormat):
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         return [OutputFile(Path(n), "safetensors", tuple(shard)) for n, shard in zip(names, shards, strict=True)]
 
-    def text_files(self, files: list[OutputFile]) -> dict[str, str]:
+    def text_files(self, checkpoint: Checkpoint, files: list[OutputFile]) -> dict[str, str]:
         """The index, if there are several shards."""
         if len(files) == 1:
             return {}

@@ -68,7 +68,7 @@ class MegatronFormat(OutputFormat):
         config, tensors, notes = canonical_model(path, stages, grid, config, arguments)
         return Checkpoint(path, f"Megatron TP{tp} x PP{pp}", config, tensors, notes, _describe_ranks(grid, stages))
 
-    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+    def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
         """Megatron-LM's release directory, a file for each rank.
 
         Raises:
@@ -76,6 +76,7 @@ class MegatronFormat(OutputFormat):
         """
         tp, pp = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
         first, last = options.decoder_first_pipeline_num_layers, options.decoder_last_pipeline_num_layers
+        config = checkpoint.config
         shapes = canonical_shapes(config)
         files = []
         for stage, layers in enumerate(pipeline_stages(config.num_layers, pp, first, last)):
@@ -86,7 +87,7 @@ class MegatronFormat(OutputFormat):
                 files.append(OutputFile(path, "torch", tensors, _wrap_model(config, tensors[0].dtype, tp, pp)))
         return files
 
-    def text_files(self, files: list[OutputFile]) -> dict[str, str]:
+    def text_files(self, checkpoint: Checkpoint, files: list[OutputFile]) -> dict[str, str]:
         """The tracker, which says where the ranks' directories are."""
         return {TRACKER: "release\n"}
 

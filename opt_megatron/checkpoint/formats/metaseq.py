@@ -74,13 +74,13 @@ class MetaseqFormat(OutputFormat):
             config, notes = infer_config(tensors, metadata)
         return Checkpoint(path, _describe(grid, first), config, tensors, notes)
 
-    def output_files(self, config: OPTConfig, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
+    def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
         """Unflattened parts with the fused [K; V; Q]; 350m as the one file that Meta released.
 
         Raises:
             UserError: 350m in several parts, for which metaseq has no format.
         """
-        parts = options.tensor_model_parallel_size
+        config, parts = checkpoint.config, options.tensor_model_parallel_size
         is_fused = config.do_layer_norm_before and not config.has_embedding_projection
         if not is_fused and parts > 1:
             raise UserError(f"metaseq has post-norm OPT as one file only; ask for 1 part instead of {parts}")
