@@ -15,6 +15,8 @@ from torch import Tensor
 from ...errors import CheckpointError
 from .blocks import Block
 
+_MODULE = "module."
+
 
 class LazyTensor(ABC):
     """A tensor that is read in blocks.
@@ -262,6 +264,13 @@ def wrap_tensor(tensor: Tensor) -> LazyTensor:
 def zero_rows(count: int, like: LazyTensor) -> LazyTensor:
     """[count, ...] of zeros, with the columns and the dtype of another tensor."""
     return wrap_tensor(torch.zeros(count, *like.shape[1:], dtype=like.dtype))
+
+
+def without_module_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors without the `module.` that torch's DistributedDataParallel puts before every name of its model."""
+    if not all(name.startswith(_MODULE) for name in tensors):
+        return tensors
+    return {name.removeprefix(_MODULE): tensor for name, tensor in tensors.items()}
 
 
 def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:

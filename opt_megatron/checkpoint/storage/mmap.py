@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .lazy_tensor import LazyTensor, WrappedTensor
+from .lazy_tensor import LazyTensor, WrappedTensor, without_module_prefix
 
+# The first line of a pointer (git-lfs, docs/spec.md).
+_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -28,16 +30,23 @@ class MappedFile:
     """A whole file as a read-only view.
 
     Raises:
-        CheckpointError: the file cannot be opened, or is empty.
+        CheckpointError: the file cannot be opened, is empty, or is what git shows where git-lfs has not fetched it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._array = np.memmap(path, mode="r")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: is empty or cannot be read: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except ValueError:
+            raise CheckpointError(f"{path}: is empty") from None
         self.size = len(self._array)
+        if self._array[: len(_GIT_LFS_POINTER)].tobytes() == _GIT_LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: is a git-lfs pointer of {self.size} bytes, not the weights: run `git lfs pull` in its "
+                "repository, or download this file"
+            )
         with warnings.catch_warnings():  # torch warns that the memory is read-only; that is the intention
             warnings.simplefilter("ignore", UserWarning)
             self._bytes = torch.from_numpy(self._array)
@@ -84,19 +93,18 @@ def map_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: the file is damaged or incomplete, or a tensor has a dtype that OPT is not stored in.
     """
+    mapped = MappedFile(path)
     try:
         with safe_open(path, framework="pt") as handle:
             names = list(handle.keys())
     except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
         raise CheckpointError(
-            f"{path}: is damaged or incomplete ({error}); it has {size:,} bytes: fetch it again"
+            f"{path}: is damaged or incomplete ({error}); it has {mapped.size:,} bytes: fetch it again"
         ) from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    mapped = MappedFile(path)
-    return {name: _safetensors_tensor(mapped, name, header[name], 8 + length) for name in names}
+    return without_module_prefix({name: _safetensors_tensor(mapped, name, header[name], 8 + length) for name in names})
 
 
 def _safetensors_tensor(mapped: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .lazy_tensor import LazyTensor, WrappedTensor
+from .lazy_tensor import LazyTensor, WrappedTensor, without_module_prefix
 from .mmap import MappedFile
 from .safe_unpickler import latin1_bytes, ordered_dict, unpickle
 
 _MAX_PICKLE_BYTES = 256 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
+# torch.serialization.MAGIC_NUMBER, pickled: so begins a file of torch before 1.6, which is no archive.
+_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -99,9 +101,7 @@ class TorchFile:
         try:
             with contextlib.nullcontext(path) if span is None else _SpanFile(path, span) as source:
                 if not zipfile.is_zipfile(source):
-                    raise CheckpointError(
-                        f"{path}: is truncated, or not a file that torch.save wrote in the format of torch 1.6 or later"
-                    )
+                    raise _not_an_archive(path, self._file)
                 with zipfile.ZipFile(source) as archive:
                     records = _Records(archive, self._file, 0 if span is None else span.start)
                     self.content = unpickle(records.pickle(), _KNOWN, records.persistent_load)
@@ -127,7 +127,9 @@ class TorchFile:
     def tensors(self, values: dict[Any, Any]) -> dict[str, LazyTensor]:
         """The tensors in one of the content's dictionaries by name; other values are left out."""
         named = {name: value for name, value in values.items() if isinstance(name, str)}
-        return {name: self._lazy_tensor(value) for name, value in named.items() if isinstance(value, FileTensor)}
+        return without_module_prefix(
+            {name: self._lazy_tensor(value) for name, value in named.items() if isinstance(value, FileTensor)}
+        )
 
 
 @dataclass(eq=False)
@@ -225,6 +227,16 @@ class _Records:
             size = f"{entry.file_size:,} bytes; {limit:,} is the limit"
             raise CheckpointError(f"{self._file.path}: record {name} has {size}")
         return self._archive.read(entry)
+
+
+def _not_an_archive(path: Path, file: MappedFile) -> CheckpointError:
+    start = file.tensor(0, min(file.size, len(_OLD_FORMAT)), torch.uint8).numpy().tobytes()
+    if start == _OLD_FORMAT:
+        return CheckpointError(
+            f"{path}: has torch's format from before 1.6, which is not read here; save it again with a newer torch: "
+            "torch.save(torch.load(FILE, map_location='cpu'), FILE)"
+        )
+    return CheckpointError(f"{path}: is truncated, or not a file that torch.save wrote")
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> FileTensor:

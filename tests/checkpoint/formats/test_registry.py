@@ -1,14 +1,17 @@
 """Every format gives the same canonical tensors and config, or says what is wrong with the set of files."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from checkpoint_samples import OPT_CONFIG, PRE, SAMPLES, TENSORS, assert_holds, rewrite
-from formats import hf_config, write_hf, write_metaseq_parts
+from formats import hf_config, load, save, write_hf, write_metaseq_parts
+from safetensors.torch import save_file
 
 from opt_megatron.checkpoint.formats.format import OutputFormat
 from opt_megatron.checkpoint.formats.registry import all_formats, open_checkpoint, output_format, output_format_names
@@ -63,6 +66,47 @@ def test_incomplete_and_mixed_sets_are_refused_with_what_is_there(tmp_path, name
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(directory)
     assert "\n" not in str(caught.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 250540281\n"
+WEIGHT_FILES = {
+    "hf": "model.safetensors",
+    "flagai-single": "pytorch_model.bin",
+    "singleton": "restored.pt",
+    "megatron-lm": "iter_0001000/mp_rank_00/model_optim_rng.pt",
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+def test_files_that_are_no_weights_are_called_what_they_are(tmp_path, monkeypatch, name):
+    file = SAMPLES[name](tmp_path / "c") / WEIGHT_FILES[name]
+
+    def message() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path / "c", OPT_CONFIG)
+        return str(caught.value)
+
+    content = file.read_bytes()
+    file.write_text(POINTER)
+    assert "is a git-lfs pointer of 134 bytes" in message()
+    torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
+    assert name == "hf" or re.search(r"format from before 1\.6.*torch\.save\(torch\.load", message())
+    file.write_bytes(content[: len(content) // 2])
+    assert re.search("truncated|damaged or incomplete", message())
+    monkeypatch.setattr("numpy.memmap", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert message().endswith("cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("name", ["hf", "flagai", "singleton", "megatron-lm-2x2"])
+def test_the_prefix_of_distributed_data_parallel_is_taken_off(tmp_path, name):
+    directory = SAMPLES[name](tmp_path)
+    if name == "hf":
+        save_file({f"module.{key}": value for key, value in TENSORS.items()}, directory / "model.safetensors")
+    for file in [*directory.rglob("*.pt"), *directory.glob("*.bin")]:
+        content = load(file)
+        key = "module" if name == "flagai" else "model"
+        save(content | {key: {f"module.{k}": v for k, v in content[key].items()}}, file)
+    assert_holds(directory, TENSORS, OPT_CONFIG)
 
 
 COPIES = [
