@@ -1,19 +1,21 @@
 """OPT's byte-level BPE: text to ids with exactly one BOS, ids to text, and text from a stream of ids.
 
-The BPE itself is the `tokenizers` library's. Special tokens are not registered with it on purpose: a
-`</s>` in a user's text is four characters of text, never an end of sequence.
+The BPE itself is the `tokenizers` library's, and so is the recognition of added tokens in a text. OPT's own special
+tokens are not registered with it on purpose: a `</s>` in a user's text is four characters of text, never an end of
+sequence.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as BPETokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
+from .added_tokens import read_added_tokens
 from .errors import CheckpointError, UserError
 
 TOKENIZER_FILES = (
@@ -22,9 +24,11 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
-_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_NEVER_IN_TEXT = ("<s>", "<pad>", "</s>", "<unk>")
 BOS_TOKEN = "</s>"  # OPT begins every sequence with the token that also ends one
+_SPECIAL_TOKENS = (BOS_TOKEN, "<pad>")  # of the released models' special_tokens_map.json
 UNKNOWN_TOKEN = "<unk>"
 
 
@@ -33,23 +37,33 @@ class OPTTokenizer:
 
     Args:
         vocab: token string -> id.
-        merges: pairs of token strings, in order of priority.
+        merges: pairs of token strings, in order of priority, each of which makes a token of `vocab`.
+        added: id -> a token that is found in a text as a whole, before the BPE.
+
+    Attributes:
+        added_tokens: the strings of the added tokens that a text may have.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-        _check_vocabulary(vocab, merges)
-        self._bpe = BPETokenizer(models.BPE(vocab=vocab, merges=merges))
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], added: Mapping[int, AddedToken] | None = None
+    ) -> None:
+        added = added or {}
+        self._vocab = vocab | {token.content: index for index, token in added.items()}
+        # An added token that is in the vocabulary keeps its id; otherwise the library would number them.
+        self._bpe = BPETokenizer(models.BPE(vocab=self._vocab, merges=merges))
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._bpe.decoder = decoders.ByteLevel()
-        self._vocab = vocab
+        found = [token for token in added.values() if token.content not in _NEVER_IN_TEXT]
+        self._bpe.add_tokens(found)
+        self.added_tokens = tuple(token.content for token in found)
         self.bos_token_id = self.eos_token_id = vocab[BOS_TOKEN]
         self.unk_token_id = vocab.get(UNKNOWN_TOKEN)
         self._special_ids = {vocab[token] for token in _SPECIAL_TOKENS if token in vocab}
-        self._bytes = _token_bytes(vocab)
+        self._special_ids |= {index for index, token in added.items() if token.special}
+        self._bytes = {index: token.content.encode() for index, token in added.items()} | _token_bytes(vocab)
 
     @classmethod
     def from_directory(cls, directory: Path) -> OPTTokenizer:
-        """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing.
+        """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing, and the added tokens.
 
         For a file, such as a weight file, the tokenizer files beside it are read.
 
@@ -71,7 +85,8 @@ class OPTTokenizer:
                     "there is no tokenizer (vocab.json and merges.txt, or tokenizer.json); "
                     "copy the model's there, or give --tokenizer DIR"
                 )
-            return cls(vocab, merges)
+            _check_vocabulary(vocab, merges)
+            return cls(vocab, merges, read_added_tokens(directory, vocab))
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}") from None
         except Exception as error:  # the library raises bare Exception for a vocabulary it cannot use
@@ -88,6 +103,10 @@ class OPTTokenizer:
                 f"the tokenizer has {len(self)} entries and the model {vocab_size} rows: "
                 "it is another model's; give --tokenizer DIR"
             )
+
+    def unused_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """The ids below `vocab_size` that belong to no token, as the rows that pad a model's vocabulary."""
+        return tuple(index for index in range(vocab_size) if index not in self._bytes)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Ids of `text`, after exactly one BOS unless `add_bos` is False."""
@@ -191,6 +210,6 @@ def _token_bytes(vocab: dict[str, int]) -> dict[int, bytes]:
     def to_bytes(token: str) -> bytes:
         if all(character in alphabet for character in token):
             return bytes(alphabet[character] for character in token)
-        return token.encode("utf-8")  # an added token, stored as plain text
+        return token.encode("utf-8")  # one that was added to vocab.json as plain text
 
     return {index: to_bytes(token) for token, index in vocab.items()}

@@ -13,7 +13,7 @@ PACKAGE = "opt_megatron"
 # From the lowest layer to the highest; the packages and modules of one layer do not import each other.
 LAYERS = (
     {"version", "errors"},
-    {"config", "files", "options"},
+    {"added_tokens", "config", "files", "options"},
     {"parallel", "tokenizer"},
     {"data", "model"},
     {"checkpoint"},

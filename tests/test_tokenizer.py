@@ -5,9 +5,11 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.data.fast_encoder import FastEncoder
 from opt_megatron.errors import CheckpointError
 from opt_megatron.tokenizer import OPTTokenizer
 
@@ -64,6 +66,68 @@ def test_tokenizer_json_alone_is_enough(tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).unlink(missing_ok=True)
     assert OPTTokenizer.from_directory(tmp_path).encode(TEXTS[2]) == TOKENIZER.encode(TEXTS[2])
+
+
+ADDED = (
+    "<|user|>",
+    "<|end|>",
+    AddedToken("<fill>", lstrip=True, rstrip=True),
+    AddedToken("king", single_word=True),
+    "two words",
+    "日本",
+)
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory):
+    """Tokenizers with added tokens, two of them special: transformers', and ours of each way to store it."""
+    oracle = AutoTokenizer.from_pretrained(EMBEDDED_DIRECTORY)
+    oracle.add_special_tokens({"additional_special_tokens": list(ADDED[:2])})
+    oracle.add_tokens(list(ADDED[2:]))
+    tokens = {index: token.__getstate__() for index, token in oracle.added_tokens_decoder.items()}
+    read = {}
+    for way in ("tokenizer.json", "added_tokens_decoder"):
+        directory = tmp_path_factory.mktemp("added")
+        oracle.save_pretrained(directory)
+        for name in ("vocab.json", "merges.txt"):
+            (directory / name).write_bytes((EMBEDDED_DIRECTORY / name).read_bytes())
+        if way == "added_tokens_decoder":
+            (directory / "tokenizer.json").unlink()
+            config = json.loads((directory / "tokenizer_config.json").read_text())
+            (directory / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": tokens}))
+        read[way] = OPTTokenizer.from_directory(directory)
+    return oracle, read
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([*map(str, ADDED), " ", "x", "kings", "é ", "\n"]), max_size=12))
+def test_added_tokens_are_those_of_transformers(added, parts):
+    oracle, read = added
+    text = "".join(parts)
+    ids = oracle(text)["input_ids"]
+    for tokenizer in read.values():
+        assert tokenizer.encode(text) == ids
+        assert FastEncoder(tokenizer).encode(text) == ids[1:]
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == oracle.decode(ids, skip_special_tokens=skip)
+        assert len(tokenizer) == len(oracle) == 4101 and tokenizer.unused_ids(4103) == (4101, 4102)
+
+
+def test_added_tokens_in_the_older_files(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((EMBEDDED_DIRECTORY / name).read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<sep>": 4100, "naïve": 4098}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"sep_token": "<sep>", "mask_token": "<new>"}))
+    tokenizer = OPTTokenizer.from_directory(tmp_path)
+    ids = tokenizer.encode("naïve<sep><new></s>")
+    assert ids[:4] == [2, 4098, 4100, 4101] and 2 not in ids[1:]  # <new> got the next id; </s> is text
+    assert tokenizer.decode(ids) == "naïve</s>" and tokenizer.token_bytes(4100) == b"<sep>"
+    assert tokenizer.unused_ids(4102) == (4096, 4097, 4099)
+    for tokens, message in (({"<sep>": 2}, "'</s>' has it"), ({"Ġking": 5000}, "the id 5000, but it has the id"),
+                            ({"": 5000}, "has no text"), (["x"], "holds a list")):  # fmt: skip
+        (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
+        with pytest.raises(CheckpointError, match=message):
+            OPTTokenizer.from_directory(tmp_path)
 
 
 def test_missing_and_damaged_files(tmp_path):

@@ -11,7 +11,7 @@ from .formats.registry import all_formats, is_checkpoint
 # Names in any checkpoint's directory, besides those of its format.
 _COMMON_NAMES = (
     r"config\.json|generation_config\.json|vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json"
-    r"|special_tokens_map\.json|opt_megatron_manifest\.json|README\.md|LICENSE.*|\.gitattributes"
+    r"|special_tokens_map\.json|added_tokens\.json|opt_megatron_manifest\.json|README\.md|LICENSE.*|\.gitattributes"
 )
 
 

@@ -17,7 +17,8 @@ class FastEncoder:
     text have occurred before: their ids are looked up. The pattern is GPT-2's (openai/gpt-2, encoder.py), as in
     the tokenizers library. `regex` and that library agree on the classes of all characters of the common blocks
     (a test compares them one by one). A text with any other character is tokenized by the library as a whole,
-    because one of the two may not know that character yet and classify it differently.
+    because one of the two may not know that character yet and classify it differently. So is a text that may have an
+    added token.
     """
 
     _PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -32,10 +33,13 @@ class FastEncoder:
     def __init__(self, tokenizer: OPTTokenizer) -> None:
         self._tokenizer = tokenizer
         self._cache = _PieceCache(tokenizer)
+        added = "|".join(map(re.escape, tokenizer.added_tokens))
+        self._added = re.compile(added) if added else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS."""
-        if not text.isascii() and self._RARE.search(text):
+        is_rare = not text.isascii() and self._RARE.search(text)
+        if is_rare or (self._added is not None and self._added.search(text)):
             return self._tokenizer.encode(text, add_bos=False)
         return list(chain.from_iterable(map(self._cache.__getitem__, self._PIECES.findall(text))))
 
