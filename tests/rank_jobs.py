@@ -300,19 +300,3 @@ def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: 
     runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
     runner.allocate(batch * context)
     return weights, runner._cache.nbytes, checkpoint.bytes_read
-
-
-def weights_are_restored(directory: Path, tp: int, pp: int) -> bool:
-    """Whether `restore_weights` undoes `prepare_inference`: the same parameters with the same attributes."""
-    model = load_model(directory, None, start(tp, pp))
-
-    def parameters() -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
-        return {name: (value.detach().clone(), dict(vars(value))) for name, value in model.named_parameters()}
-
-    before = parameters()
-    model.prepare_inference()
-    during = parameters()
-    model.restore_weights()
-    after = parameters()
-    same = all(torch.equal(after[name][0], value) and after[name][1] == kept for name, (value, kept) in before.items())
-    return same and after.keys() == before.keys() and during.keys() <= before.keys()

@@ -18,14 +18,6 @@ _FORMATS = (
     "a checkpoint in any format (Hugging Face, Megatron, metaseq, FlagAI, a training run), a name (opt-125m ... story) "
     "or a Hub repository (owner/name)"
 )
-_REVISION = "branch, tag or commit of a Hub repository"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RevisionOptions(Options):
-    """Which revision of a Hub repository is read."""
-
-    revision: str | None = option(None, help=_REVISION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +27,7 @@ class LoadOptions(Options):
     load: str | None = option(
         None, help=_FORMATS, metavar="CHECKPOINT", default_text="the embedded toy model, story", is_path=True
     )
-    revision: str | None = option(None, help=_REVISION)
+    revision: str | None = option(None, help="branch, tag or commit of a Hub repository")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,7 @@ costs time, and it rounds differently from torch's `linear`: with these, an fp32
 rank gives transformers' logits to the bit. Where gradients are needed, the products are core's on a GPU and
 oneDNN's on a CPU (differentiable_linear.py), with core's collectives around them.
 
-`prepare_inference` replaces the weight by what the linear method stores, which is what decoding uses;
-`restore_weight` is the way back.
+`prepare_inference` replaces the weight by what the linear method stores, which is what decoding uses.
 """
 
 from __future__ import annotations
@@ -83,7 +82,6 @@ class PackableLinear(DeferredWeight):
     tp_group: dist.ProcessGroup
     method: type[LinearMethod] = TorchLinear
     packed: LinearMethod | None = None
-    _replaced: dict[str, Any] | None = None  # attributes (of tensor parallelism) of the parameter that was dropped
 
     def float_weight(self) -> nn.Parameter:
         """The weight while it is an ordinary parameter."""
@@ -99,21 +97,6 @@ class PackableLinear(DeferredWeight):
         if self.packed is None:
             self._pack(self.float_weight(), method)
 
-    def restore_weight(self) -> None:
-        """Undo `prepare_inference`: make the weight an ordinary parameter again, which needs no gradient.
-
-        Raises:
-            UserError: the method does not keep the float weight.
-        """
-        is_tied = self.weight is None and self._replaced is None  # its weight is the embedding's
-        if self.packed is not None and not is_tied:
-            weight = self.packed.unpack()
-            if self._replaced is not None:
-                self.weight = nn.Parameter(weight, requires_grad=False)
-                vars(self.weight).update(self._replaced)
-                self._replaced = None
-        self.packed = None
-
     def infer(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """[T, inputs of this rank] -> [T, outputs of this rank]; after `prepare_inference`."""
         packed = self.packed
@@ -123,7 +106,6 @@ class PackableLinear(DeferredWeight):
     def _pack(self, weight: Tensor, method: type[LinearMethod]) -> None:
         self.packed = method(weight.detach())
         if self.weight is not None and not method.keeps_weight:
-            self._replaced = dict(vars(self.weight))
             self.register_parameter("weight", None)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -114,8 +114,8 @@ class OPTModel(GPTModel):
     def prepare_inference(self) -> None:
         """Let the linear method that is the fastest here store the weights (linear_methods/), one layer at a time.
 
-        Afterwards the model can be run, with `forward` too, but has no linear weights to read, train or save, until
-        `restore_weights`. The layers that are prepared already stay as they are.
+        Afterwards the model can be run, with `forward` too, but has no linear weights to train; `weights.Weights` reads
+        and writes them. The layers that are prepared already stay as they are.
         """
         like = self._any_parameter()
         method = select_method(self.quantization, like.device, like.dtype)
@@ -125,19 +125,6 @@ class OPTModel(GPTModel):
                     module.prepare_tied(self.embedding.word_embeddings.head_weight(), method)
             elif isinstance(module, PackableLinear):
                 module.prepare_inference(method)
-
-    def restore_weights(self) -> None:
-        """Undo `prepare_inference`, one layer at a time: all weights are ordinary parameters again, to the bit.
-
-        They can be read and changed, and take effect at once in `forward`. An engine can be used again after the next
-        `prepare_inference`. LoRA's factors stay merged into their weights.
-
-        Raises:
-            UserError: the model was quantised, so that its float weights do not exist any more.
-        """
-        for module in self.modules():
-            if isinstance(module, PackableLinear):
-                module.restore_weight()
 
     def forward(
         self,

@@ -64,17 +64,6 @@ class TokenHistory:
         """Add a token to the output."""
         self.tokens.append(token)
 
-    def truncate(self, num_output_tokens: int) -> None:
-        """Drop all but the first `num_output_tokens` tokens of the output."""
-        assert 0 <= num_output_tokens <= self.num_output_tokens, (num_output_tokens, self.num_output_tokens)
-        end = self.num_prompt_tokens + num_output_tokens
-        for token in self.tokens[end : self._num_counted]:
-            self._output_counts[token] -= 1
-            if not self._output_counts[token]:
-                del self._output_counts[token]
-        self._num_counted = min(self._num_counted, end)
-        del self.tokens[end:]
-
     def copy(self) -> TokenHistory:
         """An independent history with the same tokens; what was counted of the prompt is shared."""
         other = TokenHistory.__new__(TokenHistory)
