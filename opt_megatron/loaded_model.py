@@ -14,6 +14,7 @@ from .errors import UserError
 from .generation.core.engine import Engine
 from .generation.engine_options import EngineOptions
 from .model.opt_model import OPTModel
+from .model.scoring import check_batch_size
 from .parallel.context import ParallelContext
 from .pretrained import Pretrained, open_pretrained, start_parallel
 from .tokenizer import OPTTokenizer
@@ -37,7 +38,7 @@ class LoadedModel:
         batch_size: int = 8,
         engine: EngineOptions | None = None,
     ) -> None:
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         self.pretrained = pretrained
         self.batch_size = batch_size
         self._model = model
@@ -76,7 +77,6 @@ class LoadedModel:
         Raises:
             UserError: of any kind; the same one on every rank.
         """
-        _check_batch_size(batch_size)
         tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
         return cls.open(
             name_or_dir,
@@ -205,8 +205,3 @@ class LoadedModel:
             prompt_lookup=options.prompt_lookup,
             num_speculative_tokens=options.num_speculative_tokens,
         )
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}, but must be at least 1")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from ..model.linear_methods.registry import quantization_help, quantizations
 from ..options import Options, option
 
@@ -102,3 +103,11 @@ def print_config_notes(notes: list[str]) -> None:
     """Print which values of the config were inferred because the files do not contain them."""
     for note in notes:
         print(f"opt-megatron: no config.json: {note}", file=sys.stderr)
+
+
+def check_picture(output: Path, force: bool) -> None:
+    """Raise UserError unless --output names a PNG that can be written; before the work that it shows."""
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: is drawn as a PNG; end its name with .png")
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: is there already; --force replaces it")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..options import Options, option
-from .arguments import ModelOptions, RuntimeOptions
+from .arguments import ModelOptions, RuntimeOptions, check_picture
 from .loading import open_model, print_notices, start_ranks
 from .option_groups import Groups, add_groups
 
@@ -57,7 +57,4 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, output: Path) -> None:
     if not args.prompt:
         raise UserError("--prompt is empty; give the text that the model reads")
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output {output}: is drawn as a PNG; end its name with .png")
-    if output.exists() and not args.force:
-        raise UserError(f"--output {output}: is there already; --force replaces it")
+    check_picture(output, args.force)

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
 from ..options import Options, option
 from ..training.plot_curves import MEASURES
+from .arguments import check_picture
 from .option_groups import Groups, add_groups
 
 HELP = "draw loss curves (or another measure) of training runs to PNG"
@@ -47,9 +47,6 @@ def run(args: argparse.Namespace) -> None:
     from ..training.plot_curves import plot_curves, read_curve
 
     output = Path(args.output)
-    if output.suffix.lower() != ".png":
-        raise UserError(f"{output}: only .png is written")
-    if output.exists() and not args.force:
-        raise UserError(f"{output}: is there already; use --force to replace it")
+    check_picture(output, args.force)
     plot_curves([read_curve(Path(name), args.measure) for name in args.runs], args.measure, output)
     print(output)

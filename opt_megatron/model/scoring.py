@@ -64,6 +64,12 @@ class Score:
         return math.fsum(self.logprobs)
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raise UserError if there are no sequences in a pass."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be at least 1")
+
+
 def check_items(items: Sequence[Item], config: OPTConfig) -> None:
     """Raise UserError, which counts the items from 1, unless the model can score them all."""
     for number, item in enumerate(items, 1):
@@ -104,8 +110,7 @@ def score(
     Raises:
         UserError: an item does not fit the model, or `batch_size` is below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}, but must be at least 1")
+    check_batch_size(batch_size)
     config = model.opt_config
     check_items(items, config)
     order = sorted(range(len(items)), key=lambda index: (-len(items[index].input_tokens), items[index].input_tokens))

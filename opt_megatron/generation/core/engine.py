@@ -21,6 +21,7 @@ from ..decoding.drafts import Draft, DraftModel, PromptLookup
 from ..decoding.groups import make_groups
 from ..decoding.sampling_group import SamplingGroup
 from ..decoding.sequences import SequenceGroup
+from ..engine_options import EngineOptions
 from ..request import Completion, CompletionBuilder, Request, TokenEvent, check_request
 from ..step import BLOCK_SIZE, OutputKind, StepInput
 from .executor import Executor, Runner
@@ -64,7 +65,12 @@ class Engine:
         prompt_lookup: bool = False,
         num_speculative_tokens: int = 4,
     ) -> None:
-        _check_options(parallel, max_batch_size, prefill_chunk_size, num_speculative_tokens)
+        EngineOptions(  # checks the ranges
+            max_batch_size=max_batch_size,
+            prefill_chunk_size=prefill_chunk_size,
+            num_speculative_tokens=num_speculative_tokens,
+        )
+        _check_no_data_parallelism(parallel)
         self._parallel = parallel
         self._config = model.opt_config
         self._num_tokens = min(num_tokens or self._config.num_tokens, self._config.num_tokens)
@@ -284,16 +290,9 @@ def _check_draft_model(draft_model: OPTModel, model: OPTModel, prompt_lookup: bo
         )
 
 
-def _check_options(parallel: ParallelContext, max_batch_size: int, chunk_size: int, num_speculative: int) -> None:
+def _check_no_data_parallelism(parallel: ParallelContext) -> None:
     if parallel.data_parallel_size != 1:
         raise UserError(
             f"generation runs on tensor x pipeline ranks alone, but {parallel.world_size} processes leave "
             f"{parallel.data_parallel_size} data parallel copies: start fewer processes"
         )
-    for name, value in (
-        ("max_batch_size", max_batch_size),
-        ("prefill_chunk_size", chunk_size),
-        ("num_speculative_tokens", num_speculative),
-    ):
-        if value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1")
