@@ -2,17 +2,20 @@
 
     results = ranks(2).run(function, argument, ...)       # a list with what each rank returned
 
-Functions must be importable (`rank_jobs.py`). A world is started once per session: importing Megatron-core
-takes seconds, a job milliseconds.
+Functions must be importable (`rank_jobs.py`). A world is started once per session, and its ranks are forks of one
+process that has imported the jobs: importing Megatron-core takes seconds, a job milliseconds.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from typing import Any
 
 TIMEOUT = 180  # seconds a job may take
@@ -26,7 +29,7 @@ class RankPool:
     """`world_size` processes, each a rank of one torch.distributed world on gloo."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _forkserver()
         self._store = tempfile.mktemp(prefix="ranks-")
         self._processes, self._pipes = [], []
         for rank in range(world_size):
@@ -59,6 +62,17 @@ class RankPool:
             process.join()
         if os.path.exists(self._store):
             os.unlink(self._store)
+
+
+def _forkserver() -> ForkServerContext:
+    """Processes that are forked from one which has imported the jobs, and has no threads of torch's yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_jobs", "training_jobs"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what is imported there is looked for there alone
+    ensure_running()
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+    return context
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
