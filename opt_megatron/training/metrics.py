@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 from ..config import OPTConfig
 from ..data.jsonl import parse_object
 from ..errors import UserError
-from ..files import write_text_atomically
+from ..files import cannot_write, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -47,11 +48,17 @@ class MetricsLogger:
         Args:
             kind: "train" or "valid".
             values: numbers by name; those that JSON cannot hold are written as strings.
+
+        Raises:
+            UserError: the disk is full, or metrics.jsonl cannot be written for another reason.
         """
         clean = {name: value if _is_finite(value) else str(value) for name, value in values.items()}
         if self._file:
-            self._file.write(json.dumps({"kind": kind, "iteration": iteration, **clean}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({"kind": kind, "iteration": iteration, **clean}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise cannot_write(Path(self._file.name), error) from None
         if self._board:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -62,7 +69,8 @@ class MetricsLogger:
         """Flush and close the files."""
         for sink in (self._file, self._board):
             if sink is not None:
-                sink.close()
+                with contextlib.suppress(OSError):  # `record` has flushed all, or has reported what it could not write
+                    sink.close()
 
 
 def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opt_megatron.config import released_config
+from opt_megatron.errors import UserError
 from opt_megatron.training.metrics import METRICS_FILE, MetricsLogger, flops_per_token, format_duration, read_metrics
 from opt_megatron.training.plot_curves import read_curve
 
@@ -27,6 +28,14 @@ def test_a_resumed_run_drops_the_lines_of_later_steps_and_half_lines(tmp_path: P
     assert [(entry["kind"], entry["iteration"]) for _, entry in read_metrics(path)] == [
         ("train", 1), ("train", 2), ("valid", 2),
     ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    logger = MetricsLogger(tmp_path, None)
+    with Path("/dev/full").open("w") as logger._file:
+        with pytest.raises(UserError, match="/dev/full: cannot be written: No space left on device"):
+            logger.record("train", 1, {"loss": 1.0})
+        logger.close()
 
 
 def test_durations_are_hours_minutes_and_seconds() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import UserError
+from ...files import cannot_write
 from .integrity import manifest_entry
 
 
@@ -48,18 +51,48 @@ class AsyncSave:
             UserError: writing has failed; the directory is removed.
         """
         self._thread.join()
-        if self._error is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise UserError(f"{self.partial.parent}: the checkpoint could not be written: {self._error}")
+        with removed_on_failure(self.partial):
+            if self._error is not None:
+                raise self._error
 
     def finalize(self) -> None:
-        """Write megatron-core's metadata files. Collective, after all ranks have written theirs."""
-        for function in self._request.finalize_fns:
-            function()
+        """Write megatron-core's metadata files. Collective, after all ranks have written theirs.
+
+        Raises:
+            UserError: writing has failed; the directory is removed.
+        """
+        with removed_on_failure(self.partial):
+            for function in self._request.finalize_fns:
+                function()
 
     def manifest_entries(self, rank: int) -> dict[str, tuple[int, str]]:
         """Size and hash of the files that this rank has written."""
         return {path.name: manifest_entry(path) for path in self.partial.glob(f"__{rank}_*.distcp")}
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial: Path) -> Iterator[None]:
+    """A block in which torch writes files into a checkpoint's directory.
+
+    torch reports a full disk as an inconsistency of its archive, raised while it handles the operating system's error;
+    where it writes a file by its name, it does not have that error either.
+
+    Raises:
+        UserError: an error in the block; the directory is removed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        free = shutil.disk_usage(partial.parent).free
+        shutil.rmtree(partial, ignore_errors=True)
+        if cause is not None:
+            raise cannot_write(partial.parent, cause) from error
+        if "inline_container" not in str(error):
+            raise
+        raise UserError(f"{partial.parent}: cannot be written, with {free:,} bytes free on the disk") from error
 
 
 def thread_save_strategy(background: bool) -> Any:

@@ -23,7 +23,7 @@ from ...files import cannot_write, partial_path, replace_directory, write_text_a
 from ...parallel.context import ParallelContext, on_all_ranks
 from ...parallel.core_compat import own_async_writer, prepare_training
 from ..optimizer import TrainingOptimizer
-from .async_save import AsyncSave, thread_save_strategy
+from .async_save import AsyncSave, removed_on_failure, thread_save_strategy
 from .integrity import MANIFEST_FILE, manifest_entry, saved_checkpoints
 from .sharded_state import layout_of, restore_random_state, sharded_state, tensor_index
 
@@ -99,14 +99,15 @@ class CheckpointManager:
         self.finish()
         partial = partial_path(self.directory / iteration_name(state.iteration))
         on_all_ranks(self._parallel, lambda: self._create_partial(partial) if self._parallel.is_leader else None)
-        request = dist_checkpointing.save(
-            sharded_state(model, optimizer, self._parallel, is_loading=False)
-            | {"training": state.to_dict(), "layout": layout_of(self._parallel)},
-            str(partial),
-            sharded_strategy=thread_save_strategy(self._background),
-            async_sharded_save=True,
-            **own_async_writer(),
-        )
+        with removed_on_failure(partial):
+            request = dist_checkpointing.save(
+                sharded_state(model, optimizer, self._parallel, is_loading=False)
+                | {"training": state.to_dict(), "layout": layout_of(self._parallel)},
+                str(partial),
+                sharded_strategy=thread_save_strategy(self._background),
+                async_sharded_save=True,
+                **own_async_writer(),
+            )
         self._pending = AsyncSave(request, partial, state.iteration)
         if not self._background:
             self.finish()
