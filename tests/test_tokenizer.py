@@ -28,6 +28,8 @@ def test_exactly_one_bos():
     assert ids[0] == 2 and ids.count(2) == 1
     assert TOKENIZER.encode("a king", add_bos=False) == ids[1:]
     assert TOKENIZER.encode("") == [2]
+    for add_bos in (True, False):
+        assert TOKENIZER.encode_batch(TEXTS, add_bos=add_bos) == [TOKENIZER.encode(t, add_bos=add_bos) for t in TEXTS]
 
 
 def test_special_tokens_in_user_text_are_plain_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import ipaddress
 import os
@@ -42,6 +43,12 @@ class ServerOptions(Options):
 
     host: str = option("127.0.0.1", help="address to listen on", default_text="127.0.0.1, this machine alone")
     port: int = option(5000, help="port to listen on; 0 picks a free one", minimum=0, maximum=2**16 - 1)
+    allowed_hosts: tuple[str, ...] | None = option(
+        None,
+        help="take requests whose Host is this name, beside localhost and loopback addresses; * takes all; repeatable",
+        metavar="NAME",
+        default_text="no other on a loopback --host, else all",
+    )
     served_model_name: tuple[str, ...] | None = option(
         None, help="what clients call the model; repeatable", metavar="NAME"
     )
@@ -133,7 +140,8 @@ def _lead(
 
     url = url_of(listener)
     _print_notice(f"loading the model, to be served at {url}")
-    if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+    is_loopback = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    if key is None and not is_loopback:
         _print_notice(f"whoever reaches {url} can use it: there is no --api-key")
 
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
@@ -144,8 +152,10 @@ def _lead(
         Metrics(name),
         lambda: _print_notice(f"serving {name} ({layout}) at {url}"),
     )
+    allowed_hosts = args.allowed_hosts or (() if is_loopback else ("*",))
+    app = make_app(async_engine, key, allowed_hosts=allowed_hosts)
     try:
-        Server(async_engine, make_app(async_engine, key), args.max_connections).run([listener])
+        Server(async_engine, app, args.max_connections).run([listener])
     except (UserError, SystemExit):
         raise
     except KeyboardInterrupt:
@@ -165,7 +175,10 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
 
     opt = open_model(args, parallel, engine=engine_options(args))
     print_notices(args, opt)
-    return ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args))
+    served = ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args))
+    # Collections while a large request is parsed would visit every object of the program: 0.8 s instead of 0.2 s.
+    gc.freeze()
+    return served
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:

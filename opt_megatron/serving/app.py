@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..version import __version__
+from .allowed_hosts import AllowedHostsMiddleware
 from .async_engine import AsyncEngine
 from .errors import ERROR_RESPONSES, ApiError
 from .middleware import AuthenticationMiddleware, BodyLimitMiddleware
@@ -21,15 +23,19 @@ from .web_page import add_web_page
 _LOGGER = logging.getLogger(__name__)
 
 
-def make_app(async_engine: AsyncEngine, api_key: str | None = None) -> FastAPI:
+def make_app(
+    async_engine: AsyncEngine, api_key: str | None = None, *, allowed_hosts: Collection[str] = ("*",)
+) -> FastAPI:
     """The application.
 
     Args:
         api_key: that clients must send; None takes every request.
+        allowed_hosts: see `AllowedHostsMiddleware`.
     """
     app = FastAPI(title="opt_megatron", version=__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     app.add_middleware(BodyLimitMiddleware, limits=async_engine.limits)
-    app.add_middleware(AuthenticationMiddleware, api_key=api_key)  # the middleware added last runs first
+    app.add_middleware(AuthenticationMiddleware, api_key=api_key)
+    app.add_middleware(AllowedHostsMiddleware, allowed_hosts=allowed_hosts)  # the middleware added last runs first
     add_error_handlers(app)
     add_completion_routes(app, async_engine)
     add_tokenizer_routes(app, async_engine)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import UserError
@@ -19,6 +21,8 @@ from .served_model import ServedModel
 DEFAULT_MAX_TOKENS = 16
 # Up to this many characters or ids are encoded or decoded in the event loop; more would delay other requests.
 _MAX_IN_EVENT_LOOP = 10_000
+# One thread, because a long text takes a core, and up to 400 times its size in memory, for as long as it is encoded.
+_LONG_TEXTS = ThreadPoolExecutor(1, "long-texts")
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,16 @@ async def encode(model: ServedModel, text: str, add_bos: bool) -> list[int]:
     """The ids of a text; a long text is encoded in a thread, so that other requests go on."""
     if len(text) <= _MAX_IN_EVENT_LOOP:
         return model.tokenizer.encode(text, add_bos=add_bos)
-    return await asyncio.to_thread(model.tokenizer.encode, text, add_bos=add_bos)
+    encode_batch = partial(model.tokenizer.encode_batch, [text], add_bos=add_bos)
+    (ids,) = await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, encode_batch)
+    return ids
 
 
 async def decode(model: ServedModel, tokens: list[int]) -> str:
     """The text of ids; many ids are decoded in a thread, so that other requests go on."""
     if len(tokens) <= _MAX_IN_EVENT_LOOP:
         return model.tokenizer.decode(tokens)
-    return await asyncio.to_thread(model.tokenizer.decode, tokens)
+    return await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, model.tokenizer.decode, tokens)
 
 
 async def make_engine_requests(model: ServedModel, body: CompletionRequest | MetaseqRequest) -> list[EngineRequest]:

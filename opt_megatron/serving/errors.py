@@ -14,12 +14,13 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 _STATUSES: dict[int | str, str] = {
     400: "The request is not valid",
     401: "The API key is missing or wrong",
+    403: "The Host is not one of this server's names",
     404: "There is no such model",
     408: "The body arrived too slowly",
     413: "The body is too large",
     415: "The body is not declared as JSON",
     429: "Too many requests wait; see Retry-After",
-    503: "The model is being loaded, or the server shuts down",
+    503: "The model is being loaded, the server shuts down, or it has no memory for the body",
     "default": "Any other error",
 }
 

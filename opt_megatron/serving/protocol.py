@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema
 
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import Option, options_of
-from .fields import FIELD_TYPES, MAX_INT, ModelName, Name, Prompts, Text, TokenId
+from .fields import FIELD_TYPES, MAX_INT, LongTokenIds, ModelName, Name, Prompts, Text
 
 _OPTIONS = options_of(SamplingParams)
 # Field of the API -> the option of `SamplingParams`.
@@ -41,7 +41,13 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_null(cls, value: Any) -> Any:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        given, known = {key: item for key, item in value.items() if item is not None}, cls.model_fields
+        # One unknown field is reported; an error for each of 200,000 would hold up the event loop.
+        for key in [key for key in given if key not in known][1:]:
+            del given[key]
+        return given
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -168,4 +174,4 @@ class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     model: ModelName = None
-    tokens: list[TokenId] = Field(max_length=1_000_000, description="the ids")
+    tokens: LongTokenIds = Field(description="the ids")

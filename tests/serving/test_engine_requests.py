@@ -1,9 +1,13 @@
 """Prompts that are refused or truncated, and options that the engine refuses."""
 
+import asyncio
+import threading
+from types import SimpleNamespace
+
 import pytest
 from running_server import TOKENIZER
 
-from opt_megatron.serving.engine_requests import engine_error
+from opt_megatron.serving.engine_requests import decode, encode, engine_error
 
 PROMPT = "Once upon a time"
 IDS = TOKENIZER.encode(PROMPT)
@@ -52,3 +56,19 @@ def test_the_engines_words_become_the_apis():
         assert engine_error(f"{what}: logit_bias has 4096, but ids go").param == "logit_bias"
     error = engine_error("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
+
+
+def test_long_texts_and_lists_are_converted_beside_the_event_loop():
+    go = threading.Event()
+    waiting = SimpleNamespace(
+        encode_batch=lambda texts, add_bos: [[len(text), go.wait(10)] for text in texts],
+        decode=lambda tokens: [len(tokens), go.wait(10)],
+    )
+
+    async def convert():
+        model = SimpleNamespace(tokenizer=waiting)
+        tasks = asyncio.gather(encode(model, "a" * 20_000, True), decode(model, [1] * 20_000))
+        asyncio.get_running_loop().call_later(0.01, go.set)
+        return await tasks
+
+    assert asyncio.run(convert()) == [[20_000, True]] * 2

@@ -2,6 +2,7 @@
 
 import pytest
 from body_reading import read, refused
+from pydantic import ValidationError
 
 from opt_megatron.serving.protocol import CompletionRequest, DetokenizeRequest, MetaseqRequest, TokenizeRequest
 
@@ -46,3 +47,18 @@ def test_other_kinds_of_bodies_have_bounds_too():
         (DetokenizeRequest, b'{"tokens": "a"}'),
     ):
         refused(kind, body)
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, MetaseqRequest, TokenizeRequest, DetokenizeRequest])
+@pytest.mark.parametrize("item", ["", -1, None, [], {}])
+def test_a_large_body_is_refused_before_its_items_are_checked(kind, item):
+    """Every error takes microseconds of the event loop, and a body has room for a million."""
+    many = 30_000
+    for name in kind.model_fields:
+        for value in ([item] * many, {str(n): item for n in range(many)}):
+            with pytest.raises(ValidationError) as caught:
+                kind.model_validate({"prompt": "a", "tokens": [1], "stream": True} | {name: value})
+            assert caught.value.error_count() <= 20, name
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({f"unknown {n}": item or 0 for n in range(many)})
+    assert caught.value.error_count() <= 2

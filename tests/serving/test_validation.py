@@ -59,6 +59,12 @@ HOSTILE = [
     (b'{"prompt": "a", "logit_bias": {"\\u0661": 1}}', "not a token id"),
     (b'{"prompt": "a", "logit_bias": {"1": 1, "01": 2}}', "names a token id twice"),
     (b'{"prompt": "a", "logit_bias": {"1": 101}}', "logit_bias"),
+    (
+        b'{"prompt": "a", "logit_bias": {' + b",".join(b'"%d":"x"' % n for n in range(1025)) + b"}}",
+        "logit_bias: must have at most 1024 items, not 1025",
+    ),
+    (b'{"prompt": [' + b'"",' * 10_000 + b'""]}', "prompt: must have at most 10000 prompts, not 10001"),
+    (b'{"prompt": "a", "aa": 1, "bb": 2}', "there is no field 'aa'"),
     (b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream is not true"),
     (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens is 0"),
     (b'{"prompt": "a", "user": "' + b"x" * 257 + b'"}', "user: must have at most 256 characters"),
