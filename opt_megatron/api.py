@@ -109,7 +109,9 @@ class OPT(LoadedModel):
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt_ids(prompt)
         if self.pretrained.tokenizer is None:
             return Request(ids, params)
-        return Request(ids, replace(params, sentence_end_tokens=self._sentence_ends), self.tokenizer.stream)
+        bad_word_ids = self.tokenizer.bad_word_ids(params.bad_words)
+        params = replace(params, sentence_end_tokens=self._sentence_ends, bad_word_ids=bad_word_ids)
+        return Request(ids, params, self.tokenizer.stream)
 
     def score(self, texts: str | Sequence[str | tuple[str, str]]) -> list[Score]:
         """Log-likelihoods: of whole texts after BOS, or of continuations in pairs (context, continuation).

@@ -134,6 +134,11 @@ class OPTTokenizer:
         """The bytes of an id: for a special token those of its name, for an unknown id none."""
         return self._bytes.get(token, b"")
 
+    def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The ids that write each of the words, as it is and with a space before it (vLLM's `bad_words`)."""
+        bare = [word.lstrip(" ") or word for word in words]
+        return tuple(tuple(self.encode(text, add_bos=False)) for word in bare for text in (word, " " + word))
+
     def sentence_end_tokens(self) -> tuple[int, ...]:
         """Ids of the tokens that are a full stop, a question mark or an exclamation mark."""
         marks = {b".", b"?", b"!"}

@@ -59,6 +59,8 @@ def _add_argument(group: argparse._ActionsContainer, declared: Option) -> None:
     words: dict[str, Any] = {"help": declared.help_with_default().replace("%", "%%"), "default": argparse.SUPPRESS}
     if declared.positional:
         group.add_argument(declared.argument, **words | _words_of_values(declared))
+    elif declared.default is True:  # the opposite is what such a switch is for
+        group.add_argument(*declared.all_flags, dest=declared.argument, action=argparse.BooleanOptionalAction, **words)
     elif declared.kind.word is None:
         group.add_argument(*declared.all_flags, dest=declared.argument, action="store_true", **words)
         words["help"] = argparse.SUPPRESS

@@ -51,7 +51,8 @@ class Continuation:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._reports_logprobs = request.params.logprobs is not None
-        self._echoes = request.params.echo and choice == 0
+        self._reports_prompt = request.params.num_prompt_logprobs is not None and choice == 0
+        self._reports_prompt_logprobs = self._reports_logprobs or request.params.prompt_logprobs is not None
         self._events: list[TokenEvent] = []
         self._prompt_events: list[TokenEvent] = []
 
@@ -64,8 +65,8 @@ class Continuation:
         self.text += event.text
         if event.token is not None:  # None belongs to a queue's requests that were cancelled or failed
             self.tokens.append(event.token)
-        if self._reports_logprobs:
-            self._events.append(event)
+            if self._reports_logprobs:
+                self._events.append(event)
 
     def to_json(self) -> str:
         """The JSON object that --json prints."""
@@ -80,9 +81,9 @@ class Continuation:
         }
         if self._reports_logprobs:
             shown |= _log_probabilities(self._events, "")
-        if self._echoes:
+        if self._reports_prompt:
             shown["prompt_tokens"] = [event.token for event in self._prompt_events]
-            if self._reports_logprobs:
+            if self._reports_prompt_logprobs:
                 shown |= _log_probabilities(self._prompt_events, "prompt_")
         return json.dumps(shown, ensure_ascii=False)
 

@@ -14,6 +14,9 @@ FinishReason = Literal["stop", "length", "cancelled", "refused", "failed"]
 TopLogProbs = tuple[tuple[int, float], ...]
 
 
+_LONGEST_CHARACTER = 4  # bytes, and a token has at least one
+
+
 class TextDecoder(Protocol):
     """Turns ids into text one at a time (for example the tokenizer's StreamDecoder)."""
 
@@ -30,22 +33,31 @@ class Request:
 
     Attributes:
         prompt: token ids, BOS included.
-        decoder: makes a decoder for the events' text, a new one for every continuation (`tokenizer.stream`);
-            without it text is empty and stop strings cannot be used.
+        decoder: makes a decoder for the events' text, a new one for every continuation (`tokenizer.stream`, which
+            takes `skip_special_tokens`); without it text is empty and stop strings cannot be used.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
-    decoder: Callable[[], TextDecoder] | None = None
+    decoder: Callable[..., TextDecoder] | None = None
+
+    def make_decoder(self) -> TextDecoder | None:
+        """A decoder of a continuation; if the prompt ends within a character, the continuation completes it."""
+        if self.decoder is None:
+            return None
+        decoder = self.decoder(skip_special_tokens=self.params.skip_special_tokens)
+        for token in self.prompt[-_LONGEST_CHARACTER:]:
+            decoder.push(token)
+        return decoder
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token, or the end of a request that was cancelled or refused, or failed.
+    """One token, or an end without one: of a request that was cancelled or refused, failed, or wants no new tokens.
 
     Attributes:
         request: the request's id: its index in the list given to `generate`, or what `RequestQueue.put` returned.
-        token: its id; an end-of-sequence token is reported too. None when cancelled, refused or failed.
+        token: its id; an end-of-sequence token is reported too. None at an end without a token.
         text: what this token adds to the text, possibly nothing (half a character, the start of a stop string);
             the reason where a request is refused or has failed.
         finish_reason: on the last event of a continuation, else None.
@@ -53,7 +65,8 @@ class TokenEvent:
         logprob: natural logarithm of the model's own probability, before any processor; None where it is not
             asked for, and for the first token of a prompt.
         top_logprobs: the likeliest ids with their log-probabilities, best first.
-        is_prompt: a token of the prompt, when `echo` asks for them (with choice 0, before all others).
+        is_prompt: a token of the prompt, where `echo` or `prompt_logprobs` asks for them (with choice 0, before all
+            others).
     """
 
     request: int
@@ -68,7 +81,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation of a request; `prompt_events` only with `echo`."""
+    """One continuation of a request; `prompt_events` only with `echo` or `prompt_logprobs`."""
 
     tokens: tuple[int, ...]
     text: str
@@ -91,9 +104,8 @@ class CompletionBuilder:
         """Add the next event."""
         if event.is_prompt:
             self._prompts.setdefault(event.request, []).append(event)
-            if event.finish_reason is None:
-                return
-        self._events.setdefault((event.request, event.choice), []).append(event)
+        else:
+            self._events.setdefault((event.request, event.choice), []).append(event)
 
     def completions(self) -> list[Completion]:
         """One completion for each continuation, in the order of requests."""
@@ -101,10 +113,10 @@ class CompletionBuilder:
 
     def _complete(self, key: tuple[int, int], events: list[TokenEvent]) -> Completion:
         request, choice = key
-        kept = [event for event in events if event.token is not None and not event.is_prompt]
+        kept = [event for event in events if event.token is not None]
         return Completion(
             tokens=tuple(event.token for event in kept if event.token is not None),
-            text="".join(event.text for event in events if not event.is_prompt),
+            text="".join(event.text for event in events),
             finish_reason=events[-1].finish_reason or "length",
             request=request,
             choice=choice,
@@ -127,6 +139,7 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
     for name, ids in (
         ("logit_bias", [token for token, _ in request.params.logit_bias]),
         ("stop_token_ids", request.params.stop_token_ids),
+        ("allowed_token_ids", request.params.allowed_token_ids),
     ):
         foreign = [token for token in ids if not 0 <= token < config.vocab_size]
         if foreign:
@@ -136,6 +149,8 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
     _check_length(length, request.params, limit, what)
     if (request.params.stop or request.params.stop_regex) and request.decoder is None:
         raise UserError(f"{what} has stop strings, which need a tokenizer to be found in the output")
+    if request.params.bad_words and not request.params.bad_word_ids:
+        raise UserError(f"{what} has bad_words, which need a tokenizer to be turned into ids")
 
 
 def _check_length(length: int, params: SamplingParams, limit: int, what: str) -> None:

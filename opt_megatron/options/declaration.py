@@ -163,8 +163,10 @@ class Option:
         """The default, or an empty string where there is none to mention (None, false, an empty list)."""
         if self.default_text is not None:
             return self.default_text
-        if self.default in (None, NO_DEFAULT, "", ()) or isinstance(self.default, bool):
+        if self.default in (None, NO_DEFAULT, "", ()) or self.default is False:
             return ""
+        if self.default is True:
+            return "true"
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
 

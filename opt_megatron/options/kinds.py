@@ -103,6 +103,11 @@ def _ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(map(int, value))
 
 
+def _id_sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    _require(isinstance(value, Sequence) and not isinstance(value, str | bytes), name, value, "a list of lists of ids")
+    return tuple(_ids(name, ids) for ids in value)
+
+
 def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """Pairs, of a mapping too; an item may also be a text such as 262=-5, and a mapping's key the id as a text."""
     items = value.items() if isinstance(value, Mapping) else value
@@ -148,5 +153,6 @@ _KINDS = {
     "Size": Kind(_size, str, False, "size"),
     "tuple[str, ...]": Kind(_texts, str, True, "list of texts"),
     "tuple[int, ...]": Kind(_ids, int, True, "list of ids"),
+    "tuple[tuple[int, ...], ...]": Kind(_id_sequences, str, True, "list of lists of ids"),
     "tuple[tuple[int, float], ...]": Kind(_biases, str, True, "ids with a number each"),
 }

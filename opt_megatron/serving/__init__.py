@@ -8,7 +8,7 @@ A request passes these modules in turn:
 4. `protocol`: the fields of a body, with their ranges
 5. `engine_requests`: prompts to token ids and `SamplingParams`
 6. `async_engine`, `admission`, `engine_thread`: 429 where too many wait; queue for the thread that runs the engine
-7. `response`, `streaming`: the engine's events to choices, and to the client
+7. `choices`, `response`, `streaming`: the engine's events to choices, and to the client
 
 Needs the extra `serve`: fastapi, uvicorn, prometheus-client.
 """

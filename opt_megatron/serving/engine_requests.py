@@ -31,10 +31,12 @@ class EngineRequest:
 
     Attributes:
         echoed_text: the prompt's text if the response begins with it (`echo`), else empty.
+        text_offset: where the continuation begins, in characters, in what `text_offset` of log-probabilities counts.
     """
 
     request: Request
     echoed_text: str
+    text_offset: int
 
 
 async def encode(model: ServedModel, text: str, add_bos: bool) -> list[int]:
@@ -76,15 +78,28 @@ async def _make_engine_request(
     if not ids:
         raise bad_request(f"{label} has no tokens; an OPT sequence begins with {model.config.bos_token_id}", "prompt")
     kept = _truncate(ids, _max_prompt_tokens(model, body, options["max_new_tokens"]), keep_bos=add_bos)
-    echoed_text = ""
-    if options["echo"]:
-        echoed_text = prompt if isinstance(prompt, str) and len(kept) == len(ids) else model.tokenizer.decode(kept)
     try:
         request = Request(tuple(kept), _sampling_params(model, body, options, len(kept)), model.tokenizer.stream)
         model.engine.check(request, label)
     except UserError as error:
         raise engine_error(str(error)) from None
-    return EngineRequest(request, echoed_text)
+    text = ""
+    if options["echo"] or options["logprobs"] is not None:
+        text = prompt if isinstance(prompt, str) and len(kept) == len(ids) else _prompt_text(model, request)
+    echoed_text = text if options["echo"] else ""
+    # OpenAI's offsets begin at the prompt, whether it is echoed or not, metaseq's at the text of the response.
+    return EngineRequest(request, echoed_text, len(echoed_text if isinstance(body, MetaseqRequest) else text))
+
+
+def _prompt_text(model: ServedModel, request: Request) -> str:
+    """The text of a prompt of ids: with its special tokens, except for BOS at the beginning.
+
+    Half of a character at its end is left out, because the continuation completes it, unless there is none.
+    """
+    decoder = model.tokenizer.stream(skip_special_tokens=False)
+    ids = request.prompt[1:] if request.prompt[0] == model.config.bos_token_id else request.prompt
+    text = "".join([decoder.push(token) for token in ids])
+    return text if request.params.max_new_tokens else text + decoder.flush()
 
 
 def engine_error(message: str) -> ApiError:
@@ -119,13 +134,13 @@ def _sampling_params(
     remaining = max(1, model.max_model_len - prompt_length)
     # Without a seed, equal prompts must not get equal texts. With one, each gets the text that it would get alone.
     seed = secrets.randbelow(2**63) if options["seed"] is None else options["seed"]
-    options = {**options, "seed": seed}
+    options = {**options, "seed": seed, "bad_word_ids": model.tokenizer.bad_word_ids(options.get("bad_words", ()))}
     if isinstance(body, MetaseqRequest):
         options |= _metaseq_options(model, options, remaining)
     else:
         options |= _openai_options(options, remaining)
     # The engine reports the prompt's tokens only where they are needed: not for their text alone.
-    options["echo"] = options["echo"] and (options["logprobs"] is not None or options["max_new_tokens"] == 0)
+    options["echo"] = options["echo"] and options["logprobs"] is not None
     return SamplingParams(**options)
 
 

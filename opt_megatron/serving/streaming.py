@@ -14,9 +14,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .choices import Choice
 from .errors import ApiError
 from .request_output import OutputCollector
-from .response import Choice, ResponseBuilder
+from .response import ResponseBuilder
 
 _DONE = b"data: [DONE]\n\n"
 

@@ -273,7 +273,7 @@ def test_wrong_options_of_a_prompt_are_one_line(capsys, tmp_path, options, messa
         (("--prefill-chunk-size", "0"), "--prefill-chunk-size is 0"),
         (("--draft-model", "story", "--prompt-lookup"), "use one of them"),
         (("--logit-bias", "5:3"), "is not an id and a number"),
-        (("--n", "2", "--temperature", "0"), "n is 2, but must be 1 at temperature 0"),
+        (("--n", "3", "--best-of", "2"), "best_of is 2, but must be at least n, which is 3"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(capsys, arguments, message):

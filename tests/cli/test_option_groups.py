@@ -57,7 +57,7 @@ def test_later_files_go_before_earlier_ones_and_other_files_are_the_models_confi
     [
         ("generate", "top_q: 1", "run.yaml: there is no option 'top_q'; did you mean top_p or top_k"),
         ("generate", "config: other.yaml", "run.yaml: there is no option 'config'"),
-        ("generate", "top_p: 2", "run.yaml: top_p is 2, but must be above 0 and at most 1"),
+        ("generate", "top_p: 2", "run.yaml: top_p is 2, but must be from 0 (greedy) to 1"),
         ("serve", "port: http", "run.yaml: port is 'http', but must be a whole number"),
         ("train", "lr: -1", "run.yaml: lr is -1, but must be positive"),
         ("train", "bf16: 1", "run.yaml: bf16 is 1, but must be true or false"),

@@ -77,7 +77,7 @@ def test_kinds_and_ranges_are_checked(options: dict[str, Any], message: str) -> 
 
 def test_bounds_are_named_as_pydantic_names_them() -> None:
     declared = options_of(SamplingParams)
-    assert declared["top_p"].bounds() == {"gt": 0, "le": 1}
+    assert declared["typical_p"].bounds() == {"gt": 0, "le": 1}
     assert declared["top_k"].bounds() == {"ge": 0} and declared["top_k"].bounds(api=True) == {"ge": -1}
     assert declared["max_new_tokens"].api_name == "max_tokens"
     assert declared["repetition_penalty"].bounds(api=True) == {"gt": 0, "le": 100}

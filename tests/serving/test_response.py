@@ -40,9 +40,24 @@ def test_what_lm_eval_posts_is_answered_with_the_score_of_every_token(server, of
 
 def test_half_characters_wait_for_their_other_half(server):
     ids = TOKENIZER.encode("€", add_bos=False)
-    assert len(ids) > 1
-    options = {"prompt": [2, ids[0]], "max_tokens": len(ids) - 1, "temperature": 0, "echo": True, "logprobs": 0}
-    (choice,) = server.complete(**options, logit_bias={str(ids[1]): 100}).json["choices"]
-    assert choice["logprobs"]["tokens"][1].startswith("bytes:\\x")
-    # The continuation is decoded separately: it does not complete the half character that the prompt ends with.
-    assert choice["text"][0] == "\ufffd" and choice["logprobs"]["text_offset"][:3] == [0, 0, 1]
+    assert len(ids) == 3
+    options = {"temperature": 0, "logprobs": 0, "max_tokens": 3, "allowed_token_ids": [ids[1]]}
+    prompt = [2, *TOKENIZER.encode("a", add_bos=False), ids[0]]
+    for echo, text, offsets in ((True, "a\u2082\ufffd", [0, 0, 1, 1, 1, 2]), (False, "\u2082\ufffd", [1, 1, 2])):
+        (choice,) = server.complete(prompt=prompt, echo=echo, **options).json["choices"]
+        assert (choice["text"], choice["logprobs"]["text_offset"]) == (text, offsets)
+        assert choice["logprobs"]["tokens"][-1].startswith("bytes:\\x")
+    scored = server.complete(prompt=prompt, echo=True, logprobs=0, max_tokens=0).json["choices"][0]
+    assert (scored["text"], scored["logprobs"]["text_offset"]) == ("a\ufffd", [0, 0, 1])
+
+
+def test_offsets_count_from_the_prompt_and_special_tokens_of_a_prompt_are_shown(server):
+    (choice,) = server.complete(prompt=PROMPT, max_tokens=2, logprobs=0).json["choices"]
+    assert choice["logprobs"]["text_offset"][0] == len(PROMPT)
+    (choice,) = server.complete(prompt=[2, 1, 335, 1], max_tokens=2, logprobs=0, echo=True, seed=1).json["choices"]
+    assert choice["text"].startswith("<pad>The<pad>")
+    assert choice["logprobs"]["text_offset"][:5] == [0, 0, 5, 8, 13]
+    body = {"prompt": [2, 1, 335], "max_tokens": 2, "logprobs": 0}
+    assert server.complete(**body).json["choices"][0]["logprobs"]["text_offset"][0] == 8
+    # metaseq's offsets are those in the text that it returns.
+    assert server.request("POST", "/completions", body).json["choices"][0]["logprobs"]["text_offset"][0] == 0

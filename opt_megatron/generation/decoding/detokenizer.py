@@ -16,9 +16,9 @@ class IncrementalDetokenizer:
     def __init__(self, request: Request, eos: int | None) -> None:
         params = request.params
         self._num_tokens = 0
-        self._max_new_tokens = params.max_new_tokens
+        self._min_new_tokens, self._max_new_tokens = params.min_new_tokens, params.max_new_tokens
         self._end_tokens = {*params.stop_token_ids, *(() if eos is None else (eos,))}
-        self._decoder = request.decoder() if request.decoder else None
+        self._decoder = request.make_decoder()
         has_stops = bool(params.stop or params.stop_regex)
         self._scanner = StopScanner(params.stop, params.stop_regex, params.include_stop) if has_stops else None
 
@@ -42,7 +42,7 @@ class IncrementalDetokenizer:
             text += self._decoder.flush()
         if self._scanner is None:
             return text, reason
-        text, is_stopped = self._scanner.push(text)
+        text, is_stopped = self._scanner.push(text, may_stop=self._num_tokens > self._min_new_tokens)
         if is_stopped:
             return text, "stop"
         return text + self._scanner.flush() if reason is not None else text, reason

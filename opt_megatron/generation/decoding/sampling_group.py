@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..request import Request, TokenEvent, TopLogProbs
+from ..request import Request, TextDecoder, TokenEvent, TopLogProbs
 from ..sampling.logits_processors import ProcessorChain
 from ..sampling.sampler import SamplerState, distribution, sample_token, top_log_probabilities
 from ..sampling.token_history import TokenHistory
@@ -37,14 +36,17 @@ class SamplingGroup(SequenceGroup):
         self.sampler_state = SamplerState(ProcessorChain(params), self.history, generator)
         self.proposal = Proposal()
         self.logprob_sum = 0.0
-        self._echo = params.echo and choice == 0
-        self.can_share_prefix = not self._echo  # every token of the prompt must give its log-probability
         # How many alternatives to report with every token; None for no log-probabilities at all.
         self._num_logprobs = 0 if params.best_of is not None and params.logprobs is None else params.logprobs
-        if self.sampler_state.chain.is_plain_greedy and self._num_logprobs is None and not self._echo:
+        self._num_prompt_logprobs = params.num_prompt_logprobs if choice == 0 else None
+        # Every token of a prompt that is reported must give its log-probability.
+        self.can_share_prefix = self._num_prompt_logprobs is None
+        if self.sampler_state.chain.is_plain_greedy and self._num_logprobs is self._num_prompt_logprobs is None:
             self.output_kind = OutputKind.ARGMAX
         self._detokenizer = IncrementalDetokenizer(request, eos)
-        self._prompt_decoder = request.decoder() if self._echo and request.decoder else None
+        self._prompt_decoder: TextDecoder | None = None
+        if self._num_prompt_logprobs is not None and request.decoder is not None:
+            self._prompt_decoder = request.decoder(skip_special_tokens=params.skip_special_tokens)
 
     @property
     def max_proposed_tokens(self) -> int:
@@ -64,7 +66,8 @@ class SamplingGroup(SequenceGroup):
         count = min(pending, budget)
         if count == 0:
             return []
-        return [lead.schedule(count, count if self._echo else int(count == pending))]
+        reports_prompt = self._num_prompt_logprobs is not None
+        return [lead.schedule(count, count if reports_prompt else int(count == pending))]
 
     def process_outputs(
         self, scheduled: Sequence[ScheduledSequence], outputs: Sequence[Tensor], copy: CopyCache
@@ -84,15 +87,19 @@ class SamplingGroup(SequenceGroup):
         return events
 
     def update_cached(self, scheduled: ScheduledSequence, output: Tensor) -> list[TokenEvent]:
-        """Count the computed tokens as cached; returns the events of an echoed prompt's tokens.
+        """Count the computed tokens as cached; returns the events of the prompt's tokens, and of an end without tokens.
 
         If nothing is pending then, and the group is not finished, the next token is to be chosen.
         """
         begin = self.lead.num_cached
         self.lead.num_cached += len(scheduled.tokens) - len(self.proposal.tokens)
-        if self._echo and begin < len(self.request.prompt):
-            return self._echo_events(begin, self.lead.num_cached, output)
-        return []
+        events: list[TokenEvent] = []
+        if self._num_prompt_logprobs is not None and begin < len(self.request.prompt):
+            events = self._prompt_events(begin, self.lead.num_cached, output, self._num_prompt_logprobs)
+        if self.request.params.max_new_tokens == 0 and not self.lead.num_pending:
+            self.is_finished = True
+            events.append(TokenEvent(self.request_id, None, "", "length", self.choice))
+        return events
 
     def accept_token(self, token: int, logits: Tensor | None = None) -> TokenEvent:
         """Append the next token; `logits` [V] are needed where log-probabilities are reported."""
@@ -106,19 +113,15 @@ class SamplingGroup(SequenceGroup):
         self.is_finished = reason is not None
         return TokenEvent(self.request_id, token, text, reason, self.choice, logprob, top)
 
-    def _echo_events(self, begin: int, end: int, output: Tensor) -> list[TokenEvent]:
+    def _prompt_events(self, begin: int, end: int, output: Tensor, num_logprobs: int) -> list[TokenEvent]:
         """Output i predicts the token after position begin + i; the first token has no log-probability."""
         prompt = self.request.prompt
         predicted = list(prompt[begin + 1 : end + 1])
-        scores = top_log_probabilities(output[: len(predicted)], predicted, self._num_logprobs or 0)
-        events = [self._echo_event(prompt[0], None, ())] if begin == 0 else []
-        events += [self._echo_event(token, *score) for token, score in zip(predicted, scores, strict=True)]
-        if end >= len(prompt) - 1 and self.request.params.max_new_tokens == 0:  # nothing is left to predict
-            self.is_finished = True
-            events[-1] = replace(events[-1], finish_reason="length")
-        return events
+        scores = top_log_probabilities(output[: len(predicted)], predicted, num_logprobs)
+        events = [self._prompt_event(prompt[0], None, ())] if begin == 0 else []
+        return events + [self._prompt_event(token, *score) for token, score in zip(predicted, scores, strict=True)]
 
-    def _echo_event(self, token: int, logprob: float | None, top: TopLogProbs) -> TokenEvent:
+    def _prompt_event(self, token: int, logprob: float | None, top: TopLogProbs) -> TokenEvent:
         text = self._prompt_decoder.push(token) if self._prompt_decoder else ""
         return TokenEvent(self.request_id, token, text, None, 0, logprob, top, is_prompt=True)
 

@@ -41,16 +41,21 @@ class StopScanner:
         self._include_stop = include_stop
         self._reset()
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Add text.
+
+        Args:
+            may_stop: without it, a match that is complete with this text does not end the stream; one that begins here
+                and is complete later may.
 
         Returns:
             the text that can be shown now, and whether a match ends the stream (text before it is still shown).
         """
         known = len(self._text)
         self._text += text
-        match = self._find(known)
-        if match:
+        if not may_stop:
+            self._pass_over(known)
+        elif match := self._find(known):
             start, end = match
             shown = self._text[self._shown : end if self._include_stop else start]
             self._reset()
@@ -81,7 +86,7 @@ class StopScanner:
         """The match that is complete first, the text up to `known` having been searched."""
         spans = []
         for stop in self._stops:
-            start = self._text.find(stop, self._shown)
+            start = self._text.find(stop, max(self._shown, known - len(stop) + 1))
             if start >= 0:
                 spans.append((start, start + len(stop)))
         first_end = min((end for _, end in spans), default=len(self._text))
@@ -90,6 +95,13 @@ class StopScanner:
             if matches:
                 return min(matches + [span for span in spans if span[1] == end])
         return min((span for span in spans if span[1] == first_end), default=None)
+
+    def _pass_over(self, known: int) -> None:
+        """Note where text from `known` on could begin a match that is complete later; ignore complete ones."""
+        for end in range(known + 1, len(self._text) + 1):
+            for index in range(len(self._patterns)):
+                while span := self._search(index, end):
+                    self._begins[index] = span[0] + 1
 
     def _search(self, index: int, end: int) -> Span | None:
         """A pattern's match in the text up to `end`; without one, remember where it could begin."""

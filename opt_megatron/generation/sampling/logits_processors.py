@@ -50,6 +50,21 @@ def mask_tokens(scores: Tensor, tokens: Sequence[int]) -> Tensor:
     return scores.index_fill(-1, torch.tensor(known, device=scores.device), -math.inf)
 
 
+def mask_bad_words(scores: Tensor, words: Sequence[Sequence[int]], tokens: Sequence[int]) -> Tensor:
+    """Set the score of each word's last id to -inf where the tokens so far end with the word's other ids."""
+    return mask_tokens(scores, [word[-1] for word in words if _ends_with(tokens, word[:-1])])
+
+
+def _ends_with(tokens: Sequence[int], ids: Sequence[int]) -> bool:
+    return len(tokens) >= len(ids) and list(tokens[len(tokens) - len(ids) :]) == list(ids)
+
+
+def keep_tokens(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Set the scores of all other ids to -inf."""
+    kept = torch.tensor([token for token in tokens if token < scores.size(-1)], dtype=torch.int64, device=scores.device)
+    return torch.full_like(scores, -math.inf).index_copy(-1, kept, scores.index_select(-1, kept))
+
+
 def penalize_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """CTRL's penalty (Keskar et al. 2019, arXiv:1909.05858), as in transformers: a score above 0 is divided,
     one below 0 multiplied.
@@ -233,12 +248,21 @@ PROCESSORS = (
     ),
     # transformers: bad_words_ids of one token
     LogitsProcessor(lambda p: bool(p.banned_tokens), lambda scores, p, history: mask_tokens(scores, p.banned_tokens)),
+    # transformers: bad_words_ids
+    LogitsProcessor(
+        lambda p: bool(p.bad_word_ids),
+        lambda scores, p, history: mask_bad_words(scores, p.bad_word_ids, history.tokens),
+    ),
     # transformers: min_new_tokens; nothing that ends the text
     LogitsProcessor(
         lambda p: p.min_new_tokens > 0,
         lambda scores, p, history: (
             mask_tokens(scores, _end_tokens(p, history)) if history.num_output_tokens < p.min_new_tokens else scores
         ),
+    ),
+    # transformers: prefix_allowed_tokens_fn; vLLM: allowed_token_ids
+    LogitsProcessor(
+        lambda p: bool(p.allowed_token_ids), lambda scores, p, history: keep_tokens(scores, p.allowed_token_ids)
     ),
     # OpenAI and vLLM, of the output
     LogitsProcessor(
@@ -290,7 +314,7 @@ class ProcessorChain:
         self.params = params
         active = [processor for processor in PROCESSORS if processor.is_active(params)]
         self.processors = tuple(active)
-        self.is_greedy = params.temperature == 0
+        self.is_greedy = params.is_greedy
         sampling = () if self.is_greedy else SAMPLING_PROCESSORS
         self.sampling_processors = tuple(processor for processor in sampling if processor.is_active(params))
         self.is_plain_greedy = self.is_greedy and all(processor.keeps_argmax for processor in active)

@@ -185,6 +185,6 @@ def _candidates(logits: Tensor, chain: ProcessorChain, history: TokenHistory) ->
 
 def _no_token_possible() -> UserError:
     return UserError(
-        "no token is possible: all of them are ruled out (banned_tokens, min_new_tokens), or the model's scores are "
-        "not numbers"
+        "no token is possible: all of them are ruled out (allowed_token_ids, bad_words, banned_tokens, "
+        "min_new_tokens), or the model's scores are not numbers"
     )

@@ -26,12 +26,15 @@ class SamplingParams:
 
     max_new_tokens: int = option(
         64,
-        help="maximum number of new tokens; 0 only scores the prompt (with --echo)",
+        help="maximum number of new tokens; 0 only scores the prompt (with --echo or --prompt-logprobs)",
         minimum=0,
         api_name="max_tokens",
     )
     min_new_tokens: int = option(
-        0, help="no end of sequence and no stop token id before this many new tokens", minimum=0, api_name="min_tokens"
+        0,
+        help="no end of sequence, no stop token id and no stop string ends the text before it has this many new tokens",
+        minimum=0,
+        api_name="min_tokens",
     )
     temperature: float = option(
         1.0,
@@ -51,10 +54,11 @@ class SamplingParams:
     )
     top_p: float = option(
         1.0,
-        help="keep the most likely tokens until their probabilities reach P, the one that crosses it included",
-        above=0,
+        help="keep the most likely tokens until their probabilities reach P, the one that crosses it included; "
+        "0 is greedy",
+        minimum=0,
         maximum=1,
-        must="be above 0 and at most 1",
+        must="be from 0 (greedy) to 1 (all tokens)",
         api_name="top_p",
     )
     min_p: float = option(
@@ -134,9 +138,15 @@ class SamplingParams:
     num_beams: int = option(1, help="beam search with this many beams; 1 is off", minimum=1, maximum=MOST_ROWS)
     # The range is one in which the longest sequence to this power is still a number.
     length_penalty: float = option(
-        1.0, help="beam search: divide a beam's log-probability by its length to this power", minimum=-20, maximum=20
+        1.0,
+        help="beam search: divide a beam's log-probability by its length to this power",
+        minimum=-20,
+        maximum=20,
+        api_name="length_penalty",
     )
-    early_stopping: bool = option(False, help="beam search: end as soon as num_beams beams have ended")
+    early_stopping: bool = option(
+        False, help="beam search: end as soon as num_beams beams have ended", api_name="early_stopping"
+    )
     penalty_alpha: float = option(
         0.0,
         help="contrastive search among the --top-k best: weight of the penalty for similarity to the text so far; "
@@ -154,15 +164,22 @@ class SamplingParams:
         api_name="logprobs",
         api_maximum=20,
     )
+    prompt_logprobs: int | None = option(
+        None,
+        help="report the prompt's tokens with their log-probabilities, and those of the N most likely ones",
+        minimum=0,
+        maximum=MOST_LOGPROBS,
+        must=f"be none, or from 0 (the prompt's tokens only) to {MOST_LOGPROBS}",
+    )
     echo: bool = option(
         False, help="report the prompt's tokens too, with --logprobs their log-probabilities", api_name="echo"
     )
     seed: int = option(
         1234,
         help="of the request's own generator: equal seeds and prompts give equal text",
-        minimum=0,
+        minimum=-(2**63),
         maximum=2**63 - 1,
-        must="be from 0 to 2**63 - 1",
+        must="be from -2**63 to 2**63 - 1",
         api_name="seed",
     )
     stop: tuple[str, ...] = option((), help="end before TEXT; repeatable", metavar="TEXT", api_name="stop")
@@ -180,8 +197,29 @@ class SamplingParams:
     )
     include_stop: bool = option(False, help="leave the stop string in the text", api_name="include_stop_str_in_output")
     ignore_eos: bool = option(False, help="go on after an end-of-sequence token", api_name="ignore_eos")
+    skip_special_tokens: bool = option(
+        True,
+        help="leave special tokens such as </s> out of the text (--no-skip-special-tokens shows them)",
+        api_name="skip_special_tokens",
+    )
     logit_bias: tuple[tuple[int, float], ...] = option(
         (), help="add X to an id's score; repeatable", metavar="ID=X", api_name="logit_bias"
+    )
+    allowed_token_ids: tuple[int, ...] = option(
+        (),
+        help="choose no other id than this; repeatable",
+        minimum=0,
+        must="be made of ids, which are 0 or above",
+        metavar="ID",
+        flags=("--allowed-token-id",),
+        api_name="allowed_token_ids",
+    )
+    bad_words: tuple[str, ...] = option(
+        (),
+        help="do not write TEXT, neither as it is nor with a space before it; repeatable",
+        metavar="TEXT",
+        flags=("--bad-word",),
+        api_name="bad_words",
     )
     # Set by the package: FlagAI's order of filters, and ids that the tokenizer knows.
     log_probabilities: bool = option(
@@ -189,6 +227,9 @@ class SamplingParams:
     )
     banned_tokens: tuple[int, ...] = option(
         (), help="ids that are never chosen", minimum=0, must="be made of ids, which are 0 or above", cli=False
+    )
+    bad_word_ids: tuple[tuple[int, ...], ...] = option(
+        (), help="sequences of ids whose last one is not chosen after the others (those of bad_words)", cli=False
     )
     sentence_end_tokens: tuple[int, ...] = option(
         (),
@@ -200,22 +241,32 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         convert_kinds(self)
+        check_ranges(self)
         _check_lengths(self)
         _check_continuations(self)
-        check_ranges(self)
         _check_biases(self)
-        _check_stops(self)
+        _check_texts(self)
         if self.num_beams > 1:
             _check_beams(self)
         elif self.penalty_alpha > 0:
             _check_contrastive(self)
-        elif self.temperature == 0:
-            _check_greedy(self)
 
     @property
     def num_sampled(self) -> int:
         """Continuations that are sampled, of which the `n` best are returned."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is always chosen, so that several continuations are equal."""
+        return self.temperature == 0 or self.top_p == 0
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many alternatives are reported with every token of the prompt; None where it is not reported."""
+        if self.prompt_logprobs is not None:
+            return self.prompt_logprobs
+        return (self.logprobs or 0) if self.echo else None
 
 
 # Options of sampling that are refused where nothing is sampled: name -> the value that leaves it out.
@@ -226,18 +277,13 @@ _OF_SAMPLING: dict[str, float | None] = {
     "lambda_decay": 1,
     "best_of": None,
     "echo": False,
+    "prompt_logprobs": None,
 }
 _FOREIGN_TO_BEAMS: dict[str, float | None] = {"top_k": 0, "penalty_alpha": 0, "logprobs": None, **_OF_SAMPLING}
 _FOREIGN_TO_CONTRASTIVE: dict[str, float | None] = {"temperature": 1, "n": 1, **_OF_SAMPLING}
 
 
 def _check_lengths(params: SamplingParams) -> None:
-    least = 0 if params.echo else 1
-    _check(params.max_new_tokens >= least, "max_new_tokens", params.max_new_tokens, f"at least {least}")
-    if params.max_new_tokens == 0:
-        for name in ("n", "best_of"):
-            value = getattr(params, name)
-            _check(value in (None, 1), name, value, "1 where max_new_tokens is 0 and the prompt alone is scored")
     good = 0 <= params.min_new_tokens <= params.max_new_tokens
     wanted = f"from 0 to max_new_tokens, which is {params.max_new_tokens}"
     _check(good, "min_new_tokens", params.min_new_tokens, wanted)
@@ -255,8 +301,10 @@ def _check_biases(params: SamplingParams) -> None:
     _check(good, "logit_bias", params.logit_bias, "made of finite numbers (use banned_tokens to rule a token out)")
 
 
-def _check_stops(params: SamplingParams) -> None:
-    _check(all(params.stop), "stop", params.stop, "made of strings that are not empty")
+def _check_texts(params: SamplingParams) -> None:
+    for name in ("stop", "bad_words"):
+        texts = getattr(params, name)
+        _check(all(texts), name, texts, "made of strings that are not empty")
     for pattern in params.stop_regex:
         compile_stop_regex(pattern)
 
@@ -266,20 +314,15 @@ def _check_beams(params: SamplingParams) -> None:
     _check(good, "n", params.n, f"at most num_beams, which is {params.num_beams}, in a beam search")
     good = params.temperature in (0, 1)
     _check(good, "temperature", params.temperature, "0 or 1 in a beam search (num_beams above 1)")
+    _check(params.max_new_tokens > 0, "max_new_tokens", 0, "at least 1 in a beam search")
     _refuse_all(params, "num_beams", "beam search", _FOREIGN_TO_BEAMS)
 
 
 def _check_contrastive(params: SamplingParams) -> None:
     wanted = f"from 2 to {MOST_ROWS} in a contrastive search (penalty_alpha above 0), which chooses among so many"
     _check(2 <= params.top_k <= MOST_ROWS, "top_k", params.top_k, wanted)
+    _check(params.max_new_tokens > 0, "max_new_tokens", 0, "at least 1 in a contrastive search")
     _refuse_all(params, "penalty_alpha", "contrastive search", _FOREIGN_TO_CONTRASTIVE)
-
-
-def _check_greedy(params: SamplingParams) -> None:
-    for name in ("n", "best_of"):
-        value = getattr(params, name)
-        wanted = "1 at temperature 0, where all samples are equal: raise the temperature"
-        _check(value in (None, 1), name, value, wanted)
 
 
 def _refuse_all(params: SamplingParams, cause: str, what: str, without: dict[str, float | None]) -> None:

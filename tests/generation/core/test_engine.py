@@ -8,6 +8,7 @@ import rank_jobs
 import torch
 from factory import oracle_greedy, prompts_for
 
+from opt_megatron.api import OPT
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.core.engine import Engine
@@ -202,6 +203,36 @@ def test_text_stop_strings_and_streams(models, alone):
     word = next(re.finditer(r"[a-z]{5}", text))
     assert run(stop_regex=(r"[a-z]{5}", "never"))[0] == text[: word.start()]
     assert run(stop_regex=(r"[a-z]{5}",), include_stop=True)[0] == text[: word.end()]
+    assert len(run(stop=(stop,), stop_regex=(r"[a-z]{5}",), min_new_tokens=30)[1]) > 30
+
+
+def test_ids_and_texts_that_may_or_must_not_be_written(models, alone):
+    directory, _ = models["story"]
+    opt = OPT.from_model(load_model(directory, None, alone), alone, OPTTokenizer.from_directory(directory))
+
+    def run(prompt, **options):
+        return opt.generate(prompt, **{"max_new_tokens": 24, "temperature": 0} | options)[0]
+
+    text = run("The king had").text
+    assert " daughter" in text or " great" in text
+    words = ("daughter", " great", "a")
+    without = run("The king had", bad_words=words)
+    tokens = [opt.tokenizer.decode([token]) for token in without.tokens]
+    assert not {word for bare in ("daughter", "great", "a") for word in (bare, " " + bare)} & set(tokens)
+    assert set(run("The king", allowed_token_ids=(262, 15)).tokens) <= {262, 15}
+    with pytest.raises(UserError, match="prompt 1: allowed_token_ids has 99999, but ids go"):
+        run("The king", allowed_token_ids=(99999,))
+    options = {"logit_bias": {1: 100}, "max_new_tokens": 2}
+    assert run("The king", **options).text == ""
+    assert run("The king", **options, skip_special_tokens=False).text == "<pad><pad>"
+
+
+def test_a_character_that_the_prompt_begins_is_completed(models, alone):
+    directory, _ = models["story"]
+    opt = OPT.from_model(load_model(directory, None, alone), alone, OPTTokenizer.from_directory(directory))
+    first, *rest = opt.tokenizer.encode("\u20ac", add_bos=False)
+    completion = opt.generate([(2, first)], max_new_tokens=2, temperature=0, allowed_token_ids=rest[:1])[0]
+    assert len(rest) == 2 and completion.text == opt.tokenizer.decode([first, *completion.tokens]) == "\u2082"
 
 
 @pytest.mark.parametrize(

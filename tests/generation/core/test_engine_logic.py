@@ -197,9 +197,7 @@ def test_options_out_of_range(make, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0, "echo": True, "n": 2}, "n is 2, but must be 1 where max_new_tokens is 0"),
-        ({"max_new_tokens": 0, "echo": True, "best_of": 2}, "best_of is 2, but must be 1 where max_new_tokens is 0"),
-        ({"max_new_tokens": 0, "echo": True, "num_beams": 2}, "has no meaning in a beam search"),
+        ({"echo": True, "num_beams": 2}, "has no meaning in a beam search"),
         ({"echo": True, "penalty_alpha": 0.5, "top_k": 2}, "echo is True, but has no meaning in a contrastive search"),
         ({"logprobs": 1, "num_beams": 2}, "logprobs is 1, but has no meaning in a beam search"),
     ],
@@ -211,9 +209,41 @@ def test_options_that_no_search_could_serve(options, message):
 
 def test_scoring_a_prompt_does_not_depend_on_its_pieces(make):
     wanted = make().complete([request(BASE[:9], 0, echo=True)])[0]
-    assert len(wanted.prompt_events) == 9 and wanted.prompt_events[-1].finish_reason == "length"
+    assert len(wanted.prompt_events) == 9 and (wanted.tokens, wanted.finish_reason) == ((), "length")
     for chunk in range(1, 10):
         assert make(prefill_chunk_size=chunk).complete([request(BASE[:9], 0, echo=True)]) == [wanted]
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"n": 2, "best_of": 3}, {"temperature": 0, "logprobs": 1}])
+def test_no_new_tokens_end_every_continuation(make, options):
+    completions = make(prefill_chunk_size=7).complete([request(BASE[:20], 0, **options)] * 2)
+    assert [(c.request, c.choice) for c in completions] == [(r, c) for r in (0, 1) for c in range(options.get("n", 1))]
+    assert {(c.tokens, c.finish_reason, c.prompt_events) for c in completions} == {((), "length", ())}
+
+
+def test_the_prompt_has_its_own_number_of_alternatives(make):
+    (both,) = make().complete([request(BASE[:9], 4, temperature=0, prompt_logprobs=3, logprobs=1)])
+    (echoed,) = make().complete([request(BASE[:9], 4, temperature=0, echo=True, logprobs=1)])
+    assert (both.tokens, both.top_logprobs) == (echoed.tokens, echoed.top_logprobs)
+    for got, less in zip(both.prompt_events, echoed.prompt_events, strict=True):
+        assert (got.token, got.logprob, got.top_logprobs[:1]) == (less.token, less.logprob, less.top_logprobs)
+    assert [len(event.top_logprobs) for event in both.prompt_events] == [0] + [3] * 8
+    (alone,) = make().complete([request(BASE[:9], 4, temperature=0, prompt_logprobs=0)])
+    assert [e.logprob for e in alone.prompt_events] == [e.logprob for e in both.prompt_events]
+    assert alone.tokens == both.tokens and alone.logprobs == (None,) * 4
+
+
+def test_greedy_continuations_are_equal(make):
+    (wanted,) = make().complete([request(BASE, 8, temperature=0)])
+    for options in ({"n": 3, "temperature": 0}, {"n": 2, "best_of": 3, "temperature": 0}, {"n": 2, "top_p": 0}):
+        completions = make().complete([request(BASE, 8, **options)])
+        assert {c.tokens for c in completions} == {wanted.tokens} and len(completions) == options["n"]
+
+
+def test_any_seed_of_64_bits_gives_a_text(make):
+    seeds = (-(2**63), -42, 2**63 - 1)
+    first, again = ([make().complete([request(BASE, 8, seed=s, n=2)])[1].tokens for s in seeds] for _ in range(2))
+    assert first == again and len(set(first)) == 3
 
 
 def test_a_search_without_possible_tokens_is_refused(make):

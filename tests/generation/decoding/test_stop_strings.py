@@ -103,6 +103,38 @@ def test_any_cutting_gives_the_same_text(pieces, stops, patterns, include_stop):
     assert ("".join(shown), stopped) == by_characters("".join(pieces), stops, patterns, include_stop)
 
 
+@given(
+    pieces_of_text,
+    st.integers(0, 8),
+    st.lists(st.text(alphabet="ab\n", min_size=1, max_size=6), max_size=3),
+    st.sampled_from(["ab+a", r"([ab])\1", r"(?s)a.*\n", r"a(?!b)"]),
+)
+def test_a_match_counts_only_where_it_is_complete_once_the_stream_may_stop(pieces, held, stops, pattern):
+    scanner = StopScanner(stops, (pattern,))
+    shown, stopped = "", False
+    for index, piece in enumerate(pieces):
+        text, stopped = scanner.push(piece, may_stop=index >= held)
+        shown += text
+        if stopped:
+            break
+    text, begin = "".join(pieces), len("".join(pieces[:held]))
+    expected = (text, False)
+    for end in range(begin + 1, len(text) + 1):
+        new = (match for match in regex.finditer(pattern, text[:end], overlapped=True))
+        spans = [match.span() for match in new if not is_complete_before(match, begin)]
+        spans += [(end - len(stop), end) for stop in stops if text[:end].endswith(stop)]
+        if spans:
+            expected = text[: min(spans)[0]], True
+            break
+    assert (shown + ("" if stopped else scanner.flush()), stopped) == expected
+
+
+def is_complete_before(match: regex.Match, end: int) -> bool:
+    """Whether the text up to some earlier place already had a match there."""
+    earlier = (match.re.match(match.string[:stop], match.start()) for stop in range(end + 1))
+    return any(earlier)
+
+
 @given(pieces_of_text, st.lists(st.text(alphabet="ab\n", min_size=1, max_size=6), min_size=1, max_size=3))
 def test_nothing_of_a_stop_string_is_shown(pieces, stops):
     scanner, pushed, shown = StopScanner(stops), "", ""

@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
@@ -54,6 +55,18 @@ LN = math.log
         ({"repetition_penalty": 0.6}, RepetitionPenaltyLogitsProcessor(0.6)),
         ({"logit_bias": ((4, 2.5), (0, -100.0))}, SequenceBiasLogitsProcessor({(4,): 2.5, (0,): -100.0})),
         ({"banned_tokens": (1, 9)}, NoBadWordsLogitsProcessor([[1], [9]])),
+        (
+            {"bad_word_ids": ((8, 5, 3), (5, 7), (4, 6), (2,))},
+            NoBadWordsLogitsProcessor([[8, 5, 3], [5, 7], [4, 6], [2]]),
+        ),
+        (
+            {"bad_word_ids": ((*PROMPT, 8, 5, 6), (0, *PROMPT, 8, 5, 7))},
+            NoBadWordsLogitsProcessor([[*PROMPT, 8, 5, 6]]),
+        ),
+        (
+            {"allowed_token_ids": (3, 48, 9)},
+            PrefixConstrainedLogitsProcessor(lambda batch, ids: [3, 48, 9], num_beams=1),
+        ),
         (
             {"min_new_tokens": 3, "stop_token_ids": (11,)},
             MinNewTokensLengthLogitsProcessor(len(PROMPT), 3, torch.tensor([EOS, 11])),
