@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from .errors import CheckpointError
+from .files import read_text
 
 _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -85,7 +86,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(read_text(path))
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} holds a {type(value).__name__}, not an object")
     return value

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, UserError
+from .files import read_text
 
 LAYERNORM_EPSILON = 1e-5
 POSITION_OFFSET = 2  # the table's row 2 is the first real position; row 1 is padding, row 0 is unused
@@ -217,10 +218,12 @@ class OPTConfig:
             CheckpointError: as for `from_directory`.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text(path))
         except FileNotFoundError:
             raise CheckpointError(f"{path.parent}: there is no {path.name}; put the model's there") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: holds a {type(values).__name__}, not an object")

@@ -87,6 +87,3 @@ class _GatheredTensor(LazyTensor):
     def read(self, block: Block) -> Tensor:
         """A view of the whole tensor."""
         return self._gathering.read(self._name)[block]
-
-    def release(self, block: Block) -> None:
-        """Does nothing: the tensor is freed when another one is read."""

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as BPETokenizer
 
 from .added_tokens import read_added_tokens
 from .errors import CheckpointError, UserError
+from .files import read_text
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -74,10 +75,10 @@ class OPTTokenizer:
         directory = directory.parent if directory.is_file() else directory
         try:
             if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-                vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+                vocab = json.loads(read_text(directory / "vocab.json"))
                 merges = _read_merges(directory / "merges.txt")
             elif (directory / "tokenizer.json").is_file():
-                model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+                model = json.loads(read_text(directory / "tokenizer.json"))["model"]
                 vocab = model["vocab"]
                 merges = [_pair(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
             else:
@@ -192,7 +193,7 @@ def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]]) -> N
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     return [_pair(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
 
 

@@ -13,7 +13,8 @@ PACKAGE = "opt_megatron"
 # From the lowest layer to the highest; the packages and modules of one layer do not import each other.
 LAYERS = (
     {"version", "errors"},
-    {"added_tokens", "config", "files", "options"},
+    {"files"},
+    {"added_tokens", "config", "options"},
     {"parallel", "tokenizer"},
     {"data", "model"},
     {"checkpoint"},

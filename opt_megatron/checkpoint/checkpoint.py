@@ -55,10 +55,6 @@ class Checkpoint:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def release(self, name: str, block: Block) -> None:
-        """Release the memory that reading a block has used."""
-        self.tensors[name].release(block)
-
     def check_tensors(self) -> None:
         """Compare names and shapes with the config.
 

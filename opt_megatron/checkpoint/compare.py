@@ -109,7 +109,6 @@ def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator
     for first, values in row_blocks(left, name):
         block = (slice(first, first + len(values)), *whole(values.shape)[1:])
         yield values, right.read(name, block).contiguous()
-        right.release(name, block)
 
 
 def _in_parallel(

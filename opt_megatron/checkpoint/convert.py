@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ..config import OPTConfig, dtype_name
 from ..errors import CheckpointError
-from ..files import PartialDirectory, restore_replaced
+from ..files import PartialDirectory, read_bounded, restore_replaced
 from ..parallel.layout import check_model_divides
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .checkpoint import Checkpoint
@@ -137,7 +136,7 @@ def _write_small_files(
     for names, origin in ((TOKENIZER_FILES, tokenizer or source), (("generation_config.json",), source)):
         for name in names:
             if (origin / name).is_file():
-                shutil.copyfile(origin / name, directory / name)
+                (directory / name).write_bytes(read_bounded(origin / name))
     return config
 
 

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint
 from .formats.registry import open_checkpoint
 from .locate import locate
 from .parameter_mapping import ParameterMapping, component_view, even_stage_parameters, rank_block
+from .storage.blocks import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from ..model.opt_model import OPTModel
@@ -103,8 +104,13 @@ def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: ParameterM
     for index, name in enumerate(parameter.canonical):
         block = rank_block(checkpoint.tensors[name].shape, parameter.split, rank, ranks)
         view = component_view(target, index, count, checkpoint.config.head_dim)
-        view.copy_(checkpoint.read(name, block).reshape(view.shape))
-        checkpoint.release(name, block)
+        rows = (block[0].stop - block[0].start) // max(1, len(view))  # of each index of the view: 1, or a head's
+        step = max(1, BLOCK_BYTES // max(1, view[:1].numel() * checkpoint.tensors[name].dtype.itemsize))
+        for first in range(0, len(view), step):  # few rows at a time are still in the processor's cache when copied
+            part = view[first : first + step]
+            start = block[0].start + first * rows
+            values = checkpoint.read(name, (slice(start, start + len(part) * rows), *block[1:]))
+            part.copy_(values.reshape(part.shape))
 
 
 def resolve_dtype(name: str, config: OPTConfig, device: torch.device) -> torch.dtype:

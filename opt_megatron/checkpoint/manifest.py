@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import OPTConfig
 from ..errors import CheckpointError
+from ..files import read_text
 from ..version import __version__
 from .checkpoint import Checkpoint
 
@@ -66,7 +67,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory}: has no {MANIFEST}, as conversions write it; name a second checkpoint to compare with"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         keys = ("shape", "dtype", "xxh3_128")
         tensors = {name: {key: entry[key] for key in keys} for name, entry in content["tensors"].items()}
         return Manifest(dict(content["config"]), tensors)

@@ -23,11 +23,10 @@ from torch import Tensor
 from ..errors import UserError
 from .checkpoint import Checkpoint
 from .output_files import OutputFile, StoredTensor
-from .storage.blocks import Block, whole
+from .storage.blocks import BLOCK_BYTES, Block, whole
+from .storage.lazy_tensor import bytes_of
 from .storage.torch_writer import TensorPlaceholder, create_torch_file
 
-# Small enough that a block is still in the processor's cache when it is written (measured on Linux 6.18, ext4).
-BLOCK_BYTES = 4 * 2**20
 # Larger writes make the kernel look for larger pages, and take up to four times as long.
 _WRITE_BYTES = 2**18
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -95,7 +94,7 @@ def _create_safetensors(path: Path, tensors: tuple[StoredTensor, ...]) -> list[i
 def _write_at(path: Path, offset: int, tensor: Tensor) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
-        file.write(_bytes_of(tensor))
+        file.write(bytes_of(tensor))
 
 
 def write_tensors(
@@ -145,7 +144,7 @@ def _copy(
     """Copy one canonical tensor to its destinations; returns the hash of its bytes as written, and bytes written."""
     digest, total = xxhash.xxh3_128(), 0
     for first, values in row_blocks(checkpoint, name, destinations[0].dtype):
-        digest.update(_bytes_of(values))
+        digest.update(bytes_of(values))
         written = sum(_write_rows(values, first, d, descriptors[d.path]) for d in destinations)
         total += written
         progress(written)
@@ -163,7 +162,7 @@ def _write_rows(values: Tensor, first: int, destination: Destination, descriptor
     if start >= stop:
         return 0
     wanted = values[(slice(start - first, stop - first), *columns)]
-    content = _bytes_of(wanted)
+    content = bytes_of(wanted)
     row_bytes = wanted[0].numel() * destination.dtype.itemsize
     _pwrite(descriptor, content, destination.offset + (start - rows.start) * row_bytes)
     return len(content)
@@ -184,7 +183,6 @@ def row_blocks(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = No
         block = (slice(first, min(first + step, lazy.shape[0])), *whole(lazy.shape)[1:])
         values = checkpoint.read(name, block)
         yield first, _cast(values, dtype or lazy.dtype, name).contiguous()
-        checkpoint.release(name, block)
 
 
 def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -204,9 +202,5 @@ def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
     """xxh3-128 of a canonical tensor's bytes, row by row and little-endian, independent of format and layout."""
     digest = xxhash.xxh3_128()
     for _, values in row_blocks(checkpoint, name):
-        digest.update(_bytes_of(values))
+        digest.update(bytes_of(values))
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

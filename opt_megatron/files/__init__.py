@@ -1,4 +1,4 @@
-"""The package's one way to write files and directories atomically, to lock them, and to show progress."""
+"""The package's one way to write files and directories atomically, to read text files, to lock, to show progress."""
 
 from .atomic import (
     atomic_file,
@@ -14,6 +14,7 @@ from .atomic import (
 from .lock import file_lock
 from .partial_directory import PartialDirectory
 from .progress import progress_bar
+from .regular import open_regular, read_bounded, read_text, special_kind
 
 __all__ = [
     "PartialDirectory",
@@ -22,10 +23,14 @@ __all__ = [
     "created_directory",
     "file_lock",
     "fsync_path",
+    "open_regular",
     "partial_path",
     "progress_bar",
+    "read_bounded",
+    "read_text",
     "replace_directory",
     "restore_replaced",
+    "special_kind",
     "staging_directory",
     "write_text_atomically",
 ]

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from ..checkpoint.formats.torch_dist import LORA_FILE
 from ..config import dtype_name
 from ..errors import UserError
+from ..files import read_bounded
 from ..parallel.context import ParallelContext
 from ..tokenizer import TOKENIZER_FILES
 from .checkpointing.integrity import newest_intact_checkpoint, saved_checkpoints
@@ -44,7 +45,7 @@ def _companions(options: TrainingOptions) -> dict[str, bytes]:
     if options.tokenizer is not None:
         directory = options.tokenizer.parent if options.tokenizer.is_file() else options.tokenizer
         paths = [directory / name for name in TOKENIZER_FILES]
-        files |= {path.name: path.read_bytes() for path in paths if path.is_file()}
+        files |= {path.name: read_bounded(path) for path in paths if path.is_file()}
     return files
 
 

@@ -94,8 +94,8 @@ def test_every_tensor_is_found_and_random_elements_come_from_where_arithmetic_sa
             index = (row, part * (F // PARTS) + column)
         shard, offset = divmod(place, LAYER_SHARD)
         file = release / f"checkpoint_last-model_part-{part}-shard{shard}.pt"
-        vector = TorchFile(file).content["model"][f"decoder.layers.{layer}.flat_param_0"].values()
-        position = 2 * (vector.storage_offset() + offset)  # the whole file is one storage of the mapping
+        vector = TorchFile(file).content["model"][f"decoder.layers.{layer}.flat_param_0"]
+        position = vector.storage.byte(offset)
         value = torch.tensor([float(number + 1)]).half()
         with file.open("r+b") as handle:
             handle.seek(position)

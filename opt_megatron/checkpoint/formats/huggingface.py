@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...config import OPTConfig
 from ...errors import CheckpointError, shorten
+from ...files import read_text
 from ..checkpoint import Checkpoint
 from ..conversion_options import ConversionOptions
 from ..output_files import DtypeOf, OutputFile, StoredTensor
@@ -121,7 +122,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: is not an index of shards ({error!r})") from None

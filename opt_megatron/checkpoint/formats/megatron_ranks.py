@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ...errors import CheckpointError, UserError, shorten
+from ...files import read_bounded
 from .model_parallel_parts import missing_from_grid
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -38,7 +39,7 @@ def iteration_directory(directory: Path) -> Path:
     Raises:
         CheckpointError: the tracker is not as Megatron-LM writes it, or names what is not there.
     """
-    word = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    word = read_bounded(directory / TRACKER, 1000).decode(errors="replace").strip()
     if word != "release" and not re.fullmatch(r"[0-9]{1,9}", word):
         raise CheckpointError(f"{directory / TRACKER}: says {word[:40]!r}, neither 'release' nor a number")
     path = directory / (word if word == "release" else iteration_name(int(word)))

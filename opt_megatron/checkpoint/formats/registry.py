@@ -9,12 +9,14 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ...config import OPTConfig
 from ...errors import CheckpointError, UserError, shorten
+from ...files import special_kind
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -84,6 +86,7 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
         with _without_garbage_collection():
             checkpoint = _detect(path).open(path, config)
         checkpoint.check_tensors()
+        _check_size(checkpoint)
     except CheckpointError:
         raise
     except UserError as error:
@@ -108,7 +111,34 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _check_size(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the tensors take more bytes than the files have, as where tensors share their storage.
+
+    They would be allocated, and written by a conversion. A reader may add a few rows of its own.
+    """
+    declared, found = sum(tensor.num_bytes for tensor in checkpoint.tensors.values()), 2**20
+    path = checkpoint.path
+    files = [path] if path.is_file() else itertools.chain(*map(path.glob, ("*", "*/*", "*/*/*")))  # links are followed
+    for file in files:
+        found += file.stat().st_size if file.is_file() else 0
+        if found >= declared:
+            return
+    raise CheckpointError(
+        f"{path}: its tensors take {declared:,} bytes and its files hold {found - 2**20:,}: several tensors are one in "
+        "the files, which no model of this config is; save it again from the program that made it"
+    )
+
+
+def _check_no_special_files(path: Path) -> None:
+    """Raise CheckpointError if the path, or anything in the directory, is a pipe, a socket or a device."""
+    for file in [path, *(path.iterdir() if path.is_dir() else ())]:
+        kind = special_kind(file.stat()) if file.exists() else None
+        if kind is not None:
+            raise CheckpointError(f"{file}: is {kind}, not a regular file; move it away")
+
+
 def _detect(path: Path) -> Format:
+    _check_no_special_files(path)
     if path.is_file():
         for known in all_formats():
             if path.suffix in known.model_file_suffixes:

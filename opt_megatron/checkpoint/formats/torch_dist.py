@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...config import OPTConfig
 from ...errors import CheckpointError
+from ...files import read_text
 from ..checkpoint import Checkpoint
 from ..parameter_mapping import stage_parameters
 from ..storage.lazy_tensor import LazyTensor
@@ -85,7 +86,7 @@ def _with_lora(weight: LazyTensor, name: str, stored: ShardedTensors, scale: flo
 
 def _lora_scale(path: Path) -> float:
     try:
-        values = json.loads((path / LORA_FILE).read_text(encoding="utf-8"))
+        values = json.loads(read_text(path / LORA_FILE))
         scale = float(values["alpha"]) / int(values["rank"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(f"{path / LORA_FILE}: does not say alpha and rank: {error!r}") from None

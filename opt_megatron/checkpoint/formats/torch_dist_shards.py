@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...config import DTYPES
 from ...errors import CheckpointError, shorten
+from ...files import read_text
 from ..storage.blocks import Block, contiguous_strides
 from ..storage.lazy_tensor import Concatenated, LazyTensor
 from ..storage.mmap import MappedFile
@@ -111,16 +112,12 @@ class _Shard(LazyTensor):
         self._opened: FileTensor | None = None
 
     def read(self, block: Block) -> Tensor:
-        """A view of the file, or a copy of the rows where they are not aligned to the size of an element."""
+        """A new tensor, from the rows of the block."""
         stored = self._tensor()
         row = math.prod(self.shape[1:])
         first = stored.offset + block[0].start * row
         values = stored.storage.values(first, first + (block[0].stop - block[0].start) * row)
         return values.view(block[0].stop - block[0].start, *self.shape[1:])[(slice(None), *block[1:])]
-
-    def release(self, block: Block) -> None:
-        """Release the pages under the rows; a copy has none."""
-        self._span.file.release(self.read(block))
 
     def _tensor(self) -> FileTensor:
         if self._opened is None:
@@ -139,7 +136,7 @@ class _Shard(LazyTensor):
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(index, dict):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+# Of rows that are read at once: small enough that they are still in the processor's cache when they are written or
+# copied (measured on Linux 6.18, ext4).
+BLOCK_BYTES = 4 * 2**20
+
 Block = tuple[slice, ...]  # one slice with a start and a stop per dimension, step 1
 
 

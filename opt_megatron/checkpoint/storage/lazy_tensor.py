@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,39 +42,19 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def read(self, block: Block) -> Tensor:
-        """The elements of a block, [sizes of the block]; often a view of a mapped file, never to be written to."""
-
-    @abstractmethod
-    def release(self, block: Block) -> None:
-        """Release the memory that reading this block has used; called when the block is no longer needed."""
+        """The elements of a block, [sizes of the block]; it may be a view of a tensor in memory: do not write to it."""
 
 
 class WrappedTensor(LazyTensor):
-    """A torch tensor, in memory or in a mapped file whose pages are read when they are touched.
+    """A torch tensor in memory."""
 
-    Args:
-        values: returns the tensor.
-        release: releases the pages under a part of it.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        values: Callable[[], Tensor],
-        release: Callable[[Tensor], None] = lambda part: None,
-    ) -> None:
-        super().__init__(shape, dtype)
-        self._values = values
-        self._release = release
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.shape, tensor.dtype)
+        self._tensor = tensor
 
     def read(self, block: Block) -> Tensor:
         """A view of the tensor."""
-        return self._values()[block]
-
-    def release(self, block: Block) -> None:
-        """Release the pages under the view."""
-        self._release(self._values()[block])
+        return self._tensor[block]
 
 
 class Concatenated(LazyTensor):
@@ -102,11 +82,6 @@ class Concatenated(LazyTensor):
         """A view if one piece holds the whole block, else a new tensor."""
         parts = [piece.read(local) for piece, local in self._overlaps(block)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._dim)
-
-    def release(self, block: Block) -> None:
-        """Release the pieces' parts of the block."""
-        for piece, local in self._overlaps(block):
-            piece.release(local)
 
     def _overlaps(self, block: Block) -> Iterator[tuple[LazyTensor, Block]]:
         dim, wanted = self._dim, block[self._dim]
@@ -139,10 +114,6 @@ class RemappedTensor(LazyTensor):
     def read(self, block: Block) -> Tensor:
         """A view if the base returns one and `_arrange` copies nothing."""
         return self._arrange(self._base.read(self._remap(block)), block)
-
-    def release(self, block: Block) -> None:
-        """Release the base's block."""
-        self._base.release(self._remap(block))
 
 
 class RowRange(RemappedTensor):
@@ -193,11 +164,6 @@ class Replicated(LazyTensor):
                 raise CheckpointError(f"{self._name} is not the same in {parts}: they are not of one model")
         return values
 
-    def release(self, block: Block) -> None:
-        """Release the block of every copy."""
-        for copy in self._copies:
-            copy.release(block)
-
 
 class Tied(LazyTensor):
     """A tensor that is stored twice, as OPT's embedding is in the output head; reading compares the two.
@@ -227,11 +193,6 @@ class Tied(LazyTensor):
             raise CheckpointError(f"{self._what} differ; OPT ties the two")
         return values
 
-    def release(self, block: Block) -> None:
-        """Release the block of both."""
-        self._first.release(block)
-        self._second.release(block)
-
 
 def bitwise_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape are equal to the bit (so a NaN equals itself, and -0 is not 0)."""
@@ -258,7 +219,7 @@ def split_flat_vector(pieces: Sequence[LazyTensor], shapes: dict[str, tuple[int,
 
 def wrap_tensor(tensor: Tensor) -> LazyTensor:
     """A lazy tensor for a tensor in memory."""
-    return WrappedTensor(tensor.shape, tensor.dtype, lambda: tensor)
+    return WrappedTensor(tensor)
 
 
 def zero_rows(count: int, like: LazyTensor) -> LazyTensor:
@@ -271,6 +232,11 @@ def without_module_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTenso
     if not all(name.startswith(_MODULE) for name in tensors):
         return tensors
     return {name.removeprefix(_MODULE): tensor for name, tensor in tensors.items()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements; those of the tensor itself if it is contiguous."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:

@@ -33,7 +33,3 @@ class LoRAWeight(LazyTensor):
         b = self._b.read((block[0], slice(0, self._b.shape[1]))).float()
         weight = self._weight.read(block)
         return (weight.float() + self._scale * (b @ a)).to(weight.dtype)
-
-    def release(self, block: Block) -> None:
-        """Release the weight's pages; the factors are small and stay."""
-        self._weight.release(block)

@@ -1,33 +1,41 @@
-"""Files that are mapped into memory, read-only: tensors are views of a file, read when they are touched.
+"""Files whose bytes are read when they are needed: tensors in them, and safetensors files.
 
-Pages that were touched count as resident until they are released. They belong to the page cache, are shared by all
-processes that map the file, and are never written.
+Bytes are read with system calls and not through a memory map, so that a file that is truncated meanwhile ends in an
+error; touching a page that a map has lost is a bus error, which ends the process.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import warnings
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .lazy_tensor import LazyTensor, WrappedTensor, without_module_prefix
+from ...files import open_regular
+from .blocks import Block, block_shape, contiguous_strides
+from .lazy_tensor import LazyTensor, bytes_of, without_module_prefix
 
 # The first line of a pointer (git-lfs, docs/spec.md).
 _GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_HEADER_BYTES = 16 * 2**20  # opt-175b's 1,541 tensors take 200 kB
+_SMALL_GAP = 4096  # bytes that are read and thrown away rather than passed over by another system call
 
 
 class MappedFile:
-    """A whole file as a read-only view.
+    """A regular file that is open for reading.
+
+    Attributes:
+        size: in bytes, when it was opened.
 
     Raises:
         CheckpointError: the file cannot be opened, is empty, or is what git shows where git-lfs has not fetched it.
@@ -36,81 +44,142 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._array = np.memmap(path, mode="r")
+            self._descriptor = open_regular(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except ValueError:
-            raise CheckpointError(f"{path}: is empty") from None
-        self.size = len(self._array)
-        if self._array[: len(_GIT_LFS_POINTER)].tobytes() == _GIT_LFS_POINTER:
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        if not self.size:
+            raise CheckpointError(f"{path}: is empty")
+        if self.start(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER:
             raise CheckpointError(
                 f"{path}: is a git-lfs pointer of {self.size} bytes, not the weights: run `git lfs pull` in its "
                 "repository, or download this file"
             )
-        with warnings.catch_warnings():  # torch warns that the memory is read-only; that is the intention
-            warnings.simplefilter("ignore", UserWarning)
-            self._bytes = torch.from_numpy(self._array)
+
+    def start(self, count: int) -> bytes:
+        """The file's first `count` bytes, or all there are."""
+        return bytes(bytes_of(self.tensor(0, min(count, self.size), torch.uint8)))
 
     def tensor(self, offset: int, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """[num_elements] view of the file from byte `offset`; a copy if that is not aligned to the dtype.
+        """[num_elements], read from byte `offset` on.
 
         Raises:
             CheckpointError: the elements are beyond the end of the file.
+            OSError: the file cannot be read.
         """
-        stop = offset + num_elements * dtype.itemsize
-        if offset < 0 or num_elements < 0 or stop > self.size:
+        self.check_range(offset, num_elements * dtype.itemsize)
+        values = torch.empty(num_elements, dtype=dtype)
+        self.fill(bytes_of(values), offset)
+        return values
+
+    def check_range(self, offset: int, num_bytes: int) -> None:
+        """Raise CheckpointError unless all these bytes are in the file."""
+        if offset < 0 or num_bytes < 0 or offset + num_bytes > self.size:
             raise CheckpointError(
                 f"{self.path}: is damaged or incomplete: it has {self.size:,} bytes, "
-                f"and bytes {offset:,} to {stop:,} are wanted"
+                f"and bytes {offset:,} to {offset + num_bytes:,} are wanted"
             )
-        if offset % dtype.itemsize:
-            return self._bytes[offset:stop].clone().view(dtype)  # torch cannot view unaligned memory
-        return self._bytes[offset:stop].view(dtype)
 
-    def release(self, tensor: Tensor) -> None:
-        """Release the pages under a tensor of this file; they are read again if it is touched again."""
-        start = tensor.data_ptr() - self._bytes.data_ptr()
-        stop = (
-            start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * tensor.itemsize
-        )
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages that are shared with a neighbour stay
-        length = (min(stop, self.size) - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if 0 <= start < self.size and length > 0:
-            # numpy's stubs do not declare the mmap object that a memmap holds.
-            self._array._mmap.madvise(mmap.MADV_DONTNEED, first, length)  # type: ignore[attr-defined]
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Read as many bytes as the buffer holds, from byte `offset` on.
 
-    def lazy_tensor(self, tensor: Tensor) -> LazyTensor:
-        """A lazy tensor for a tensor of this file."""
-        return WrappedTensor(tensor.shape, tensor.dtype, lambda: tensor, self.release)
+        Raises:
+            CheckpointError: the file has become shorter since it was opened.
+            OSError: the file cannot be read.
+        """
+        while len(buffer):
+            count = os.preadv(self._descriptor, [buffer], offset)
+            if not count:
+                size = os.fstat(self._descriptor).st_size
+                raise CheckpointError(
+                    f"{self.path}: had {self.size:,} bytes when it was opened and has {size:,} now: "
+                    "it was changed while it was read; try again when it is whole"
+                )
+            buffer, offset = buffer[count:], offset + count
+
+
+@dataclass(eq=False)
+class Storage:
+    """Elements of one dtype that lie one after another in a file, from byte `start` on."""
+
+    file: MappedFile
+    start: int
+    num_elements: int
+    dtype: torch.dtype
+
+    def byte(self, element: int) -> int:
+        """Where an element begins in the file."""
+        return self.start + element * self.dtype.itemsize
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """The elements `start` to `stop`, [stop - start]."""
+        return self.file.tensor(self.byte(start), stop - start, self.dtype)
+
+    def rows(self, start: int, step: int, shape: tuple[int, int]) -> Tensor:
+        """The first elements of several rows, [rows, columns]; the next row begins `step` elements further on."""
+        values = torch.empty(shape, dtype=self.dtype)
+        buffer, row_bytes = bytes_of(values), shape[1] * self.dtype.itemsize
+        for row in range(shape[0]):
+            self.file.fill(buffer[row * row_bytes : (row + 1) * row_bytes], self.byte(start + row * step))
+        return values
+
+
+class FileTensor(LazyTensor):
+    """A tensor in a file: a storage with offset, shape and strides, all counted in elements."""
+
+    def __init__(self, storage: Storage, offset: int, shape: Sequence[int], stride: Sequence[int]) -> None:
+        super().__init__(shape, storage.dtype)
+        self.storage, self.offset, self.stride = storage, offset, tuple(stride)
+
+    def read(self, block: Block) -> Tensor:
+        """A new tensor, for which no more is read than the block and small gaps in it."""
+        sizes = block_shape(block)
+        if 0 in sizes:
+            return torch.empty(sizes, dtype=self.dtype)
+        start = self.offset + sum(part.start * step for part, step in zip(block, self.stride, strict=True))
+        extents = [(size - 1) * step for size, step in zip(sizes, self.stride, strict=True)]
+        stop, outer = start + sum(extents) + 1, extents.index(max(extents, default=0)) if extents else 0
+        if extents and extents[outer]:
+            inner = stop - start - extents[outer]  # elements between the first and the last one of an outer index
+            is_dense = inner == math.prod(sizes) // sizes[outer]
+            if is_dense and (self.stride[outer] - inner) * self.dtype.itemsize > _SMALL_GAP:
+                rows = self.storage.rows(start, self.stride[outer], (sizes[outer], inner))
+                strides = [inner if dim == outer else step for dim, step in enumerate(self.stride)]
+                return rows.as_strided(sizes, strides)
+        return self.storage.values(start, stop).as_strided(sizes, self.stride)
 
 
 def map_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file by name, not yet read.
 
     The library checks the header (names, dtypes, that offsets cover the file without overlap). The data is
-    mapped here, since the library returns copies only.
+    read here, since the library maps the file.
 
     Raises:
         CheckpointError: the file is damaged or incomplete, or a tensor has a dtype that OPT is not stored in.
     """
-    mapped = MappedFile(path)
+    file = MappedFile(path)
     try:
+        length = int.from_bytes(file.start(8), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise SafetensorError(f"a header of {length:,} bytes, where {_MOST_HEADER_BYTES:,} are the most")
         with safe_open(path, framework="pt") as handle:
             names = list(handle.keys())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
+        reason = error.args[0] if isinstance(error, SafetensorError) else error
         raise CheckpointError(
-            f"{path}: is damaged or incomplete ({error}); it has {mapped.size:,} bytes: fetch it again"
+            f"{path}: is damaged or incomplete ({reason}); it has {file.size:,} bytes: fetch it again"
         ) from None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return without_module_prefix({name: _safetensors_tensor(mapped, name, header[name], 8 + length) for name in names})
+    header = json.loads(file.start(8 + length)[8:])
+    return without_module_prefix({name: _safetensors_tensor(file, name, header[name], 8 + length) for name in names})
 
 
-def _safetensors_tensor(mapped: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
+def _safetensors_tensor(file: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
     dtype, shape = _SAFETENSORS_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     if dtype is None:
         kinds = ", ".join(_SAFETENSORS_DTYPES)
-        raise CheckpointError(f"{mapped.path}: {name} is stored as {entry['dtype']}; OPT is stored as {kinds}")
-    flat = mapped.tensor(data_start + entry["data_offsets"][0], math.prod(shape), dtype)
-    return mapped.lazy_tensor(flat.view(shape))
+        raise CheckpointError(f"{file.path}: {name} is stored as {entry['dtype']}; OPT is stored as {kinds}")
+    storage = Storage(file, data_start + entry["data_offsets"][0], math.prod(shape), dtype)
+    file.check_range(storage.start, storage.num_elements * dtype.itemsize)
+    return FileTensor(storage, 0, shape, contiguous_strides(shape))

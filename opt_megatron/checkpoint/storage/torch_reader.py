@@ -1,14 +1,13 @@
 """Reads files that torch.save wrote, without running or importing anything that they name.
 
 The file is a zip archive of stored (not compressed) records: `data.pkl`, and one record for each storage.
-`safe_unpickler.py` interprets the pickle; its tensors become views of the mapped file, made when they are
-read. (The format: torch/serialization.py and caffe2/serialize/inline_container.h.)
+`safe_unpickler.py` interprets the pickle; its tensors know where in the file they are, and are read when they are
+needed. (The format: torch/serialization.py and caffe2/serialize/inline_container.h.)
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import zipfile
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...errors import CheckpointError
-from .lazy_tensor import LazyTensor, WrappedTensor, without_module_prefix
-from .mmap import MappedFile
+from ...errors import CheckpointError, shorten
+from .lazy_tensor import LazyTensor, without_module_prefix
+from .mmap import FileTensor, MappedFile, Storage
 from .safe_unpickler import latin1_bytes, ordered_dict, unpickle
 
-_MAX_PICKLE_BYTES = 256 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
+MAX_PICKLE_BYTES = 64 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
 # torch.serialization.MAGIC_NUMBER, pickled: so begins a file of torch before 1.6, which is no archive.
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _STORAGES = {
@@ -50,10 +48,10 @@ class FileSpan:
 
 
 class _SpanFile(io.RawIOBase):
-    """A span of a file as a file object."""
+    """A span of a file as a file object, of which no more can be read at once than a pickle may have."""
 
-    def __init__(self, path: Path, span: FileSpan) -> None:
-        self._file, self._span, self._at = path.open("rb"), span, 0
+    def __init__(self, span: FileSpan) -> None:
+        self._span, self._at = span, 0
 
     def readable(self) -> bool:
         return True
@@ -68,17 +66,15 @@ class _SpanFile(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self._span.length - self._at))
-        self._file.seek(self._span.start + self._at)
-        data = self._file.read(wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._span.length - self._at)
+        count = left if size < 0 else min(size, left)
+        if count > MAX_PICKLE_BYTES:  # zipfile reads the archive's directory as a whole
+            raise ValueError(f"a record or a directory of {count:,} bytes; {MAX_PICKLE_BYTES:,} is the limit")
+        buffer = bytearray(count)
+        self._span.file.fill(memoryview(buffer), self._span.start + self._at)
+        self._at += count
+        return bytes(buffer)
 
 
 class TorchFile:
@@ -99,7 +95,7 @@ class TorchFile:
         self.path = path
         self._file = MappedFile(path) if span is None else span.file
         try:
-            with contextlib.nullcontext(path) if span is None else _SpanFile(path, span) as source:
+            with _SpanFile(span or FileSpan(self._file, 0, self._file.size)) as source:
                 if not zipfile.is_zipfile(source):
                     raise _not_an_archive(path, self._file)
                 with zipfile.ZipFile(source) as archive:
@@ -109,9 +105,6 @@ class TorchFile:
             raise
         except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from None
-
-    def _lazy_tensor(self, tensor: FileTensor) -> LazyTensor:
-        return WrappedTensor(tensor.shape, tensor.storage.dtype, tensor.values, self._file.release)
 
     def model(self, whose: str) -> dict[str, LazyTensor]:
         """The tensors under "model", where both metaseq and Megatron-LM store them.
@@ -127,49 +120,35 @@ class TorchFile:
     def tensors(self, values: dict[Any, Any]) -> dict[str, LazyTensor]:
         """The tensors in one of the content's dictionaries by name; other values are left out."""
         named = {name: value for name, value in values.items() if isinstance(name, str)}
-        return without_module_prefix(
-            {name: self._lazy_tensor(value) for name, value in named.items() if isinstance(value, FileTensor)}
-        )
+        found = {name: value for name, value in named.items() if isinstance(value, FileTensor)}
+        for name, tensor in found.items():
+            if tensor.num_elements > tensor.storage.num_elements:  # as torch.Tensor.expand makes them
+                declared = f"{list(tensor.shape)}, {tensor.num_elements:,} numbers"
+                raise CheckpointError(
+                    f"{self.path}: {shorten([name])} is {declared}, and the {tensor.storage.num_elements:,} that are "
+                    "stored are repeated; save the whole tensor, with .contiguous()"
+                )
+        return without_module_prefix(dict(found))
 
 
-@dataclass(eq=False)
-class StorageRecord:
+class StorageRecord(Storage):
     """The record of a torch storage in the archive.
 
     Where its data begins follows from the record's header, which is read only when the data is: a raw
     checkpoint of 175B has 100,000 records.
     """
 
-    file: MappedFile
-    header_offset: int
-    num_elements: int
-    dtype: torch.dtype
-    _data_offset: int | None = None
+    def __init__(self, file: MappedFile, header_offset: int, num_elements: int, dtype: torch.dtype) -> None:
+        super().__init__(file, -1, num_elements, dtype)
+        self._header_offset = header_offset
 
-    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] view of the file, or a copy if the data is not aligned."""
-        if self._data_offset is None:
-            header = self.file.tensor(self.header_offset, 30, torch.uint8).numpy().tobytes()
+    def byte(self, element: int) -> int:
+        """Where an element begins in the file."""
+        if self.start < 0:
+            header = self.file.tensor(self._header_offset, 30, torch.uint8).numpy().tobytes()
             name_size, extra_size = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-            self._data_offset = self.header_offset + 30 + name_size + extra_size
-        count = (self.num_elements if stop is None else stop) - start
-        return self.file.tensor(self._data_offset + start * self.dtype.itemsize, count, self.dtype)
-
-
-@dataclass(eq=False)
-class FileTensor:
-    """A tensor in a file: a storage with offset, shape and strides, not yet mapped."""
-
-    storage: StorageRecord
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def values(self) -> Tensor:
-        """The tensor, as a view of the file."""
-        values = self.storage.values()
-        # as_strided counts from the start of the file's mapping, of which the storage is a part.
-        return values.as_strided(self.shape, self.stride, values.storage_offset() + self.offset)
+            self.start = self._header_offset + 30 + name_size + extra_size
+        return super().byte(element)
 
 
 class _Records:
@@ -190,7 +169,7 @@ class _Records:
 
     def pickle(self) -> bytes:
         """The bytes of `data.pkl`, which holds everything but the tensors' elements."""
-        return self._bytes("data.pkl", _MAX_PICKLE_BYTES)
+        return self._bytes("data.pkl", MAX_PICKLE_BYTES)
 
     def persistent_load(self, pid: Any) -> StorageRecord:
         """The storage that the pickle refers to as ("storage", type, record, location, elements)."""
@@ -230,8 +209,7 @@ class _Records:
 
 
 def _not_an_archive(path: Path, file: MappedFile) -> CheckpointError:
-    start = file.tensor(0, min(file.size, len(_OLD_FORMAT)), torch.uint8).numpy().tobytes()
-    if start == _OLD_FORMAT:
+    if file.start(len(_OLD_FORMAT)) == _OLD_FORMAT:
         return CheckpointError(
             f"{path}: has torch's format from before 1.6, which is not read here; save it again with a newer torch: "
             "torch.save(torch.load(FILE, map_location='cpu'), FILE)"
@@ -243,7 +221,8 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: 
     """torch._utils._rebuild_tensor_v2, with its bounds checked."""
     if type(storage) is not StorageRecord or type(size) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor without a storage, a size or a stride")
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > 64 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise ValueError("a tensor whose offset, size and stride are not numbers that belong together")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= storage.num_elements:

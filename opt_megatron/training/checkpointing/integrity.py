@@ -9,6 +9,7 @@ from pathlib import Path
 import xxhash
 
 from ...checkpoint.formats.megatron_ranks import iteration_directories
+from ...files import read_text
 from ...parallel.context import ParallelContext
 
 MANIFEST_FILE = "manifest.json"
@@ -40,7 +41,7 @@ def newest_intact_checkpoint(
 def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with the files of a checkpoint, among this rank's share of them; None if nothing is."""
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path / MANIFEST_FILE))
         for name, (size, digest) in sorted(manifest.items())[rank::ranks]:
             file = path / name
             if not file.is_file():

@@ -1,6 +1,7 @@
 """Every format gives the same canonical tensors and config, or says what is wrong with the set of files."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from opt_megatron.checkpoint.formats.format import OutputFormat
 from opt_megatron.checkpoint.formats.registry import all_formats, open_checkpoint, output_format, output_format_names
+from opt_megatron.checkpoint.parameter_mapping import canonical_shapes
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import CheckpointError
 
@@ -93,7 +95,10 @@ def test_files_that_are_no_weights_are_called_what_they_are(tmp_path, monkeypatc
     assert name == "hf" or re.search(r"format from before 1\.6.*torch\.save\(torch\.load", message())
     file.write_bytes(content[: len(content) // 2])
     assert re.search("truncated|damaged or incomplete", message())
-    monkeypatch.setattr("numpy.memmap", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        "opt_megatron.checkpoint.storage.mmap.open_regular",
+        mock.Mock(side_effect=PermissionError(13, "Permission denied")),
+    )
     assert message().endswith("cannot be read: Permission denied")
 
 
@@ -169,6 +174,29 @@ def test_hostile_configs_are_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(json.dumps(PRE | values) if values else text)
     with pytest.raises(CheckpointError, match=r"more than the 10000|cannot be read as JSON"):
         open_checkpoint(tmp_path)
+
+
+def test_tensors_that_share_their_storage_are_not_taken_for_a_model(tmp_path):
+    """A small file may declare a large model: every layer is the same numbers."""
+    config = PRE | {"num_hidden_layers": 300, "hidden_size": 96, "ffn_dim": 200, "word_embed_proj_dim": 96}
+    numbers = torch.ones(96 * 200)
+    shapes = canonical_shapes(OPTConfig.from_hf(config))
+    state = {name: numbers[: torch.Size(shape).numel()].view(shape) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"its tensors take 91,607,424 bytes and its files hold \d{3},\d{3}:"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "reshard.pt", "pytorch_model_00.bin"])
+def test_special_files_are_named_and_not_waited_for(tmp_path, name):
+    write_hf(tmp_path, PRE, TENSORS)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match=f"{name}: is a named pipe .*not a regular file"):
+            open_checkpoint(path)
 
 
 def test_unknown_keys_are_never_dropped_in_silence(tmp_path):

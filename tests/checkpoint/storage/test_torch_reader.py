@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import torch
 
+from opt_megatron.checkpoint.storage.blocks import whole
 from opt_megatron.checkpoint.storage.safe_unpickler import Inert
 from opt_megatron.checkpoint.storage.torch_reader import TorchFile
 from opt_megatron.errors import CheckpointError
@@ -19,6 +20,10 @@ from opt_megatron.errors import CheckpointError
 def saved(path, content):
     torch.save(content, path)
     return TorchFile(path).content
+
+
+def values(tensor):
+    return tensor.read(whole(tensor.shape))
 
 
 def archive(path, pickled: bytes, *, records=(), compression=zipfile.ZIP_STORED):
@@ -45,14 +50,14 @@ def call(module: str, name: str, *arguments: str) -> bytes:
 def test_tensors_come_back_to_the_bit(tmp_path, dtype):
     tensor = torch.arange(12).view(3, 4).to(dtype)
     content = saved(tmp_path / "f", {"a": tensor, "scalar": torch.tensor(3.0), "none": torch.zeros(0, 4)})
-    assert content["a"].values().dtype == dtype and torch.equal(content["a"].values(), tensor)
-    assert content["scalar"].values().item() == 3 and content["none"].values().shape == (0, 4)
+    assert values(content["a"]).dtype == dtype and torch.equal(values(content["a"]), tensor)
+    assert values(content["scalar"]).item() == 3 and values(content["none"]).shape == (0, 4)
 
 
 def test_views_share_their_storage(tmp_path):
     base = torch.arange(12.0)
     content = saved(tmp_path / "f", {"base": base, "view": base.view(3, 4).t()[1:3]})
-    assert torch.equal(content["view"].values(), base.view(3, 4).t()[1:3])
+    assert torch.equal(values(content["view"]), base.view(3, 4).t()[1:3])
     assert content["view"].storage is content["base"].storage
 
 
@@ -68,7 +73,7 @@ def test_containers_namespaces_and_parameters(tmp_path):
     )
     assert (content["args"].layers, content["args"].nested.name) == (3, "x")
     assert list(content["ordered"].items()) == [("b", 1), ("a", [1, (2.5, None), {True: b"bytes"}])]
-    assert content["size"] == (2, 3) and torch.equal(content["parameter"].values(), torch.ones(2))
+    assert content["size"] == (2, 3) and torch.equal(values(content["parameter"]), torch.ones(2))
 
 
 class Unknown:
@@ -84,7 +89,7 @@ class Unknown:
 def test_unknown_classes_become_inert_stubs(tmp_path):
     content = saved(tmp_path / "f", {"x": Unknown(), "kept": torch.ones(2), "error": ValueError("x")})
     assert isinstance(content["x"], Inert) and not hasattr(content["x"], "values")
-    assert torch.equal(content["kept"].values(), torch.ones(2))
+    assert torch.equal(values(content["kept"]), torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_a_tensor_cannot_reach_beyond_its_storage_or_file(tmp_path):
         records = [("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))]
         return TorchFile(archive(tmp_path / "f", pickled, records=records)).content
 
-    assert attempt(1, [3], [1], 4).values().tolist() == [2, 3, 4]
+    assert values(attempt(1, [3], [1], 4)).tolist() == [2, 3, 4]
     for bad in (
         (2, [3], [1], 4),
         (-1, [3], [1], 4),
@@ -193,6 +198,34 @@ def test_a_tensor_cannot_reach_beyond_its_storage_or_file(tmp_path):
     ):
         with pytest.raises(CheckpointError):
             attempt(*bad)
+
+
+def test_a_tensor_whose_storage_is_repeated_is_refused_by_name(tmp_path):
+    torch.save({"weight": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "f")
+    file = TorchFile(tmp_path / "f")
+    with pytest.raises(CheckpointError, match=r"f: weight is .*1,000,000,000,000 numbers, and the 1 that are stored"):
+        file.tensors(file.content)
+
+
+@pytest.mark.parametrize("offset", [0, 17])  # of a storage; an odd one is not aligned
+@pytest.mark.parametrize("permuted", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_blocks_of_strided_tensors_and_no_more(tmp_path, monkeypatch, offset, permuted):
+    """Rows with large gaps between them are read one by one, others in one piece."""
+    from opt_megatron.checkpoint.storage import mmap
+
+    base = torch.arange(20_000.0)[offset:].as_strided((4, 3, 1500), (4500, 1500, 1)).permute(permuted)
+    tensor = saved(tmp_path / "f", {"a": base})["a"]
+    for block in ((slice(1, 3), slice(0, 2), slice(2, 3)), (slice(0, 1), slice(1, 3), slice(0, 0)), whole(base.shape)):
+        for gap in (0, 4096, 10**6):
+            monkeypatch.setattr(mmap, "_SMALL_GAP", gap)
+            assert torch.equal(tensor.read(block), base[block])
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_an_error(tmp_path):
+    content = saved(tmp_path / "f", {"a": torch.ones(300, 300)})
+    os.truncate(tmp_path / "f", 1000)
+    with pytest.raises(CheckpointError, match=r"had 361,\d+ bytes when it was opened and has 1,000 now"):
+        values(content["a"])
 
 
 def test_compressed_and_oversized_records_are_refused(tmp_path):

@@ -1,0 +1,73 @@
+"""Reading files that people bring: only regular files, and no more than a limit.
+
+Opening a named pipe (FIFO) waits until somebody writes into it, and reading a device may never end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+MOST_BYTES = 64 * 2**20  # of a JSON or text file; the largest tokenizer.json that is known has 33 MB
+_KINDS = {
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def special_kind(status: os.stat_result) -> str | None:
+    """What a path is, in words, if it is neither a regular file nor a directory."""
+    kind = stat.S_IFMT(status.st_mode)
+    return None if kind == stat.S_IFDIR else _KINDS.get(kind)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a regular file, open for reading; it never waits.
+
+    Raises:
+        OSError: it cannot be opened, or is something else; `strerror` says what.
+    """
+    _check_kind(path, os.stat(path))  # opening a device may already do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_kind(path, os.fstat(descriptor))  # a pipe may have taken the file's place since
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode))
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"is {kind}, not a regular file", os.fspath(path))
+
+
+def read_bounded(path: Path, limit: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more bytes; `strerror` says which.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(content) > limit:  # the latter: it grows meanwhile
+        message = f"has {max(size, len(content)):,} bytes, more than the {limit:,} that such a file may have"
+        raise OSError(errno.EFBIG, message, str(path))
+    return content
+
+
+def read_text(path: Path, limit: int = MOST_BYTES) -> str:
+    """The text of a regular file in UTF-8.
+
+    Raises:
+        OSError: as for `read_bounded`.
+        ValueError: it is not UTF-8.
+    """
+    return read_bounded(path, limit).decode("utf-8")

@@ -1,0 +1,28 @@
+"""Only regular files of a bounded size are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from opt_megatron.files import open_regular, read_text
+
+
+@pytest.mark.timeout(10)
+def test_special_files_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    cases = {tmp_path / "fifo": "a named pipe", tmp_path / "link": "a named pipe", tmp_path: "a directory"}
+    for path, kind in {**cases, Path("/dev/zero"): "a device"}.items():
+        with pytest.raises(OSError, match=f"is {kind}.*, not a regular file"):
+            open_regular(path)
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("é" * 50)
+    (tmp_path / "link").symlink_to("x")
+    assert read_text(tmp_path / "link", 100) == "é" * 50
+    with pytest.raises(OSError, match="has 100 bytes, more than the 99 that such a file may have"):
+        read_text(tmp_path / "x", 99)
