@@ -55,6 +55,7 @@ class LoadedModel:
         dtype: str = "auto",
         device: str | None = None,
         revision: str | None = None,
+        adapter: str | None = None,
         config: OPTConfig | None = None,
         tokenizer: str | None = None,
         quantization: str | None = None,
@@ -68,6 +69,7 @@ class LoadedModel:
             name_or_dir: as for --load: a directory, a released size, a Hub repository, or "story".
             dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
             device: "cpu" or "cuda"; by default CUDA where there is one.
+            adapter: a LoRA adapter of peft, a directory or a Hub repository, which is added to the weights.
             config: used instead of the checkpoint's own.
             tokenizer: where its files are; by default next to the weights. Without one, prompts are ids.
             quantization: "int8" for 8-bit weights, quantised while loading.
@@ -83,6 +85,7 @@ class LoadedModel:
             start_parallel(tp, pp, dtype=dtype, device=device, seed=seed),
             dtype=dtype,
             revision=revision,
+            adapter=adapter,
             config=config,
             tokenizer=tokenizer,
             quantization=quantization,
@@ -98,6 +101,7 @@ class LoadedModel:
         *,
         dtype: str = "auto",
         revision: str | None = None,
+        adapter: str | None = None,
         config: OPTConfig | None = None,
         tokenizer: str | None = None,
         needs_tokenizer: bool = False,
@@ -119,6 +123,7 @@ class LoadedModel:
             name_or_dir,
             parallel,
             revision=revision,
+            adapter=adapter,
             config=config,
             tokenizer=tokenizer,
             needs_tokenizer=needs_tokenizer,

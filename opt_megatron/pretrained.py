@@ -98,6 +98,7 @@ def open_pretrained(
     parallel: ParallelContext,
     *,
     revision: str | None = None,
+    adapter: str | None = None,
     config: OPTConfig | None = None,
     tokenizer: str | None = None,
     needs_tokenizer: bool = True,
@@ -106,6 +107,7 @@ def open_pretrained(
 
     Args:
         name: as for --load: a directory, a released size, a Hub repository, or "story".
+        adapter: an adapter of peft that is added to the weights: a directory or a Hub repository.
         config: used instead of the checkpoint's own.
         tokenizer: where its files are; by default next to the weights.
         needs_tokenizer: a missing tokenizer is an error. It always is where `tokenizer` was given.
@@ -114,7 +116,8 @@ def open_pretrained(
         UserError: of any kind; the same one on every rank.
     """
     directory = locate_on_all_ranks(name, parallel, revision)
-    checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config))
+    adapter_directory = None if adapter is None else locate_on_all_ranks(adapter, parallel)
+    checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config, adapter_directory))
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(checkpoint.config, tp, pp, parallel.world_size)
 

@@ -10,6 +10,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,6 +38,13 @@ def hf_config(**changes: object) -> dict:
     return values | changes
 
 
+PEFT_CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj"],
+}
 POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 6}
 
 
@@ -274,3 +282,32 @@ def write_megatron_lm(
             save(content | {"rng_state": [{"random_rng_state": (3, (1, 2), None)}]}, path)
     (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return directory
+
+
+def write_peft(
+    directory: Path,
+    weights: Tensors,
+    ranks: dict[str, int],
+    prefix: str = "base_model.model.model.decoder.",
+    **config: Any,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """An adapter of peft for a model's weights, with random factors.
+
+    Args:
+        ranks: rank of each module that is adapted ("layers.0.fc1").
+        config: fields of adapter_config.json besides PEFT_CONFIG's, or instead of them.
+
+    Returns:
+        A and B of each weight.
+    """
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    factors, stored = {}, {}
+    for module, rank in ranks.items():
+        rows, columns = weights[f"{D}{module}.weight"].shape
+        a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((rank, columns), (rows, rank)))
+        factors[f"{D}{module}.weight"] = a, b
+        stored |= {f"{prefix}{module}.lora_A.weight": a, f"{prefix}{module}.lora_B.weight": b}
+    save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG | config))
+    return factors

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.checkpoint.formats.registry import open_adapter, open_checkpoint
 from opt_megatron.data.dataloader import BatchLoader
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
@@ -50,7 +50,13 @@ def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes
         trainer=TrainerOptions(iterations, GLOBAL, SEQ, micro, log_interval=1),
         load=str(directory),
     )
-    return replace(settings, **changes)
+    adapter = changes.pop("adapter", None)
+    return with_adapter(replace(settings, **changes), adapter)
+
+
+def with_adapter(settings: TrainingOptions, directory: Path | None) -> TrainingOptions:
+    """The settings with an adapter of peft that is trained further; an open one cannot be sent to a rank."""
+    return settings if directory is None else replace(settings, adapter=open_adapter(directory, settings.config))
 
 
 def start(tp: int, pp: int) -> ParallelContext:
@@ -103,9 +109,12 @@ def loss_curve(directory: Path, tp: int, pp: int, iterations: int, changes: dict
     return seen
 
 
-def whole_run(save: Path, tp: int, pp: int, settings: TrainingOptions, exit_iters: int = 0) -> list[str]:
+def whole_run(
+    save: Path, tp: int, pp: int, settings: TrainingOptions, exit_iters: int = 0, adapter: Path | None = None
+) -> list[str]:
     """`train` from beginning, or from what `save` holds, to the end or to `exit_iters`; what the leader said."""
     parallel = start(tp, pp)
+    settings = with_adapter(settings, adapter)
     trainer = replace(settings.trainer, exit_iters=exit_iters)
     said: list[str] = []
     train(replace(settings, save=save, trainer=trainer), parallel, said.append)
@@ -153,10 +162,12 @@ def initial_parameters(directory: Path, tp: int, pp: int) -> dict[str, torch.Ten
     return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
 
-def adapted_logits(save: Path, tp: int, pp: int, settings: TrainingOptions) -> tuple[list[str], torch.Tensor]:
+def adapted_logits(
+    save: Path, tp: int, pp: int, settings: TrainingOptions, adapter: Path | None = None
+) -> tuple[list[str], torch.Tensor]:
     """Logits of a saved LoRA run by its unmerged layers, and the factors that are not zero."""
     parallel = start(tp, pp)
-    model, optimizer = setup_model_and_optimizer(settings, parallel)
+    model, optimizer = setup_model_and_optimizer(with_adapter(settings, adapter), parallel)
     checkpoints = CheckpointManager(save, parallel)
     checkpoints.load(newest_intact_checkpoint(save, parallel), model.module, optimizer, same_layout=True)
     model.eval()

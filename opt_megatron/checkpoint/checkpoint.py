@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import OPTConfig
 from ..errors import CheckpointError, shorten
+from .adapter import Adapter
 from .parameter_mapping import canonical_shapes
 from .storage.blocks import Block, whole
 from .storage.lazy_tensor import LazyTensor
@@ -28,6 +29,7 @@ class Checkpoint:
         tensors: canonical name -> lazy tensor.
         config_notes: sentences about what was inferred of the config because the files do not carry one.
         ranks: for a Megatron directory, each rank's name and what it holds.
+        adapter: LoRA's factors that are added to the tensors as they are read.
         bytes_read: bytes returned by `read` so far.
     """
 
@@ -37,6 +39,7 @@ class Checkpoint:
     tensors: dict[str, LazyTensor]
     config_notes: list[str] = field(default_factory=list)
     ranks: list[tuple[str, str]] = field(default_factory=list)
+    adapter: Adapter | None = None
     bytes_read: int = 0
 
     def read(self, name: str, block: Block | None = None) -> Tensor:

@@ -108,7 +108,7 @@ def _values_differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _pairs_of_blocks(left: Checkpoint, right: Checkpoint, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for first, values in row_blocks(left, name):
         block = (slice(first, first + len(values)), *whole(values.shape)[1:])
-        yield values, right.read(name, block).contiguous()
+        yield values, right.read(name, block).to(right.tensors[name].dtype).contiguous()
 
 
 def _in_parallel(

@@ -50,6 +50,7 @@ def convert(
     options: ConversionOptions,
     *,
     config: OPTConfig | None = None,
+    adapter: Path | None = None,
     tokenizer: Path | None = None,
     force: bool = False,
     resume: bool = False,
@@ -63,6 +64,7 @@ def convert(
     Args:
         source: the path of a checkpoint, or one that is open.
         config: instead of the source's own; not used for an open one.
+        adapter: an adapter of peft that is added to the weights; not used for an open one.
         tokenizer: directory of tokenizer files to copy into the target; by default the source's.
         force: replace a target that is a checkpoint already.
         resume: continue what an interrupted run with the same source and options has written.
@@ -80,14 +82,20 @@ def convert(
     check_target(source.path if isinstance(source, Checkpoint) else source, target, force)
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # a damaged one is reported before anything is written
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, config)
+    written_format = output_format(options.to)
+    checkpoint = written_format.content(
+        source if isinstance(source, Checkpoint) else open_checkpoint(source, config, adapter)
+    )
     dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint, options, lambda name: getattr(torch, dtypes[name]))
     on_start(sum(file.num_bytes for file in files))
     with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
         _write_weights(partial, checkpoint, files, workers, progress)
-        written = _write_small_files(checkpoint, tokenizer, partial.path, options, files)
-        write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
+        for name, text in written_format.text_files(checkpoint, files).items():
+            (partial.path / name).write_text(text, encoding="utf-8")
+        if written_format.is_whole_model:
+            written = _write_config_and_tokenizer(checkpoint, tokenizer, partial.path, options)
+            write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
     return _summary(checkpoint, options, files, restarted=partial.restarted)
 
@@ -122,16 +130,12 @@ def _write_weights(
     )
 
 
-def _write_small_files(
-    checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: ConversionOptions, files: list[OutputFile]
+def _write_config_and_tokenizer(
+    checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: ConversionOptions
 ) -> OPTConfig:
-    """Write everything besides the weights: config (which is returned), tokenizer, and the format's text files."""
+    """Write the config, which is returned, and copy the tokenizer."""
     config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
-    texts = {"config.json": json.dumps(config.to_hf(), indent=2) + "\n"} | output_format(options.to).text_files(
-        checkpoint, files
-    )
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for names, origin in ((TOKENIZER_FILES, tokenizer or source), (("generation_config.json",), source)):
         for name in names:
@@ -159,9 +163,14 @@ def _summary(
 
 def _fingerprint(checkpoint: Checkpoint, options: ConversionOptions) -> dict[str, Any]:
     """What must be the same for an interrupted run to be continued."""
-    path = checkpoint.path
+    path, adapter = checkpoint.path, checkpoint.adapter
+    files = _stamps(path) + (_stamps(adapter.path) if adapter is not None else [])
+    return {"source": str(path.resolve()), "files": files, "config": asdict(checkpoint.config), **asdict(options)}
+
+
+def _stamps(path: Path) -> list[list[Any]]:
+    """Name, size and time of a file, or of each in a directory."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if not files:
         raise CheckpointError(f"{path}: is empty")
-    stamps = [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return {"source": str(path.resolve()), "files": stamps, "config": asdict(checkpoint.config), **asdict(options)}
+    return [[str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..config import OPTConfig, check_dtype
 from ..errors import UserError
 from ..parallel.context import ParallelContext, on_all_ranks
+from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .formats.registry import open_checkpoint
 from .locate import locate
-from .parameter_mapping import ParameterMapping, component_view, even_stage_parameters, rank_block
+from .parameter_mapping import ParameterMapping, Split, component_view, even_stage_parameters, rank_block
 from .storage.blocks import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -111,6 +112,40 @@ def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: ParameterM
             start = block[0].start + first * rows
             values = checkpoint.read(name, (slice(start, start + len(part) * rows), *block[1:]))
             part.copy_(values.reshape(part.shape))
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, adapter: Adapter, config: OPTConfig, parallel: ParallelContext) -> None:
+    """Read this rank's part of LoRA's factors into a model whose layers are `adapter.megatron_layers`.
+
+    Where q, k and v have scales of their own, what differs from the layer's becomes a part of B.
+
+    Raises:
+        CheckpointError: a factor cannot be read.
+    """
+    from ..model.lora import adapted_layers
+
+    layers = dict(adapted_layers(model))
+    stage, stages = parallel.pipeline_model_parallel_rank, parallel.pipeline_model_parallel_size
+    rank, ranks = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
+    for parameter in even_stage_parameters(config, stages, stage):
+        layer = layers.get(parameter.megatron.removesuffix(".weight"))
+        if layer is None:
+            continue
+        split_a, split_b = (
+            (Split.ROW, Split.REPLICATED) if parameter.split is Split.ROW else (Split.REPLICATED, Split.COLUMN)
+        )
+        start = 0  # of the rows of A that belong to the next component
+        for index, name in enumerate(parameter.canonical):
+            factors = adapter.factors.get(name)
+            if factors is None:
+                continue
+            own = slice(start, start + factors.rank)
+            layer.lora_a[own].copy_(factors.a.read(rank_block(factors.a.shape, split_a, rank, ranks)))
+            b = component_view(layer.lora_b, index, len(parameter.canonical), config.head_dim)[..., own]
+            ratio = 1.0 if factors.scale == layer.lora.scale else factors.scale / layer.lora.scale
+            b.copy_(factors.b.read(rank_block(factors.b.shape, split_b, rank, ranks)).reshape(b.shape) * ratio)
+            start = own.stop
 
 
 def resolve_dtype(name: str, config: OPTConfig, device: torch.device) -> torch.dtype:

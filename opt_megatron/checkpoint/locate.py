@@ -69,7 +69,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     try:
         directory = snapshot(["*.safetensors"])
         if not any(directory.glob("*.safetensors")):  # several facebook/opt repositories hold .bin only
-            directory = snapshot(["pytorch_model*.bin"])
+            directory = snapshot(["pytorch_model*.bin", "adapter_model.bin"])
     except Exception as error:  # the errors of requests, httpx and huggingface_hub have no common base
         offline = " and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(

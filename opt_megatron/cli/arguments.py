@@ -29,6 +29,12 @@ class LoadOptions(Options):
         None, help=_FORMATS, metavar="CHECKPOINT", default_text="the embedded toy model, story", is_path=True
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub repository")
+    adapter: str | None = option(
+        None,
+        help="an adapter of peft (LoRA) that is added to the weights: a directory or a Hub repository",
+        metavar="DIR",
+        is_path=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

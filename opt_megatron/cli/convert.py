@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
             _save_path(args.save),
             options,
             config=config_argument(args),
+            adapter=None if args.adapter is None else locate(args.adapter),
             tokenizer=None if args.tokenizer is None else locate(args.tokenizer),
             force=args.force,
             resume=args.resume,

@@ -58,6 +58,7 @@ def open_model(
         parallel,
         dtype=args.dtype,
         revision=args.revision,
+        adapter=args.adapter,
         config=on_all_ranks(parallel, lambda: config_argument(args)),
         tokenizer=args.tokenizer,
         needs_tokenizer=needs_tokenizer,

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.locate import EMBEDDED_NAME
+from ..config import released_name
 from ..data.options import DataOptions, SupervisedOptions
 from ..errors import UserError
 from ..model.lora_options import LORA_TARGETS, LoRAOptions
@@ -25,6 +27,7 @@ from .arguments import LayoutOptions, config_argument
 from .option_groups import Groups, add_groups, declared_options, resolved_options
 
 if TYPE_CHECKING:
+    from ..checkpoint.adapter import Adapter
     from ..config import OPTConfig
     from ..parallel.context import ParallelContext
     from ..training.recipe import Recipe
@@ -74,12 +77,13 @@ def run(args: argparse.Namespace) -> None:
     from ..training.train import train
 
     load, config = _start_of_run(args, recipe, parallel)
+    adapter = _open_adapter(args, config, parallel)
     check_layout(config, tp, pp, parallel.world_size)
     if args.tokenizer is None:
         tokenizer = load if load is not None and has_tokenizer(load) else None
     else:
         tokenizer = on_all_ranks(parallel, lambda: locate(args.tokenizer))
-    options = _options_of_run(args, config, recipe, load, tokenizer)
+    options = _options_of_run(args, config, recipe, load, adapter, tokenizer)
     finished = train(options, parallel, lambda text: print(text, file=sys.stderr, flush=True))
     if finished and parallel.is_leader and options.directory:
         print(options.directory)
@@ -102,6 +106,23 @@ def _start_of_run(
     return None, config
 
 
+def _open_adapter(args: argparse.Namespace, config: OPTConfig, parallel: ParallelContext) -> Adapter | None:
+    """The adapter that is trained further, if there is one."""
+    if args.adapter is None:
+        return None
+    from ..checkpoint.formats.registry import open_adapter
+    from ..checkpoint.load import locate_on_all_ranks
+    from ..parallel.context import on_all_ranks
+
+    found = locate_on_all_ranks(args.adapter, parallel)
+    adapter = on_all_ranks(parallel, lambda: open_adapter(found, config))
+    if adapter.dropout and parallel.is_leader:
+        print(
+            f"opt-megatron: LoRA's dropout of {adapter.dropout:g}, as {found} has it, is not applied", file=sys.stderr
+        )
+    return adapter
+
+
 def _check_sources(args: argparse.Namespace) -> None:
     given = [name for name in ("preset", "model_config", "load") if getattr(args, name) is not None]
     if len(given) != 1:
@@ -110,6 +131,10 @@ def _check_sources(args: argparse.Namespace) -> None:
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.lora_rank and args.load is None:
         raise UserError("--lora-rank adapts a trained model: give --load")
+    if args.adapter is not None and args.load is None:
+        raise UserError("--adapter is given without --load, the model that it was made for")
+    if args.adapter is not None and args.lora_rank:
+        raise UserError("--adapter has ranks of its own: leave --lora-rank out")
     if args.lora_target_modules != LORA_TARGETS and not args.lora_rank:
         raise UserError("--lora-target-modules is given without --lora-rank")
     if args.revision is not None and args.load is None:
@@ -133,7 +158,12 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
 
 
 def _options_of_run(
-    args: argparse.Namespace, config: OPTConfig, recipe: Recipe | None, load: Path | None, tokenizer: Path | None
+    args: argparse.Namespace,
+    config: OPTConfig,
+    recipe: Recipe | None,
+    load: Path | None,
+    adapter: Adapter | None,
+    tokenizer: Path | None,
 ) -> TrainingOptions:
     """The options of a run, with the recipe's numbers where none were given, which the arguments get as well.
 
@@ -156,6 +186,8 @@ def _options_of_run(
         data=from_arguments(DataOptions, args) if args.data_path or args.train_data_path else None,
         supervised=from_arguments(SupervisedOptions, args) if args.supervised_data else None,
         load=None if load is None else str(load),
+        base_model=None if load is None else (adapter and adapter.base_model) or _base_model(args.load, load),
+        adapter=adapter,
         tokenizer=tokenizer,
         lora=from_arguments(LoRAOptions, args) if args.lora_rank else None,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
@@ -164,6 +196,14 @@ def _options_of_run(
         **vars(from_arguments(SavingOptions, args)),
         **vars(from_arguments(ExecutionOptions, args)),
     )
+
+
+def _base_model(name: str, path: Path) -> str:
+    """By which name transformers finds the model of --load: its repository on the Hub, or its path."""
+    if name == EMBEDDED_NAME or Path(name).exists():
+        return str(path.absolute())
+    size = released_name(name)
+    return name if size is None else f"facebook/{size}"
 
 
 def _fill_in(args: argparse.Namespace, config: OPTConfig, recipe: Recipe | None) -> None:

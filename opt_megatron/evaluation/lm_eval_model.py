@@ -55,6 +55,7 @@ class OPTMegatronLM(TemplateLM):
         quantization: str | None = None,
         tokenizer: str | None = None,
         revision: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         if world_size_from_environment() > 1:
             raise UserError("on several ranks lm-eval is started by `opt-megatron evaluate lm-eval` under torchrun")
@@ -63,6 +64,7 @@ class OPTMegatronLM(TemplateLM):
             start_parallel(dtype=dtype, device=_device(device)),
             dtype=dtype,
             revision=revision,
+            adapter=adapter,
             tokenizer=tokenizer,
             needs_tokenizer=True,
             quantization=quantization,

@@ -7,6 +7,9 @@ with it, so that the sum of both products needs no further collective of that si
     row parallel        A [rank, I / TP]                B [O, rank] on every rank
 
 A row-parallel layer therefore all-reduces `rank` numbers per token in addition to its output.
+
+Where q, k and v have an A each, as in adapters of peft, linear_qkv's A holds the rows of the three one after another,
+and a mask keeps B at 0 except where the rows of q meet the columns of q's A, and so on.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from .differentiable_linear import differentiable_linear
 from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, PackableLinear, mark_sequence_parallel
 from .linear_methods.base import LinearMethod
-from .lora_options import LoRAOptions
+from .lora_options import LoRALayer
 
 FACTORS = ("lora_a", "lora_b")
 
@@ -42,13 +46,16 @@ class _LoRA(PackableLinear):
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    lora_b_mask: Tensor | None
+    config: TransformerConfig
 
-    def _add_factors(self, options: LoRAOptions, *, a_is_divided: bool, b_is_divided: bool) -> None:
-        self.lora = options
+    def _add_factors(self, lora: LoRALayer, *, a_is_divided: bool, b_is_divided: bool) -> None:
+        self.lora = lora
         weight = self.float_weight()
         outputs, inputs = weight.shape
-        self.lora_a = nn.Parameter(weight.new_zeros(options.rank, inputs))
-        self.lora_b = nn.Parameter(weight.new_zeros(outputs, options.rank))
+        self.lora_a = nn.Parameter(weight.new_zeros(lora.rank, inputs))
+        self.lora_b = nn.Parameter(weight.new_zeros(outputs, lora.rank))
+        self.register_buffer("lora_b_mask", self._mask_of_b() if len(lora.ranks) > 1 else None, persistent=False)
         for factor, dim, divided in ((self.lora_a, 1, a_is_divided), (self.lora_b, 0, b_is_divided)):
             set_tensor_model_parallel_attributes(factor, divided, dim, 1)
             # A whole factor sees one part of the sequence on each rank; the mark makes core sum its gradients.
@@ -56,6 +63,21 @@ class _LoRA(PackableLinear):
         weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+
+    def _mask_of_b(self) -> Tensor:
+        """[outputs, rank]: 1 where an output (of q, k or v, interleaved by head) belongs to a row of A, else 0."""
+        mask = torch.zeros_like(self.lora_b)
+        by_head = mask.unflatten(0, (-1, len(self.lora.ranks), self.config.kv_channels))
+        start = 0
+        for part, rank in enumerate(self.lora.ranks):
+            by_head[:, part, :, start : start + rank] = 1
+            start += rank
+        return mask
+
+    def _update(self, low: Tensor) -> Tensor:
+        """The scaled product of B with A x, `low` [s, b, rank]."""
+        b = self.lora_b if self.lora_b_mask is None else self.lora_b * self.lora_b_mask
+        return self.lora.scale * differentiable_linear(low, b, None)
 
     def prepare_inference(self, method: type[LinearMethod]) -> None:
         """Merge the factors into the weight and drop them, then prepare as an ordinary layer does."""
@@ -74,7 +96,7 @@ class _LoRA(PackableLinear):
 class LoRAColumnParallelLinear(_LoRA, OPTColumnParallelLinear):
     """Column parallel: B is divided with the outputs."""
 
-    def __init__(self, *args: Any, lora: LoRAOptions, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lora: LoRALayer, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._add_factors(lora, a_is_divided=False, b_is_divided=True)
 
@@ -88,7 +110,7 @@ class LoRAColumnParallelLinear(_LoRA, OPTColumnParallelLinear):
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora.scale * differentiable_linear(low, self.lora_b, None), bias
+        return output + self._update(low), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """Core's sharded state, with the factors."""
@@ -98,7 +120,7 @@ class LoRAColumnParallelLinear(_LoRA, OPTColumnParallelLinear):
 class LoRARowParallelLinear(_LoRA, OPTRowParallelLinear):
     """Row parallel: A is divided with the inputs."""
 
-    def __init__(self, *args: Any, lora: LoRAOptions, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lora: LoRALayer, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._add_factors(lora, a_is_divided=True, b_is_divided=False)
 
@@ -112,7 +134,7 @@ class LoRARowParallelLinear(_LoRA, OPTRowParallelLinear):
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora.scale * differentiable_linear(low, self.lora_b, None), bias
+        return output + self._update(low), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """Core's sharded state, with the factors."""

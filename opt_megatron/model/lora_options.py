@@ -1,4 +1,4 @@
-"""The options of LoRA (`model/lora.py`)."""
+"""The options of LoRA (`model/lora.py`), and which layers they adapt. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,42 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..options import Options, option
 
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_MODULES = {  # target: its place in a layer
+    "linear_qkv": "self_attention.linear_qkv",
+    "linear_proj": "self_attention.linear_proj",
+    "linear_fc1": "mlp.linear_fc1",
+    "linear_fc2": "mlp.linear_fc2",
+}
+LORA_TARGETS = tuple(_MODULES)
+
+
+@dataclass(frozen=True)
+class LoRALayer:
+    """What is added to one of Megatron's linear layers: scale B A.
+
+    Attributes:
+        ranks: one number; or, where q, k and v have an A each, one for each of the three (0: it is not adapted).
+    """
+
+    scale: float
+    ranks: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Rows of the layer's A: those of q, k and v lie one after another."""
+        return sum(self.ranks)
+
+
+LoRALayers = dict[str, LoRALayer]  # "decoder.layers.3.mlp.linear_fc1", numbered as in the whole model -> its LoRA
+
+
+def are_alike(layers: LoRALayers, num_layers: int) -> bool:
+    """Whether every layer of the model has the same modules adapted, of the same ranks."""
+    by_number: list[dict[str, tuple[int, ...]]] = [{} for _ in range(num_layers)]
+    for name, layer in layers.items():
+        number, _, module = name.removeprefix("decoder.layers.").partition(".")
+        by_number[int(number)][module] = layer.ranks
+    return all(modules == by_number[0] for modules in by_number)
 
 
 @dataclass(frozen=True)
@@ -49,7 +84,8 @@ class LoRAOptions(Options):
                 f"--lora-target-modules has {', '.join(unknown) or 'nothing'}: choose from {', '.join(LORA_TARGETS)}"
             )
 
-    @property
-    def scale(self) -> float:
-        """The factor of the update, alpha / rank."""
-        return self.alpha / self.rank
+    def layers(self, num_layers: int) -> LoRALayers:
+        """The layers that are adapted."""
+        layer = LoRALayer(self.alpha / self.rank, (self.rank,))
+        modules = [_MODULES[target] for target in self.target_modules]
+        return {f"decoder.layers.{number}.{module}": layer for number in range(num_layers) for module in modules}

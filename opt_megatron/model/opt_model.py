@@ -19,7 +19,7 @@ from .embedding import OPTEmbedding, ProjectedOutputLayer
 from .linear import DeferredWeight, OPTOutputLayer, PackableLinear
 from .linear_methods.registry import select_method
 from .lora import freeze_all_but_factors
-from .lora_options import LoRAOptions
+from .lora_options import LoRALayers
 from .megatron_config import transformer_config
 from .spec import block_spec
 
@@ -31,7 +31,7 @@ class OPTModel(GPTModel):
         opt_config: the architecture.
         parallel_output: leave the logits split over the vocabulary (training does). May be set later.
         quantization: None, or the name of a linear method (linear_methods/registry.py): a model that can only be run.
-        lora: low-rank factors that are trained; everything else is frozen.
+        lora: the layers with low-rank factors, which alone are trained.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class OPTModel(GPTModel):
         *,
         parallel_output: bool = False,
         quantization: str | None = None,
-        lora: LoRAOptions | None = None,
+        lora: LoRALayers | None = None,
     ) -> None:
         # Needed by setup_embeddings_and_output_layer, which GPTModel's constructor calls.
         self.opt_config, self.quantization, self._device = opt_config, quantization, parallel.device
         self._method = select_method(quantization, parallel.device, core_config.params_dtype)
         super().__init__(
             config=core_config,
-            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, self._method, lora),
+            transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, self._method, lora or {}),
             vocab_size=opt_config.vocab_size,
             max_sequence_length=opt_config.num_position_rows,
             pre_process=parallel.is_first_stage,
@@ -61,7 +61,7 @@ class OPTModel(GPTModel):
             for module in self.modules():
                 if isinstance(module, DeferredWeight):
                     module.defer_weight()
-        if lora is not None:
+        if lora:
             self._train_factors_alone()
 
     def _train_factors_alone(self) -> None:
@@ -167,7 +167,7 @@ def build_model(
     *,
     parallel_output: bool = False,
     quantization: str | None = None,
-    lora: LoRAOptions | None = None,
+    lora: LoRALayers | None = None,
     **overrides: Any,
 ) -> OPTModel:
     """This rank's part of the model on the context's device, in evaluation mode, weights not initialised.
@@ -175,7 +175,7 @@ def build_model(
     Args:
         dtype: of the parameters (with a quantisation, of those that stay as they are, and of activations).
         quantization: None, or one of `linear_methods.registry.quantizations()`.
-        lora: low-rank factors that are trained; everything else is frozen.
+        lora: the layers with low-rank factors, which alone are trained.
         overrides: fields of TransformerConfig that differ from `transformer_config`'s (for training).
 
     Raises:

@@ -24,7 +24,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor, nn
 
 from ..config import OPTConfig
@@ -32,7 +36,7 @@ from .attention import OPTCoreAttention
 from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, mark_sequence_parallel
 from .linear_methods.base import LinearMethod
 from .lora import LoRAColumnParallelLinear, LoRARowParallelLinear
-from .lora_options import LoRAOptions
+from .lora_options import LoRALayers
 
 
 class OPTLayerNorm(nn.LayerNorm):
@@ -83,14 +87,16 @@ def block_spec(
     core_config: TransformerConfig,
     device: torch.device,
     method: type[LinearMethod],
-    lora: LoRAOptions | None = None,
+    lora: LoRALayers,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the final norm where the model has one."""
     norm = norm_implementation(device)
-    layer = layer_spec(config, core_config, norm, method, lora)
-    num_layers = get_num_layers_to_build(core_config)
+    first = get_transformer_layer_offset(core_config)
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers,
+        layer_specs=[
+            layer_spec(config, core_config, norm, _linear_layers(method, lora, number))
+            for number in range(first, first + get_num_layers_to_build(core_config))
+        ],
         layer_norm=norm if config.has_final_layer_norm else None,
     )
 
@@ -99,11 +105,9 @@ def layer_spec(
     config: OPTConfig,
     core_config: TransformerConfig,
     norm: Any,
-    method: type[LinearMethod],
-    lora: LoRAOptions | None = None,
+    linear: dict[str, ModuleSpec],
 ) -> ModuleSpec:
-    """One layer, pre-norm or post-norm as the config says, with linear layers of the given method."""
-    linear = _linear_layers(method, lora)
+    """One layer, pre-norm or post-norm as the config says, with the given linear layers."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -134,21 +138,23 @@ def layer_spec(
     )
 
 
-# Core's names of a layer's linear layers -> the ordinary class, and the one with LoRA's factors.
+# A layer's linear layers -> the ordinary class, and the one with LoRA's factors.
 _LINEAR_LAYERS = {
-    "linear_qkv": (OPTColumnParallelLinear, LoRAColumnParallelLinear),
-    "linear_proj": (OPTRowParallelLinear, LoRARowParallelLinear),
-    "linear_fc1": (OPTColumnParallelLinear, LoRAColumnParallelLinear),
-    "linear_fc2": (OPTRowParallelLinear, LoRARowParallelLinear),
+    "self_attention.linear_qkv": (OPTColumnParallelLinear, LoRAColumnParallelLinear),
+    "self_attention.linear_proj": (OPTRowParallelLinear, LoRARowParallelLinear),
+    "mlp.linear_fc1": (OPTColumnParallelLinear, LoRAColumnParallelLinear),
+    "mlp.linear_fc2": (OPTRowParallelLinear, LoRARowParallelLinear),
 }
 
 
-def _linear_layers(method: type[LinearMethod], lora: LoRAOptions | None) -> dict[str, ModuleSpec]:
-    """The specs of a layer's four linear layers."""
-    layers = {}
+def _linear_layers(method: type[LinearMethod], lora: LoRALayers, number: int) -> dict[str, ModuleSpec]:
+    """The specs of the four linear layers of the model's layer `number`, under core's names."""
+    specs = {}
     for name, (ordinary, adapted) in _LINEAR_LAYERS.items():
-        if lora is not None and name in lora.target_modules:
-            layers[name] = ModuleSpec(module=adapted, params={"method": method, "lora": lora})
+        layer = lora.get(f"decoder.layers.{number}.{name}")
+        if layer is None:
+            spec = ModuleSpec(module=ordinary, params={"method": method})
         else:
-            layers[name] = ModuleSpec(module=ordinary, params={"method": method})
-    return layers
+            spec = ModuleSpec(module=adapted, params={"method": method, "lora": layer})
+        specs[name.rpartition(".")[2]] = spec
+    return specs

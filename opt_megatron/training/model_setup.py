@@ -13,9 +13,10 @@ from megatron.core.distributed import (
 from torch import nn
 
 from ..checkpoint.formats.registry import open_checkpoint
-from ..checkpoint.load import load_weights, locate_on_all_ranks
+from ..checkpoint.load import load_adapter, load_weights, locate_on_all_ranks
 from ..checkpoint.parameter_mapping import even_stage_parameters
 from ..config import OPTConfig
+from ..model.lora_options import are_alike
 from ..model.opt_model import build_model
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import prepare_training
@@ -45,7 +46,7 @@ def setup_model_and_optimizer(
         parallel,
         options.dtype,
         parallel_output=True,
-        lora=options.lora,
+        lora=options.lora_layers,
         **_core_config(options, parallel),
     )
     _mark_tensor_parallel_parameters(module, options.config, parallel)
@@ -62,6 +63,7 @@ def _core_config(options: TrainingOptions, parallel: ParallelContext) -> dict[st
     """Fields of megatron-core's TransformerConfig that only training sets."""
     fields: dict[str, Any] = {
         "calculate_per_token_loss": True,
+        "hetereogenous_dist_checkpoint": not are_alike(options.lora_layers, options.config.num_layers),
         "sequence_parallel": options.sequence_parallel and parallel.tensor_model_parallel_size > 1,
     }
     if options.recompute_granularity == "full":
@@ -91,7 +93,10 @@ def _load_or_init_weights(model: nn.Module, options: TrainingOptions, parallel: 
     else:
         directory = locate_on_all_ranks(options.load, parallel, options.revision)
         on_all_ranks(parallel, lambda: load_weights(model, open_checkpoint(directory), parallel))
-    if options.lora is not None:
+    if options.adapter is not None:
+        adapter = options.adapter
+        on_all_ranks(parallel, lambda: load_adapter(model, adapter, config, parallel))
+    elif options.lora is not None:
         init_lora_weights(model, config, parallel, options.seed)
 
 

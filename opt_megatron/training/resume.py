@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
-from ..checkpoint.formats.torch_dist import LORA_FILE
+from ..checkpoint.formats.lora_run import LORA_FILE, lora_file_text
 from ..config import dtype_name
 from ..errors import UserError
 from ..files import read_bounded
@@ -40,8 +40,8 @@ def _companions(options: TrainingOptions) -> dict[str, bytes]:
     """The files that make a checkpoint loadable: config, LoRA options, tokenizer."""
     config = options.config.replace(dtype=dtype_name(options.dtype)).to_hf()
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
-    if options.lora is not None:
-        files[LORA_FILE] = json.dumps(asdict(options.lora), indent=2).encode()
+    if options.lora_layers:
+        files[LORA_FILE] = lora_file_text(options.lora_layers, options.base_model).encode()
     if options.tokenizer is not None:
         directory = options.tokenizer.parent if options.tokenizer.is_file() else options.tokenizer
         paths = [directory / name for name in TOKENIZER_FILES]
@@ -91,7 +91,7 @@ def _run_identity(options: TrainingOptions) -> dict[str, Any]:
     model = options.config.to_hf()
     return {
         "config": {name: model[name] for name in sorted(model) if name not in ("dtype", "torch_dtype")},
-        "lora": asdict(options.lora) if options.lora else None,
+        "lora": _lora_identity(options),
         "dtype": str(options.dtype),
         "seed": options.seed,
         "seq_length": trainer.seq_length,
@@ -99,6 +99,13 @@ def _run_identity(options: TrainingOptions) -> dict[str, Any]:
         "train_iters": trainer.train_iters,
         "data": _data_identity(options),
     }
+
+
+def _lora_identity(options: TrainingOptions) -> dict[str, Any] | str | None:
+    if options.adapter is not None:
+        ranks = sorted({layer.rank for layer in options.lora_layers.values()})
+        return f"an adapter of {len(options.lora_layers)} layers, rank {', '.join(map(str, ranks))}"
+    return asdict(options.lora) if options.lora else None
 
 
 def _data_identity(options: TrainingOptions) -> list[Any]:

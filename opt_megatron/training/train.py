@@ -101,4 +101,4 @@ def _check(options: TrainingOptions, parallel: ParallelContext) -> None:
         )
     if (options.data is None) == (options.supervised is None):
         raise UserError("give --data-path (or --train-data-path), or --supervised-data, and not both")
-    on_all_ranks(parallel, lambda: read_tokenizer(options))
+    on_all_ranks(parallel, lambda: (read_tokenizer(options), options.lora_layers))

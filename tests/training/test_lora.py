@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import training_jobs as jobs
+from formats import write_peft
 from ranks import RankPool
+from safetensors.torch import load_file
 
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
+from opt_megatron.checkpoint.convert import convert
 from opt_megatron.errors import UserError
 from opt_megatron.model.lora import is_factor
 from opt_megatron.model.lora_options import LoRAOptions
@@ -55,6 +59,39 @@ def test_it_begins_with_the_frozen_model(
     frozen = ranks(1).run(jobs.lora_run, four_layers, 1, 1, {})[0][0]
     assert alone_losses[0] == frozen[0]
     assert alone_losses[-1] != frozen[-1]
+
+
+@pytest.fixture(scope="module")
+def adapter(four_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Factors with ranks and scales of their own for q, v and fc2 of the middle layers."""
+    ranks = {"self_attn.q_proj": 2, "self_attn.v_proj": 3, "fc2": 4}
+    directory = tmp_path_factory.mktemp("peft") / "adapter"
+    write_peft(
+        directory,
+        load_file(four_layers / "model.safetensors"),
+        {f"layers.{layer}.{module}": rank for layer in (1, 2) for module, rank in ranks.items()},
+        target_modules=["q_proj", "v_proj", "fc2"],
+        layers_to_transform=[1, 2],
+        rank_pattern={"q_proj": 2, "v_proj": 3},
+        alpha_pattern={"v_proj": 9},
+    )
+    return directory
+
+
+def test_an_adapter_of_peft_is_trained_further(
+    ranks: Callable[[int], RankPool], four_layers: Path, adapter: Path, tmp_path: Path
+) -> None:
+    losses, changed = ranks(1).run(jobs.lora_run, four_layers, 1, 1, {"adapter": adapter})[0]
+    assert changed == [
+        f"decoder.layers.{layer}.{module}.{factor}"
+        for layer in (1, 2)
+        for module in ("self_attention.linear_qkv", "mlp.linear_fc2")
+        for factor in ("lora_a", "lora_b")
+    ]
+    convert(four_layers, tmp_path / "merged", ConversionOptions(to="hf"), adapter=adapter)
+    assert losses[0] == pytest.approx(ranks(1).run(jobs.lora_run, tmp_path / "merged", 1, 1, {})[0][0][0], abs=1e-5)
+    for other, _ in ranks(4).run(jobs.lora_run, four_layers, 2, 2, {"adapter": adapter, "sequence_parallel": True}):
+        assert other == pytest.approx(losses, abs=1e-4)
 
 
 def test_only_the_named_layers_are_adapted(ranks: Callable[[int], RankPool], four_layers: Path) -> None:

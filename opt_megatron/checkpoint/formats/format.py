@@ -57,10 +57,12 @@ class OutputFormat(Format):
 
     Attributes:
         has_tensor_parts: tensors can be split into `tensor_model_parallel_size` parts.
+        is_whole_model: it holds all weights, and config, tokenizer and a manifest are written with them.
         has_pipeline_stages: layers can be divided into `pipeline_model_parallel_size` stages.
     """
 
     has_tensor_parts: ClassVar[bool] = True
+    is_whole_model: ClassVar[bool] = True
     has_pipeline_stages: ClassVar[bool] = False
 
     def check_options(self, options: ConversionOptions) -> None:
@@ -77,6 +79,14 @@ class OutputFormat(Format):
         uneven = options.decoder_first_pipeline_num_layers, options.decoder_last_pipeline_num_layers
         if not self.has_pipeline_stages and uneven != (None, None):
             raise UserError(f"--to {to} has no pipeline stages; leave the numbers of their layers out")
+
+    def content(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What is written of a checkpoint: the canonical tensors, or others that the format makes of it.
+
+        Raises:
+            UserError: the checkpoint does not have what the format holds.
+        """
+        return checkpoint
 
     @abstractmethod
     def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:

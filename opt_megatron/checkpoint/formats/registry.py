@@ -19,6 +19,7 @@ from ...errors import CheckpointError, UserError, shorten
 from ...files import special_kind
 
 if TYPE_CHECKING:
+    from ..adapter import Adapter
     from ..checkpoint import Checkpoint
     from .format import Format, OutputFormat
 
@@ -35,6 +36,7 @@ _ENTRIES = (  # in the order in which messages list them
     _Entry("huggingface", to="hf"),
     _Entry("metaseq", to="metaseq"),
     _Entry("flagai", to="flagai"),
+    _Entry("peft", to="peft"),
     _Entry("torch_dist"),
 )
 
@@ -71,22 +73,46 @@ def is_checkpoint(directory: Path) -> bool:
     return any(known.detect(directory) for known in all_formats())
 
 
-def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: OPTConfig | None = None, adapter: Path | None = None) -> Checkpoint:
     """Open a checkpoint lazily and compare its tensors with its config.
 
     Args:
         path: a directory, or one file that is a whole model.
         config: used instead of the one that the files hold or that is inferred from them.
+        adapter: the directory of an adapter of peft, which is added to the weights.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is incomplete, damaged or not what its config says.
+        CheckpointError: there is no checkpoint or adapter, or it is incomplete, damaged or not what its config says.
     """
     path = Path(path)
-    try:
+    with _as_checkpoint_errors(path):
         with _without_garbage_collection():
             checkpoint = _detect(path).open(path, config)
         checkpoint.check_tensors()
         _check_size(checkpoint)
+    if adapter is None:
+        return checkpoint
+    from ..adapter import add_adapter
+
+    return add_adapter(checkpoint, open_adapter(adapter, checkpoint.config))
+
+
+def open_adapter(path: Path, config: OPTConfig) -> Adapter:
+    """Open an adapter of peft lazily, and compare its tensors with its config and with the model's.
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete, damaged, for another model, or not supported.
+    """
+    from .peft import read_adapter
+
+    with _as_checkpoint_errors(path):
+        return read_adapter(path, config)
+
+
+@contextlib.contextmanager
+def _as_checkpoint_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except UserError as error:
@@ -96,7 +122,6 @@ def open_checkpoint(path: Path, config: OPTConfig | None = None) -> Checkpoint:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         # The formats check what they expect of their files; anything else in a damaged or hostile file ends here.
         raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from error
-    return checkpoint
 
 
 @contextlib.contextmanager

@@ -8,24 +8,20 @@ the index names them. LoRA's factors (`lora_a`, `lora_b`, and lora.json) are add
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 from ...config import OPTConfig
 from ...errors import CheckpointError
-from ...files import read_text
+from ..adapter import add_adapter
 from ..checkpoint import Checkpoint
 from ..parameter_mapping import stage_parameters
 from ..storage.lazy_tensor import LazyTensor
-from ..storage.lora_weight import LoRAWeight
 from .format import Format
 from .infer_config import directory_config
+from .lora_run import LORA_FILE, run_adapter
 from .megatron_ranks import iteration_directories
 from .megatron_tensors import qkv_component
 from .torch_dist_shards import INDEX_FILE, ShardedTensors
-
-LORA_FILE = "lora.json"
 
 
 class TorchDistFormat(Format):
@@ -50,19 +46,18 @@ class TorchDistFormat(Format):
         if config is None:
             raise CheckpointError(f"{path}: there is no config.json; put the model's there")
         stored = ShardedTensors(path)
-        scale = _lora_scale(path) if (path / LORA_FILE).is_file() else None
         tensors: dict[str, LazyTensor] = {}
         for parameter in stage_parameters(config, range(config.num_layers), first=True, last=True):
             weight = stored.find(parameter.megatron)
             if weight is None:
                 continue  # named by Checkpoint.check_tensors
-            if scale is not None:
-                weight = _with_lora(weight, parameter.megatron, stored, scale)
             count = len(parameter.canonical)
             for index, name in enumerate(parameter.canonical):
                 tensors[name] = weight if count == 1 else qkv_component(weight, index, count, config.head_dim)
-        kind = f"training checkpoint {path.name}" + (" with LoRA" if scale is not None else "")
-        return Checkpoint(path, kind, config, tensors)
+        checkpoint = Checkpoint(path, f"training checkpoint {path.name}", config, tensors)
+        if (path / LORA_FILE).is_file():
+            return add_adapter(checkpoint, run_adapter(path, config, stored.find))
+        return checkpoint
 
 
 FORMAT = TorchDistFormat()
@@ -73,23 +68,3 @@ def _newest(directory: Path) -> Path | None:
     if (directory / INDEX_FILE).is_file():
         return directory
     return next((path for _, path in iteration_directories(directory) if (path / INDEX_FILE).is_file()), None)
-
-
-def _with_lora(weight: LazyTensor, name: str, stored: ShardedTensors, scale: float) -> LazyTensor:
-    """The weight with its factors added, if it has any."""
-    module, _, kind = name.rpartition(".")
-    if kind != "weight":
-        return weight
-    a, b = stored.find(f"{module}.lora_a"), stored.find(f"{module}.lora_b")
-    return weight if a is None or b is None else LoRAWeight(weight, a, b, scale)
-
-
-def _lora_scale(path: Path) -> float:
-    try:
-        values = json.loads(read_text(path / LORA_FILE))
-        scale = float(values["alpha"]) / int(values["rank"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
-        raise CheckpointError(f"{path / LORA_FILE}: does not say alpha and rank: {error!r}") from None
-    if not math.isfinite(scale):
-        raise CheckpointError(f"{path / LORA_FILE}: alpha / rank is {scale}")
-    return scale

@@ -44,13 +44,13 @@ class ShardedTensors:
         self._files: dict[str, MappedFile] = {}
 
     def find(self, name: str) -> LazyTensor | None:
-        """A parameter, or None if it is not stored; "decoder.layers.3.…" is layer 3 of "decoder.layers.…".
+        """A parameter, or None if it is not stored; "decoder.layers.3.…" may be layer 3 of "decoder.layers.…".
 
         Raises:
             CheckpointError: the index or a file is damaged.
         """
         layer = None
-        if name.startswith(_LAYERS):
+        if name.startswith(_LAYERS) and name not in self._index:
             number, _, rest = name.removeprefix(_LAYERS).partition(".")
             name, layer = _LAYERS + rest, int(number)
         entry = self._index.get(name)

@@ -42,7 +42,10 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def read(self, block: Block) -> Tensor:
-        """The elements of a block, [sizes of the block]; it may be a view of a tensor in memory: do not write to it."""
+        """The elements of a block, [sizes of the block]; it may be a view of a tensor in memory: do not write to it.
+
+        They are in `dtype`, or in a wider one where they are computed.
+        """
 
 
 class WrappedTensor(LazyTensor):
@@ -125,6 +128,17 @@ class RowRange(RemappedTensor):
 
     def _remap(self, block: Block) -> Block:
         return (slice(block[0].start + self._start, block[0].stop + self._start), *block[1:])
+
+
+class ColumnRange(RemappedTensor):
+    """The columns `start` to `stop` of a matrix."""
+
+    def __init__(self, base: LazyTensor, start: int, stop: int) -> None:
+        super().__init__(base, (base.shape[0], stop - start))
+        self._start = start
+
+    def _remap(self, block: Block) -> Block:
+        return (block[0], slice(block[1].start + self._start, block[1].stop + self._start))
 
 
 class FlatSlice(RemappedTensor):

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import training_jobs as jobs
+from formats import write_peft
 from ranks import RankPool
+from safetensors.torch import load_file
 
+from opt_megatron.checkpoint.checkpoint import Checkpoint
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
+from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.formats.megatron_ranks import TRACKER
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
 from opt_megatron.checkpoint.load import load_model
@@ -25,6 +30,8 @@ from opt_megatron.training.lr_schedule import LRSchedule
 from opt_megatron.training.metrics import METRICS_FILE
 from opt_megatron.training.options import TrainerOptions
 from opt_megatron.training.training_options import TrainingOptions
+
+PEFT_LAYER = "base_model.model.model.decoder.layers.0"
 
 
 @pytest.fixture
@@ -163,6 +170,43 @@ def test_lora_is_merged_as_it_is_read(
     base = load_model(four_layers, None, alone)
     assert (base(tokens) - logits).abs().max() > 1e-2
     assert parameters  # the factors have moved
+    convert(tmp_path / "run", tmp_path / "peft", ConversionOptions(to="peft"))
+    assert_same_tensors(open_checkpoint(four_layers, adapter=tmp_path / "peft"), open_checkpoint(tmp_path / "run"))
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(stored) == 4 * 6 * 2
+    of_q, of_k = (stored[f"{PEFT_LAYER}.self_attn.{name}_proj.lora_A.weight"] for name in "qk")
+    assert torch.equal(of_q, of_k)
+
+
+def assert_same_tensors(left: Checkpoint, right: Checkpoint) -> None:
+    """The same values, to the bit."""
+    assert left.tensors.keys() == right.tensors.keys()
+    assert all(torch.equal(left.read(name), right.read(name)) for name in left.tensors)
+
+
+def test_an_adapter_of_peft_is_saved_resumed_and_written_again(
+    ranks: Callable[[int], RankPool],
+    settings: TrainingOptions,
+    four_layers: Path,
+    alone: ParallelContext,
+    tmp_path: Path,
+) -> None:
+    """Only q and v of the last layer, which one pipeline stage alone holds."""
+    modules = ["layers.3.self_attn.q_proj", "layers.3.self_attn.v_proj"]
+    weights = load_file(four_layers / "model.safetensors")
+    write_peft(tmp_path / "adapter", weights, dict.fromkeys(modules, 4), layers_to_transform=[3])
+    settings = without_dropout(replace(settings, load=str(four_layers), schedule=LRSchedule(1e-2, 1e-3, 0, 12)))
+    save, adapter = tmp_path / "run", tmp_path / "adapter"
+    ranks(2).run(jobs.whole_run, save, 1, 2, settings, 5, adapter)
+    assert "iteration 5" in ranks(2).run(jobs.whole_run, save, 2, 1, settings, 0, adapter)[0][0]
+    _, logits = ranks(2).run(jobs.adapted_logits, save, 2, 1, settings, adapter)[0]
+    model = load_model(save, None, alone)
+    assert (model(torch.arange(4, 24)[None]) - logits).abs().max() <= 1e-4
+    convert(save, tmp_path / "again", ConversionOptions(to="peft"))
+    stored, before = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "adapter"))
+    assert stored.keys() == before.keys()
+    assert all((stored[name] - before[name]).abs().max() > 1e-3 for name in stored)
+    assert_same_tensors(open_checkpoint(four_layers, adapter=tmp_path / "again"), open_checkpoint(save))
 
 
 def test_what_is_read_is_checked(ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path) -> None:
