@@ -11,8 +11,8 @@ LOAD="${1:?usage: convert_hf.sh CHECKPOINT TARGET}"
 SAVE="${2:?usage: convert_hf.sh CHECKPOINT TARGET}"
 TP="${TP:-2}" PP="${PP:-1}"
 prepare ""
-python tools/convert_checkpoint.py --load "$LOAD" --save "$SAVE" \
+python "$ROOT/tools/convert_checkpoint.py" --load "$LOAD" --save "$SAVE" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
-torchrun --standalone --nproc-per-node $((TP * PP)) tools/generate.py --load "$SAVE" \
+torchrun --standalone --nproc-per-node $((TP * PP)) "$ROOT/tools/generate.py" --load "$SAVE" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
     --prompt "Once upon a time" --max-new-tokens 32 --temperature 0

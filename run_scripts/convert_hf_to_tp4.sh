@@ -9,5 +9,5 @@ source "$(dirname "$0")/environment.sh"
 LOAD="${1:?usage: convert_hf_to_tp4.sh CHECKPOINT TARGET}"
 SAVE="${2:?usage: convert_hf_to_tp4.sh CHECKPOINT TARGET}"
 prepare ""
-python tools/convert_checkpoint.py --load "$LOAD" --save "$SAVE" --tensor-model-parallel-size 4
+python "$ROOT/tools/convert_checkpoint.py" --load "$LOAD" --save "$SAVE" --tensor-model-parallel-size 4
 opt-megatron verify "$SAVE" "$LOAD"

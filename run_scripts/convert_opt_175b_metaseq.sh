@@ -15,5 +15,5 @@ SAVE="${2:?usage: convert_opt_175b_metaseq.sh SHARDS TARGET TOKENIZER}"
 TOKENIZER="${3:?usage: convert_opt_175b_metaseq.sh SHARDS TARGET TOKENIZER}"
 prepare ""
 opt-megatron inspect "$SHARDS"
-python tools/convert_checkpoint.py --load "$SHARDS" --save "$SAVE" --tokenizer "$TOKENIZER" --resume \
+python "$ROOT/tools/convert_checkpoint.py" --load "$SHARDS" --save "$SAVE" --tokenizer "$TOKENIZER" --resume \
     --tensor-model-parallel-size 8 --pipeline-model-parallel-size "${PP:-1}"

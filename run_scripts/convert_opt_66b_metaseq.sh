@@ -11,8 +11,8 @@ PARTS="${1:?usage: convert_opt_66b_metaseq.sh PARTS TARGET}"
 SAVE="${2:?usage: convert_opt_66b_metaseq.sh PARTS TARGET}"
 prepare ""
 if [ -n "${TP:-}" ]; then
-    python tools/convert_checkpoint.py --load "$PARTS" --save "$SAVE" --resume --tensor-model-parallel-size "$TP"
+    python "$ROOT/tools/convert_checkpoint.py" --load "$PARTS" --save "$SAVE" --resume --tensor-model-parallel-size "$TP"
 else
-    python tools/convert_checkpoint.py --load "$PARTS" --save "$SAVE" --resume --to hf --max-shard-size 10GB
+    python "$ROOT/tools/convert_checkpoint.py" --load "$PARTS" --save "$SAVE" --resume --to hf --max-shard-size 10GB
 fi
 opt-megatron verify "$SAVE" "$PARTS"

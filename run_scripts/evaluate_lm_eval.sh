@@ -15,6 +15,6 @@ shift $(($# < 2 ? $# : 2))
 [ $# -gt 0 ] || set -- fairy_last_word fairy_minimal_pairs
 TP="${TP:-1}" PP="${PP:-1}"
 prepare "[eval]"
-torchrun --standalone --nproc-per-node $((TP * PP)) tools/evaluate.py lm-eval --load "$LOAD" \
+torchrun --standalone --nproc-per-node $((TP * PP)) "$ROOT/tools/evaluate.py" lm-eval --load "$LOAD" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
     --tasks "$@" --output "$OUTPUT" $([ "${FORCE:-0}" = 0 ] || echo --force)

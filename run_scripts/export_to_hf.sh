@@ -9,6 +9,6 @@ source "$(dirname "$0")/environment.sh"
 LOAD="${1:?usage: export_to_hf.sh CHECKPOINT TARGET}"
 SAVE="${2:?usage: export_to_hf.sh CHECKPOINT TARGET}"
 prepare ""
-python tools/convert_checkpoint.py --load "$LOAD" --save "$SAVE" --to hf --max-shard-size 5GB
+python "$ROOT/tools/convert_checkpoint.py" --load "$LOAD" --save "$SAVE" --to hf --max-shard-size 5GB
 # shellcheck disable=SC2086
 opt-megatron verify "$SAVE" "$LOAD" ${LOGITS---logits}

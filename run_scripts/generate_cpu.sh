@@ -12,7 +12,7 @@ PROMPT="${2:?usage: generate_cpu.sh CHECKPOINT PROMPT}"
 TP="${TP:-1}" PP="${PP:-1}"
 [ $((TP * PP)) -gt 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 prepare ""
-torchrun --standalone --nproc-per-node $((TP * PP)) tools/generate.py \
+torchrun --standalone --nproc-per-node $((TP * PP)) "$ROOT/tools/generate.py" \
     --load "$LOAD" --device cpu --dtype float32 \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
     --prompt "$PROMPT" --max-new-tokens 64 --temperature 0.7 --top-p 0.9 --stream

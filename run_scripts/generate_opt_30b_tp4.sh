@@ -8,7 +8,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare ""
-torchrun --standalone --nproc-per-node 4 tools/generate.py \
+torchrun --standalone --nproc-per-node 4 "$ROOT/tools/generate.py" \
     --load "${1:-facebook/opt-30b}" --device cuda --dtype float16 \
     --tensor-model-parallel-size 4 --seed 123 \
     --prompt "I think The Old Man and the Sea is a very good book, what do you think? I think " \

@@ -8,14 +8,14 @@
 # tools/train.py. This project has not run it on a GPU yet.
 set -euo pipefail
 SIZE="${1:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}"
-DATA="$(realpath -m "${2:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}")"
-SAVE="$(realpath -m "${3:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}")"
+DATA="${2:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}"
+SAVE="${3:?usage: pretrain_opt.sh SIZE DATA_PREFIX SAVE [OPTION ...]}"
 shift 3
 TP="${TP:-1}" PP="${PP:-1}"
 source "$(dirname "$0")/environment.sh"
 prepare "[train]"
 GPUS="$(nvidia-smi -L 2>/dev/null | wc -l)"
-torchrun --standalone --nproc-per-node "${PROCESSES:-$((GPUS > 0 ? GPUS : TP * PP))}" tools/train.py \
+torchrun --standalone --nproc-per-node "${PROCESSES:-$((GPUS > 0 ? GPUS : TP * PP))}" "$ROOT/tools/train.py" \
     --preset "$SIZE" --data-path "$DATA" --split 999,1,0 --save "$SAVE" --save-interval 2000 --eval-interval 2000 \
     --eval-iters 32 --keep-last 3 \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "$@"

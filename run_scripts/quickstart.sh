@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare ""
-torchrun --standalone --nproc-per-node 2 tools/generate.py \
+torchrun --standalone --nproc-per-node 2 "$ROOT/tools/generate.py" \
     --tensor-model-parallel-size 2 \
     --prompt "${1:-Once upon a time}" \
     --max-new-tokens 120 --temperature 0.7 --top-p 0.9 --seed "${SEED:-1234}" --stream

@@ -11,6 +11,6 @@ source "$(dirname "$0")/environment.sh"
 TP="${TP:-1}" PP="${PP:-1}"
 [ $((TP * PP)) -gt 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 prepare "[serve]"
-exec torchrun --standalone --nproc-per-node $((TP * PP)) tools/serve.py \
+exec torchrun --standalone --nproc-per-node $((TP * PP)) "$ROOT/tools/serve.py" \
     --load "${1:-story}" --host "${HOST:-127.0.0.1}" --port "${PORT:-5000}" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "${@:2}"

@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare "[serve]"
-exec torchrun --standalone --nproc-per-node 8 tools/serve.py \
+exec torchrun --standalone --nproc-per-node 8 "$ROOT/tools/serve.py" \
     --load "${1:-facebook/opt-66b}" --device cuda --dtype float16 --tensor-model-parallel-size 8 \
     --max-batch-size 32 --kv-cache-memory 15GB --prefill-chunk-size 1024 \
     --host "${HOST:-127.0.0.1}" --port "${PORT:-5000}"

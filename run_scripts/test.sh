@@ -7,4 +7,5 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare "[test]"
+cd "$ROOT"
 python -m pytest "$@"
