@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 
 Size = int  # bytes, which may be given as people write them: 500MB, 2GiB
+_LARGEST_SIZE = 10**18  # bytes, more than any machine has
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,18 @@ def shown(value: Any) -> str:
 
 
 def size_in_bytes(text: str) -> int:
-    """Bytes of a size as people write it: 500MB, 5GB (powers of ten), 2GiB (powers of two), or a plain number.
+    """Bytes of a size as people write it: 500MB, 5GB (powers of ten), 2GiB (powers of two), 4096B.
 
     Raises:
         UserError: it is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?(B?)", text.strip(), re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise UserError(f"{text!r} is not a size; write it as 500MB, 5GB or 2GiB")
+    if not match[2] and not match[4] and float(match[1]):
+        raise UserError(f"{text!r} has no unit; write {match[1]}GB, {match[1]}GiB or {match[1]}B")
     size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    if size > 1e18:
+    if size > _LARGEST_SIZE:
         raise UserError(f"{text[:40]!r} is more than any machine has; write it as 500MB, 5GB or 2GiB")
     return int(size)
 
@@ -86,8 +89,10 @@ def _text(name: str, value: Any) -> str:
 
 
 def _size(name: str, value: Any) -> int:
-    _require(_is_whole(value) or isinstance(value, str), name, value, "a size, as 500MB, 5GB or 2GiB")
-    return size_in_bytes(str(value))
+    if isinstance(value, str):
+        return size_in_bytes(value)
+    _require(_is_whole(value) and 0 <= value <= _LARGEST_SIZE, name, value, "a size, as 500MB, 5GB or 2GiB")
+    return int(value)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
