@@ -9,6 +9,19 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, incomplete or not what its config says."""
 
 
+class MissingPackageError(UserError):
+    """A package of an extra is not installed.
+
+    Args:
+        package: what is missing.
+        purpose: what it is needed for, as the message's subject.
+        extra: of setup.py, which brings it. The command works for a wheel and for a checkout.
+    """
+
+    def __init__(self, package: str, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'opt-megatron[{extra}]'")
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's message, at most `limit` characters of it; its class where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..api import OPT
-from ..errors import UserError
+from ..errors import MissingPackageError, UserError
 from ..files import atomic_file
 from ..inputs import Tokens
 
@@ -71,7 +71,7 @@ def draw(lens: Lens, opt: OPT, path: Path, *, last: int | None = None, title: st
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError('matplotlib is not installed: pip install -e ".[plot]"') from None
+        raise MissingPackageError("matplotlib", "drawing", "plot") from None
     begin = 0 if last is None else max(0, len(lens.tokens) - last)
     read = lens.tokens[begin:]
     rows, columns = len(lens.best), len(read)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, first_line, shorten
+from ..errors import MissingPackageError, UserError, first_line, shorten
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator
@@ -54,7 +54,7 @@ class TaskOptions:
 def check_installed() -> None:
     """Raise UserError unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('lm-eval is not installed: pip install -e ".[eval]"')
+        raise MissingPackageError("lm-eval", "evaluate lm-eval", "eval")
 
 
 def run_tasks(evaluator: Evaluator, options: TaskOptions) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from ..config import OPTConfig
 from ..data.jsonl import parse_object
-from ..errors import UserError
+from ..errors import MissingPackageError
 from ..files import cannot_write, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -141,5 +141,5 @@ def _open_board(directory: Path, iteration: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard-dir needs the package tensorboard: pip install -e '.[train]'") from None
+        raise MissingPackageError("tensorboard", "--tensorboard-dir", "train") from None
     return SummaryWriter(str(directory), purge_step=iteration + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import MissingPackageError, UserError
 from ..files import atomic_file
 from .metrics import METRICS_FILE, read_metrics
 
@@ -50,7 +50,7 @@ def plot_curves(curves: list[Curve], measure: str, output: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("drawing needs the package matplotlib: pip install -e '.[plot]'") from None
+        raise MissingPackageError("matplotlib", "drawing", "plot") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats a token)" if measure == "loss" else measure)
     for number, curve in enumerate(curves):
