@@ -13,13 +13,13 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import UserError, first_line
 from ..version import __version__
 from .option_groups import complete
 
-# Each is a module of this package (with _ for -) with HELP, add_arguments and run.
+# Each is a module of this package (with _ for -) with HELP, EXAMPLE, add_arguments and run.
 COMMANDS = (
     "generate", "serve", "evaluate", "logit-lens", "convert", "inspect", "verify", "plan",
     "preprocess", "train-tokenizer", "train", "plot-training",
@@ -29,7 +29,18 @@ _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, as other mistakes are."""
+    """Reports a wrong argument in one line, as other mistakes are, and takes no abbreviations.
+
+    An abbreviation would change its meaning, or end to have one, when an option is added.
+
+    Args:
+        example: a command line that --help shows.
+    """
+
+    def __init__(self, *, example: str | None = None, **words: Any) -> None:
+        if example is not None:
+            words |= {"epilog": f"example:\n  {example}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**words, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError, where argparse would print the usage on every rank."""
@@ -81,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return complete(parser.parse_args(argv))

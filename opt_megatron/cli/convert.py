@@ -15,6 +15,7 @@ from .arguments import ModelConfigOptions, RequiredLoadOptions, config_argument,
 from .option_groups import Groups, add_groups
 
 HELP = "write a checkpoint in another format or for another tensor x pipeline parallel layout"
+EXAMPLE = "opt-megatron convert --load opt-13b --save checkpoints/opt-13b-tp2 --tensor-model-parallel-size 2"
 
 
 @dataclass(frozen=True, kw_only=True)

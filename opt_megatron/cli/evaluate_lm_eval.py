@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..api import OPT
     from ..evaluation.run_tasks import TaskOptions
 
-HELP = 'tasks of lm-eval (pip install -e ".[eval]"), and two small ones that need no network'
+HELP = "tasks of lm-eval (extra: eval), and two small ones that need no network"
+EXAMPLE = "opt-megatron evaluate lm-eval --load opt-125m --tasks lambada_openai piqa"
 _FILES = {"results.json", "results.md"}
 
 
@@ -36,7 +37,12 @@ class LmEvalOptions(Options):
         metavar="NAME",
         required=True,
     )
-    include_path: str | None = option(None, help="a directory with YAML files of tasks", metavar="DIR", is_path=True)
+    include_path: str | None = option(
+        None,
+        help="a directory with YAML files of tasks; they can run Python code (!function), so it must be one you trust",
+        metavar="DIR",
+        is_path=True,
+    )
     num_fewshot: int | None = option(None, help="examples before each", minimum=0, default_text="the task's")
     limit: int | None = option(None, help="only the first so many items of each task", minimum=1)
     batch_size: int = option(8, help="sequences in a pass", minimum=1)
@@ -77,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         _check_output(Path(args.output), args.force)
     opt = open_model(args, start_ranks(args), batch_size=args.batch_size)
     print_notices(args, opt)
+    if args.include_path is not None and opt.parallel.is_leader:
+        print(f"opt-megatron: {args.include_path}: lm-eval's YAML files can run Python (!function)", file=sys.stderr)
     _evaluate(args, options, opt.load())
 
 

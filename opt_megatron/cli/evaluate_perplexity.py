@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..tokenizer import OPTTokenizer
 
 HELP = "perplexity, nats a token and bits a byte of texts"
+EXAMPLE = "opt-megatron evaluate perplexity --load opt-125m --data valid.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

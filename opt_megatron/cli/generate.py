@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from ..generation.engine_options import EngineOptions
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import Options, option
@@ -19,8 +20,10 @@ from .sampling import sampling_params, with_options
 if TYPE_CHECKING:
     from ..api import OPT
     from ..generation.request import Request
+    from ..parallel.context import ParallelContext
 
 HELP = "continue prompts, on one process or under torchrun with tensor and pipeline parallelism"
+EXAMPLE = 'opt-megatron generate --load opt-125m --prompt "The capital of France is" --max-new-tokens 20'
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class OutputOptions(Options):
 
     json: bool = option(False, help="one JSON object a line for each prompt, nothing else")
     stream: bool = option(False, help="print as it is generated")
+    interactive: bool = option(False, help="type a text and continue it turn by turn; /help shows the commands")
 
 
 OPTIONS: Groups = {
@@ -64,12 +68,17 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; the same one on every rank.
     """
+    if args.interactive:
+        _check_interactive(args)
     parameters = sampling_params(args)  # before torch.distributed starts: mistakes are reported at once
     check_engine_options(args)
     parallel = start_ranks(args)
     from ..parallel.context import on_all_ranks
     from .output import print_events
 
+    if args.interactive:
+        _run_interactive(args, parallel, parameters)
+        return
     opt = open_model(args, parallel, needs_tokenizer=False, engine=engine_options(args))
     # The leader alone has the prompts. They are checked before the weights are read.
     prompts, requests = on_all_ranks(
@@ -78,6 +87,22 @@ def run(args: argparse.Namespace) -> None:
     print_notices(args, opt)
     opt.load()
     print_events(opt.engine.generate(requests), prompts, requests, args.json, args.stream)
+
+
+def _check_interactive(args: argparse.Namespace) -> None:
+    for name in ("prompt", "prompt_file", "prompt_tokens", "json", "stream"):
+        if getattr(args, name):
+            raise UserError(f"--interactive and --{name.replace('_', '-')} are given; use one of them")
+
+
+def _run_interactive(args: argparse.Namespace, parallel: ParallelContext, params: SamplingParams) -> None:
+    from .interactive import run_interactive
+
+    num_rows = max(params.num_sampled, params.num_beams)  # the cache need not hold more
+    engine = replace(engine_options(args), max_batch_size=min(args.max_batch_size, num_rows))
+    opt = open_model(args, parallel, engine=engine)
+    print_notices(args, opt)
+    run_interactive(opt.load(), params)
 
 
 def _read_requests(args: argparse.Namespace, params: SamplingParams, opt: OPT) -> tuple[list[Prompt], list[Request]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..config import OPTConfig
 
 HELP = "print a checkpoint's format, layout, config, dtype, parameter count and size per rank"
+EXAMPLE = "opt-megatron inspect checkpoints/opt-13b-tp2"
 
 
 @dataclass(frozen=True, kw_only=True)

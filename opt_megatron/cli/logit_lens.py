@@ -12,7 +12,8 @@ from .arguments import ModelOptions, RuntimeOptions, check_picture
 from .loading import open_model, print_notices, start_ranks
 from .option_groups import Groups, add_groups
 
-HELP = 'draw which token each layer predicts, as a PNG (pip install -e ".[plot]")'
+HELP = "draw which token each layer predicts, as a PNG (extra: plot)"
+EXAMPLE = 'opt-megatron logit-lens --load opt-125m --prompt "The capital of France is" --output lens.png'
 
 
 @dataclass(frozen=True, kw_only=True)

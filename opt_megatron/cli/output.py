@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..files import progress_bar
-from ..generation.request import Request, TokenEvent
+from ..generation.request import Request, TextDecoder, TokenEvent
 from .prompts import Prompt
 
 
@@ -47,6 +47,7 @@ class Continuation:
         self.prompt = prompt
         self.num_choices = request.params.n
         self.has_text = request.decoder is not None  # without a tokenizer, ids are shown instead
+        self._decoder = request.decoder
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
@@ -86,6 +87,27 @@ class Continuation:
             if self._reports_prompt_logprobs:
                 shown |= _log_probabilities(self._prompt_events, "prompt_")
         return json.dumps(shown, ensure_ascii=False)
+
+    def log_probability_lines(self) -> str:
+        """A line for each token, with those that were likelier or next; nothing where --logprobs was not given."""
+        return "".join(
+            f"{_rounded(event.logprob)}  {self._shown(event.token)}"
+            + "".join(f"   {_rounded(logprob)} {self._shown(token)}" for token, logprob in event.top_logprobs)
+            + "\n"
+            for event in self._prompt_events * self._reports_logprobs + self._events
+        )
+
+    def _shown(self, token: int | None) -> str:
+        """The text of a token as a Python string, or its id where there is no tokenizer."""
+        return str(token) if token is None or self._decoder is None else repr(_text_of(self._decoder(), token))
+
+
+def _text_of(decoder: TextDecoder, token: int) -> str:
+    return decoder.push(token) + decoder.flush()
+
+
+def _rounded(logprob: float | None) -> str:
+    return f"{'-' if logprob is None else format(logprob, '.3f'):>8}"
 
 
 def _log_probabilities(events: list[TokenEvent], prefix: str) -> dict[str, Any]:
@@ -145,6 +167,8 @@ class TextPrinter:
         grown = current.text if current.has_text else "".join(f" {token}" for token in current.tokens)
         print(grown[self._printed :], end="\n" if current.finish_reason else "", flush=True)
         self._printed = len(grown)
+        if current.finish_reason:
+            print(current.log_probability_lines(), end="", flush=True)
 
     def _title(self, current: Continuation) -> str:
         parts = [("prompt", current.index, self._num_prompts), ("continuation", current.choice, current.num_choices)]

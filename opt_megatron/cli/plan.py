@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..config import OPTConfig
 
 HELP = "print the memory that a model needs per rank on a layout, and which layouts fit"
+EXAMPLE = "opt-megatron plan --model opt-66b --device-memory 80GB"
 _COLUMNS: tuple[str, ...] = (
     "rank", "stage", "layers", "heads", "vocabulary", "weights", "KV cache", "activations", "total", "from disk",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from .arguments import check_picture
 from .option_groups import Groups, add_groups
 
 HELP = "draw loss curves (or another measure) of training runs to PNG"
+EXAMPLE = "opt-megatron plot-training runs/a runs/b --output loss.png"
 
 
 @dataclass(frozen=True, kw_only=True)

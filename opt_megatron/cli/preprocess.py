@@ -13,6 +13,7 @@ from .arguments import JsonLinesOptions
 from .option_groups import Groups, add_groups
 
 HELP = "turn JSON lines into the indexed token files (.bin, .idx) that training reads"
+EXAMPLE = "opt-megatron preprocess --input corpus.jsonl --output-prefix data/corpus --tokenizer opt-125m"
 
 
 @dataclass(frozen=True, kw_only=True)

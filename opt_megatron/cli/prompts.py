@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from ..data.jsonl import decode_text, numbered_lines, parse_object, read_text_file
 from ..errors import UserError
+
+_JSON_LINES = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)  # a file's name
+_BEGINS_AS_JSON = re.compile(r'\s*\{\s*"')  # an object, also one that is damaged
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def _lines(text: str, where: str) -> list[Prompt]:
     lines = numbered_lines(text)
     if not lines:
         raise UserError(f"{where}: holds no prompt")
-    if _json_prompt(lines[0][1]) is None:
+    if not _JSON_LINES.search(where) and not _BEGINS_AS_JSON.match(lines[0][1]):
         return [Prompt(text=line) for _, line in lines]
     return [_required_json_prompt(line, number, where) for number, line in lines]
 
@@ -103,7 +107,10 @@ def _json_prompt(line: str) -> Prompt | None:
 def _required_json_prompt(line: str, number: int, where: str) -> Prompt:
     prompt = _json_prompt(line)
     if prompt is None:
-        raise UserError(f"{where}: line {number} is not a JSON object with a string 'prompt', as line 1 is")
+        raise UserError(
+            f"{where}: line {number} is not a JSON object with a string 'prompt'; a file of JSON lines has one in each "
+            "line (a file of text lines has another name than .jsonl, and no object in its first line)"
+        )
     if not isinstance(prompt.options, dict):
         raise UserError(f"{where}: line {number}: 'options' is not an object of options and their values")
     return prompt

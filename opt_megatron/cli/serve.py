@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, first_line
+from ..errors import MissingPackageError, UserError, first_line
 from ..generation.engine_options import EngineOptions
 from ..options import Options, Size, option
 from .arguments import ModelOptions, RuntimeOptions
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..serving.served_model import ServedModel
 
 HELP = "serve a model over HTTP: OpenAI's completions API, metaseq's, and a page to try it in"
+EXAMPLE = "opt-megatron serve --load opt-1.3b --port 8000"
 
 _KEY_VARIABLE = "OPT_MEGATRON_API_KEY"
 _TORCHRUN_WAITS = 25.0  # seconds: 30 from a signal to SIGKILL, without an option; less the engine's own end
@@ -232,7 +233,7 @@ def _api_key(args: argparse.Namespace) -> str | None:
 def _check_packages() -> None:
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"{', '.join(missing)} must be installed for serving: pip install -e '.[serve]'")
+        raise MissingPackageError(", ".join(missing), "serving", "serve")
 
 
 def _print_notice(text: str) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..training.training_options import TrainingOptions
 
 HELP = "pre-train or fine-tune, on one process or under torchrun with tensor, pipeline, data and sequence parallelism"
+EXAMPLE = "opt-megatron train --load opt-125m --data-path data/corpus_text_document --save runs/mine --train-iters 1000"
 
 _WRITTEN = {"save", "tensorboard_dir", "data_cache_path"}  # paths that may not exist yet
 

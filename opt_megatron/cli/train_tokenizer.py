@@ -13,6 +13,7 @@ from .arguments import JsonLinesOptions
 from .option_groups import Groups, add_groups
 
 HELP = "train a byte-level BPE tokenizer with OPT's special ids on JSON lines"
+EXAMPLE = "opt-megatron train-tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)

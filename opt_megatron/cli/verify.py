@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
 
 HELP = "compare a converted checkpoint with its manifest, or two checkpoints of any formats tensor by tensor"
+EXAMPLE = "opt-megatron verify checkpoints/opt-13b-tp2 opt-13b"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,6 +222,11 @@ def test_several_continuations_scores_and_echo_in_json(capsys):
     assert first["prompt_logprobs"][0] is None and all(score < 0 for score in first["prompt_logprobs"][1:])
     _, out, _ = run(capsys, *arguments)
     assert out.startswith("=== continuation 1 of 2 ===\nOnce upon a time") and "=== continuation 2 of 2 ===" in out
+    tokens = [*first["prompt_tokens"], *first["tokens"]]  # a line each, with the likeliest beside it
+    scores = first["prompt_logprobs"] + first["logprobs"]
+    lines = out.split("\n\n===")[0].splitlines()[-len(tokens) :]
+    for token, score, line in zip(tokens[1:], scores[1:], lines[1:], strict=True):
+        assert line.startswith(f"{score:8.3f}  {TOKENIZER.decode([token])!r}   ")
     code, out, _ = run(capsys, "--prompt", "Once", "--max-new-tokens", "0", "--echo", "--logprobs", "0", "--json")
     assert code == 0 and json.loads(out)["tokens"] == [] and len(json.loads(out)["prompt_logprobs"]) == 2
 

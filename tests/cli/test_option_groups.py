@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import shlex
 from pathlib import Path
 
 import pytest
 
-from opt_megatron.cli import _parse, main
+from opt_megatron.cli import COMMANDS, _parse, main
 from opt_megatron.errors import UserError
 
 
@@ -102,3 +104,15 @@ def test_a_rank_that_alone_lacks_the_file_says_so(
             main(["train", "--config", str(tmp_path / "none.yaml")])
         err = capsys.readouterr().err
         assert err.startswith(expected) and err.count("\n") == bool(run_id)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "evaluate_perplexity", "evaluate_lm_eval"])
+def test_the_examples_of_help_are_command_lines_of_today(name: str) -> None:
+    example = importlib.import_module(f"opt_megatron.cli.{name.replace('-', '_')}").EXAMPLE
+    assert _parse(shlex.split(example)[1:]).command == name.split("_")[0]
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--temp=0"], ["evaluate", "perplexity", "--data", "a", "--js"]])
+def test_abbreviations_are_no_arguments(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=f"unrecognized arguments: {arguments[-1]}"):
+        _parse(arguments)
