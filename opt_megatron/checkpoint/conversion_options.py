@@ -28,6 +28,11 @@ class ConversionOptions(Options):
     pipeline_model_parallel_size: int = option(1, help="Megatron's stages, each with a part of the layers", metavar="P")
     decoder_first_pipeline_num_layers: int | None = option(None, help="layers of the first stage, if not as the others")
     decoder_last_pipeline_num_layers: int | None = option(None, help="layers of the last stage, if not as the others")
+    position_offset: int = option(
+        2,
+        help="row of the position table at which a sequence begins; 0, for Megatron-LM, leaves out the two before it",
+        metavar="0|2",
+    )
     dtype: str | None = option(
         None, help="float32, float16 or bfloat16", default_text="every tensor stays as it is stored"
     )

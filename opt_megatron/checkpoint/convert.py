@@ -83,9 +83,8 @@ def convert(
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # a damaged one is reported before anything is written
     written_format = output_format(options.to)
-    checkpoint = written_format.content(
-        source if isinstance(source, Checkpoint) else open_checkpoint(source, config, adapter)
-    )
+    opened = source if isinstance(source, Checkpoint) else open_checkpoint(source, config, adapter)
+    checkpoint = written_format.content(opened, options)
     dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint, options, lambda name: getattr(torch, dtypes[name]))
     on_start(sum(file.num_bytes for file in files))

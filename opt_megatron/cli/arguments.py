@@ -54,6 +54,9 @@ class ModelConfigOptions(Options):
         metavar="FILE",
         is_path=True,
     )
+    activation: str | None = option(
+        None, help="state that the model has OPT's activation, where its files cannot say it", choices=("relu",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +108,17 @@ def config_argument(args: argparse.Namespace) -> OPTConfig | None:
     return OPTConfig.from_path(Path(args.model_config))
 
 
-def print_config_notes(notes: list[str]) -> None:
-    """Print which values of the config were inferred because the files do not contain them."""
+def print_config_notes(notes: list[str], args: argparse.Namespace) -> None:
+    """Print which values of the config were inferred because the files do not contain them.
+
+    Args:
+        args: with `--activation` among them, which states what is assumed otherwise.
+    """
+    from ..checkpoint.formats.infer_config import ACTIVATION_IS_ASSUMED
+
     for note in notes:
-        print(f"opt-megatron: no config.json: {note}", file=sys.stderr)
+        if note != ACTIVATION_IS_ASSUMED or args.activation is None:
+            print(f"opt-megatron: no config.json: {note}", file=sys.stderr)
 
 
 def check_picture(output: Path, force: bool) -> None:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             on_start=on_start,
             progress=bar.update,
         )
-    print_config_notes(summary.config_notes)
+    print_config_notes(summary.config_notes, args)
     for note in summary.notes:
         print(f"opt-megatron: {note}", file=sys.stderr)
     seconds = time.monotonic() - started

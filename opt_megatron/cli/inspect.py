@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from ..config import dtype_name
 
     checkpoint = open_checkpoint(locate(args.checkpoint), config_argument(args))
-    print_config_notes(checkpoint.config_notes)
+    print_config_notes(checkpoint.config_notes, args)
     dtypes = Counter(dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values())
     for name, value in _facts(checkpoint, dtypes):
         print(f"{name:12}{value}")

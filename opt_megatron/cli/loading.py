@@ -75,4 +75,4 @@ def print_notices(args: argparse.Namespace, opt: OPT) -> None:
     if args.load is None:
         print(TOY_NOTICE, file=sys.stderr)
     if opt.pretrained.checkpoint is not None:
-        print_config_notes(opt.pretrained.checkpoint.config_notes)
+        print_config_notes(opt.pretrained.checkpoint.config_notes, args)

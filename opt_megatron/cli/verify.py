@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, shorten
 from ..options import Options, option
-from .arguments import ModelConfigOptions, config_argument
+from .arguments import ModelConfigOptions, config_argument, print_config_notes
 from .option_groups import Groups, add_groups
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--logits compares two checkpoints; name a second one")
     first = open_checkpoint(locate(args.checkpoint), config_argument(args))
     second = open_checkpoint(locate(args.other), config_argument(args)) if args.other else None
+    for checkpoint in (first, second):
+        if checkpoint is not None:
+            print_config_notes(checkpoint.config_notes, args)
     are_equal = _compare_weights(first, second, args.workers)
     if args.logits and second is not None:
         are_equal &= _compare_logits(first, second)

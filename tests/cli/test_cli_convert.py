@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from formats import hf_config, random_tensors, write_metaseq_flat
+from formats import hf_config, random_tensors, write_megatron_lm, write_metaseq_flat
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
@@ -25,7 +25,8 @@ def test_the_tool_writes_what_its_last_line_says(tmp_path):
     sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     command = [sys.executable, str(TOOL), "--load", "story", "--save", str(target), *sizes]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
+    assert done.stderr.startswith("opt-megatron: for Megatron-LM: position ids begin at 2")
     expected = f"wrote {target}: Megatron TP2 x PP2 from Hugging Face safetensors, 4 files, 11.1 MB in "
     assert done.stdout.startswith(expected)
     assert (target / "release" / "mp_rank_01_001" / "model_optim_rng.pt").is_file()
@@ -59,3 +60,14 @@ def test_what_was_derived_is_reported(capsys, tmp_path):
     code, out, err = run(capsys, "--load", str(tmp_path / "source"), "--save", str(tmp_path / "hf"), "--to", "hf")
     assert code == 0 and "from metaseq FSDP shards, 2 parts x 3 shards" in out
     assert "no config.json: 4 attention heads from cfg.model" in err
+
+
+def test_an_activation_that_is_stated_is_not_called_assumed(capsys, tmp_path):
+    config = hf_config(vocab_size=32)
+    write_megatron_lm(tmp_path / "source", config, random_tensors(config), 2, 1)
+    command = ["--load", str(tmp_path / "source"), "--force", "--save", str(tmp_path / "hf"), "--to", "hf"]
+    code, _, err = run(capsys, *command)
+    assert code == 0 and "the activation is assumed to be ReLU" in err
+    code, _, err = run(capsys, *command, "--activation", "relu")
+    assert code == 0 and "4 attention heads from args" in err and "ReLU" not in err
+    assert run(capsys, *command, "--activation", "gelu")[0] == 2

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...config import OPTConfig
+from ...config import POSITION_OFFSET, OPTConfig
 from ...errors import UserError
 from ..output_files import DtypeOf, OutputFile
 
@@ -59,11 +59,13 @@ class OutputFormat(Format):
         has_tensor_parts: tensors can be split into `tensor_model_parallel_size` parts.
         is_whole_model: it holds all weights, and config, tokenizer and a manifest are written with them.
         has_pipeline_stages: layers can be divided into `pipeline_model_parallel_size` stages.
+        position_offsets: rows of the position table at which a sequence may begin.
     """
 
     has_tensor_parts: ClassVar[bool] = True
     is_whole_model: ClassVar[bool] = True
     has_pipeline_stages: ClassVar[bool] = False
+    position_offsets: ClassVar[tuple[int, ...]] = (POSITION_OFFSET,)
 
     def check_options(self, options: ConversionOptions) -> None:
         """Check that the format has what the options ask for.
@@ -79,8 +81,11 @@ class OutputFormat(Format):
         uneven = options.decoder_first_pipeline_num_layers, options.decoder_last_pipeline_num_layers
         if not self.has_pipeline_stages and uneven != (None, None):
             raise UserError(f"--to {to} has no pipeline stages; leave the numbers of their layers out")
+        if options.position_offset not in self.position_offsets:
+            offsets = " or ".join(map(str, self.position_offsets))
+            raise UserError(f"--position-offset is {options.position_offset}, but must be {offsets} with --to {to}")
 
-    def content(self, checkpoint: Checkpoint) -> Checkpoint:
+    def content(self, checkpoint: Checkpoint, options: ConversionOptions) -> Checkpoint:
         """What is written of a checkpoint: the canonical tensors, or others that the format makes of it.
 
         Raises:

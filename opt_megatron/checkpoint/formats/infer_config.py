@@ -16,6 +16,8 @@ from ...errors import CheckpointError
 from ..parameter_mapping import EMBEDDING, PREFIX
 from ..storage.lazy_tensor import LazyTensor
 
+ACTIVATION_IS_ASSUMED = "the activation is assumed to be ReLU: nothing in the files says so, --activation relu does"
+
 
 @dataclass
 class StoredMetadata:
@@ -23,6 +25,7 @@ class StoredMetadata:
 
     Attributes:
         where: the place in the files, for messages ("cfg.model").
+        states_activation: it says that the activation is ReLU; a format refuses files that say another one.
         notes: sentences for the user about what was found there.
     """
 
@@ -31,6 +34,7 @@ class StoredMetadata:
     dropout: float | None = None
     attention_dropout: float | None = None
     do_layer_norm_before: bool | None = None
+    states_activation: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,6 +82,7 @@ def infer_config(tensors: Mapping[str, LazyTensor], metadata: StoredMetadata) ->
         f"sizes from the tensors' shapes: {layers} layers, hidden {hidden}, ffn {ffn}, vocabulary {rows}, "
         f"{positions - POSITION_OFFSET} positions, {norm}",
         f"{heads} attention heads from {source}",
+        *([] if metadata.states_activation else [ACTIVATION_IS_ASSUMED]),
         *metadata.notes,
     ]
 

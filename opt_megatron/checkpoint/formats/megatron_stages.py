@@ -14,6 +14,7 @@ from ...errors import CheckpointError, shorten
 from ..parameter_mapping import EMBEDDING, POSITIONS, ParameterMapping, stage_parameters
 from ..storage.lazy_tensor import Concatenated, LazyTensor, Replicated, RowRange, Tied, zero_rows
 from .infer_config import StoredMetadata, infer_config, integer
+from .megatron_args import check_sizes
 from .megatron_tensors import qkv_component
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -41,7 +42,7 @@ def canonical_model(
         config: None infers it from the shapes and from Megatron-LM's `arguments`.
 
     Raises:
-        CheckpointError: tensors are missing or unknown, or the config cannot be inferred.
+        CheckpointError: tensors are missing or unknown, the config cannot be inferred, or `arguments` say another one.
     """
     counts = [count_layers(models[0], ranks[0]) for models, ranks in zip(stages, files, strict=True)]
     if config is not None and sum(counts) != config.num_layers:
@@ -50,6 +51,7 @@ def canonical_model(
     notes: list[str] = []
     if config is None:
         config, notes = _infer_config(tensors, arguments)
+    check_sizes(arguments, config, path)
     _fit_vocabulary_and_positions(tensors, config)
     return config, tensors, notes
 
@@ -135,15 +137,27 @@ def _infer_config(tensors: dict[str, LazyTensor], arguments: dict[str, Any]) -> 
     metadata = StoredMetadata("args", integer(arguments, "num_attention_heads"))
     metadata.dropout, metadata.attention_dropout = arguments.get("hidden_dropout"), arguments.get("attention_dropout")
     config, notes = infer_config(tensors, metadata)
-    positions = integer(arguments, "max_position_embeddings")
-    if positions == tensors[POSITIONS].shape[0] and positions & (positions - 1) == 0:
-        # 2048 rows for 2048 positions: a table without the two rows that OPT never uses.
+    positions = tensors[POSITIONS].shape[0]
+    if _has_no_offset_rows(positions, integer(arguments, "seq_length")):
         config = config.replace(max_position_embeddings=positions)
         notes.append(f"{positions} positions, since the table has no rows for OPT's offset; two of zeros are added")
+    if arguments.get("bias_gelu_fusion") is True:  # core refuses to fuse the bias with ReLU
+        notes.append("args says bias_gelu_fusion=True, with which Megatron-LM runs GELU and no ReLU")
     if RELEASED_VOCAB_SIZE < config.vocab_size < RELEASED_VOCAB_SIZE + 128 * 64:
         notes.append(f"vocabulary {RELEASED_VOCAB_SIZE}; {config.vocab_size - RELEASED_VOCAB_SIZE} rows are padding")
         config = config.replace(vocab_size=RELEASED_VOCAB_SIZE)
     return config, notes
+
+
+def _has_no_offset_rows(rows: int, seq_length: int | None) -> bool:
+    """Whether a position table begins with position 0, as Megatron-LM's own models use it.
+
+    One with OPT's two unused rows has `rows - 2` positions. Where the sequences are shorter, or their length is not
+    known, only the usual sizes tell: 2048 rows are for 2048 positions, and 2050 are OPT's.
+    """
+    if seq_length is not None and seq_length >= rows - POSITION_OFFSET:
+        return seq_length > rows - POSITION_OFFSET
+    return rows & (rows - 1) == 0
 
 
 def _fit_vocabulary_and_positions(tensors: dict[str, LazyTensor], config: OPTConfig) -> None:

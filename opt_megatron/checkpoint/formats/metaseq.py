@@ -165,6 +165,7 @@ def _stored_metadata(content: Any) -> StoredMetadata:
     activation = values.get("activation_fn", "relu")
     if type(activation) is str and activation != "relu":
         raise CheckpointError(f"cfg.model says activation_fn {activation[:20]!r}; OPT's is 'relu'")
+    metadata.states_activation = bool(values)  # where it does not name one, metaseq's models have ReLU
     separator = integer(values, "self_attn_doc_sep")
     if separator is not None and separator >= 0:
         metadata.notes.append(

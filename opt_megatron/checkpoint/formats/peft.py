@@ -63,7 +63,7 @@ class PeftFormat(OutputFormat):
             f"--load {shorten([base[:100]])} --adapter {path}"
         )
 
-    def content(self, checkpoint: Checkpoint) -> Checkpoint:
+    def content(self, checkpoint: Checkpoint, options: ConversionOptions) -> Checkpoint:
         """The factors under peft's names.
 
         Raises:

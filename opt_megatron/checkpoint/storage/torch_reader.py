@@ -106,15 +106,15 @@ class TorchFile:
         except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from None
 
-    def model(self, whose: str) -> dict[str, LazyTensor]:
-        """The tensors under "model", where both metaseq and Megatron-LM store them.
+    def model(self, whose: str, key: str = "model") -> dict[str, LazyTensor]:
+        """The tensors under `key`; metaseq and Megatron-LM store theirs under "model".
 
         Raises:
             CheckpointError: there is no such dictionary, so the file is not one of `whose`.
         """
-        model = self.content.get("model") if isinstance(self.content, dict) else None
+        model = self.content.get(key) if isinstance(self.content, dict) else None
         if not isinstance(model, dict):
-            raise CheckpointError(f"{self._file.path}: has no 'model' dictionary, so it is not a {whose} checkpoint")
+            raise CheckpointError(f"{self._file.path}: has no '{key}' dictionary, so it is not a {whose} checkpoint")
         return self.tensors(model)
 
     def tensors(self, values: dict[Any, Any]) -> dict[str, LazyTensor]:
