@@ -13,6 +13,7 @@ from formats import (
     write_metaseq_flat,
     write_metaseq_parts,
     write_metaseq_singleton,
+    write_torch_dist,
 )
 
 from opt_megatron.checkpoint.conversion_options import ConversionOptions
@@ -38,6 +39,8 @@ SAMPLES = {
     "singleton-split": lambda d: write_metaseq_singleton(d, PRE, TENSORS, fused=False, name="reshard.pt"),
     "megatron-lm": lambda d: write_megatron_lm(d, PRE, TENSORS, 1, 1),
     "megatron-lm-2x2": lambda d: write_megatron_lm(d, PRE, TENSORS, 2, 2, te=True),
+    "torch-dist": lambda d: write_torch_dist(d, PRE, TENSORS, stacked=True),
+    "torch-dist-by-layer": lambda d: write_torch_dist(d, PRE, TENSORS, stacked=False),
 }
 
 

@@ -6,7 +6,9 @@ Nothing here uses the readers, the writers or the parameter table: these files a
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 Tensors = dict[str, torch.Tensor]
 D = "model.decoder."
@@ -311,3 +315,89 @@ def write_peft(
     save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG | config))
     return factors
+
+
+def write_torch_dist(directory: Path, config: dict, tensors: Tensors, *, stacked: bool, iteration: int = 7) -> Path:
+    """torch_dist as TP 2 saves it, with a vocabulary that needs no padding and no config.json.
+
+    Args:
+        stacked: all layers of a parameter are one tensor; else each layer has its own.
+    """
+    layers = [megatron_layer(config, tensors, layer) for layer in range(config["num_hidden_layers"])]
+    shards = {}
+    for name in layers[0]:
+        for number, layer in enumerate(layers):
+            if stacked:
+                pieces = [((number, *at), piece[None]) for at, piece in _tensor_parallel_pieces(name, layer[name])]
+                shards.setdefault(f"decoder.layers.{name}", []).extend(pieces)
+            else:
+                shards[f"decoder.layers.{number}.{name}"] = _tensor_parallel_pieces(name, layer[name])
+    for name, source in {
+        "embedding.word_embeddings.weight": "embed_tokens.weight",
+        "embedding.position_embeddings.weight": "embed_positions.weight",
+        "decoder.final_layernorm.weight": "final_layer_norm.weight",
+        "decoder.final_layernorm.bias": "final_layer_norm.bias",
+    }.items():
+        shards[name] = _tensor_parallel_pieces(name, tensors[D + source])
+    path = directory / f"iter_{iteration:07d}"
+    path.mkdir(parents=True)
+    write_dcp(path, shards)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    arguments = argparse.Namespace(num_attention_heads=heads, hidden_size=hidden, params_dtype=torch.float16)
+    torch.save({"args": arguments, "checkpoint_version": 3.0, "iteration": iteration}, path / "common.pt")
+    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return directory
+
+
+def megatron_layer(config: dict, tensors: Tensors, layer: int) -> Tensors:
+    """A layer's whole tensors under Megatron-core's names, with TransformerEngine's for the norms."""
+    heads = config["num_attention_heads"]
+    found: Tensors = {}
+    for kind in ("weight", "bias"):
+        modules = ("self_attn_layer_norm", "self_attn.out_proj", "fc1", "fc2", "final_layer_norm")
+        norm, out, fc1, fc2, final_norm = (tensors[f"{D}layers.{layer}.{name}.{kind}"] for name in modules)
+        three = [tensors[f"{D}layers.{layer}.self_attn.{letter}_proj.{kind}"].chunk(heads) for letter in "qkv"]
+        found[f"self_attention.linear_qkv.{kind}"] = torch.cat([part[head] for head in range(heads) for part in three])
+        found |= {f"self_attention.linear_qkv.layer_norm_{kind}": norm, f"self_attention.linear_proj.{kind}": out}
+        found |= {f"mlp.linear_fc1.{kind}": fc1, f"mlp.linear_fc1.layer_norm_{kind}": final_norm}
+        found |= {f"mlp.linear_fc2.{kind}": fc2}
+    return found
+
+
+Shards = list[tuple[tuple[int, ...], torch.Tensor]]  # (offsets, values)
+
+
+def _tensor_parallel_pieces(name: str, tensor: torch.Tensor) -> Shards:
+    is_norm = "layer_norm" in name or "layernorm" in name
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        left, right = tensor.chunk(2, dim=1)
+        return [((0, 0), left), ((0, left.shape[1]), right)]
+    if not is_norm and ("linear_qkv" in name or "linear_fc1" in name or "word_embeddings" in name):
+        first, second = tensor.chunk(2)
+        return [((0,) * tensor.dim(), first), ((len(first), *[0] * (tensor.dim() - 1)), second)]
+    return [((0,) * tensor.dim(), tensor)]
+
+
+def write_dcp(path: Path, shards: dict[str, Shards]) -> None:
+    """`.metadata` and the files of two ranks, as torch.distributed.checkpoint writes them."""
+    content = [io.BytesIO(), io.BytesIO()]
+    entries, places = {}, {}
+    for name, pieces in shards.items():
+        chunks = []
+        for number, (offsets, values) in enumerate(pieces):
+            file, start = content[number % 2], content[number % 2].tell()
+            saved = io.BytesIO()
+            torch.save(values.clone(), saved)
+            file.write(saved.getvalue())
+            place = _StorageInfo(f"__{number % 2}_0.distcp", start, len(saved.getvalue()))
+            places[dcp.MetadataIndex(name, offsets)] = place
+            chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), values.shape))
+        ends = [[at + size for at, size in zip(offsets, values.shape, strict=True)] for offsets, values in pieces]
+        size = torch.Size(map(max, zip(*ends, strict=True)))
+        properties = dcp.TensorProperties(dtype=pieces[0][1].dtype)
+        entries[name] = dcp.TensorStorageMetadata(properties, size, chunks)
+    entries["decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"] = dcp.BytesStorageMetadata()
+    (path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(entries, storage_data=places)))
+    for number, file in enumerate(content):
+        (path / f"__{number}_0.distcp").write_bytes(file.getvalue())

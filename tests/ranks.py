@@ -67,7 +67,7 @@ class RankPool:
 def _forkserver() -> ForkServerContext:
     """Processes that are forked from one which has imported the jobs, and has no threads of torch's yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_jobs", "training_jobs"])
+    context.set_forkserver_preload(["rank_jobs", "torch_dist_jobs", "training_jobs"])
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what is imported there is looked for there alone
     ensure_running()

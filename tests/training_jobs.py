@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from opt_megatron.checkpoint.formats.registry import open_adapter, open_checkpoint
 from opt_megatron.data.dataloader import BatchLoader
+from opt_megatron.model import spec
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
 from opt_megatron.training.checkpointing.manager import CheckpointManager, TrainingState
@@ -119,6 +121,12 @@ def whole_run(
     said: list[str] = []
     train(replace(settings, save=save, trainer=trainer), parallel, said.append)
     return said
+
+
+def run_by_old_names(save: Path, settings: TrainingOptions, exit_iters: int) -> None:
+    """`whole_run` of one rank that names the norms in its checkpoints as they are called in the model."""
+    with mock.patch.dict(spec._CHECKPOINT_NAMES, clear=True):
+        whole_run(save, 1, 1, settings, exit_iters)
 
 
 def dropped(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

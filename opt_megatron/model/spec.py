@@ -38,6 +38,13 @@ from .linear_methods.base import LinearMethod
 from .lora import LoRAColumnParallelLinear, LoRARowParallelLinear
 from .lora_options import LoRALayers
 
+# In a checkpoint the norms have the names of TransformerEngine's fused modules, whatever computes them, so that a model
+# of any spec can load it (core's get_gpt_layer_local_spec).
+_CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 
 class OPTLayerNorm(nn.LayerNorm):
     """torch's LayerNorm. Core's wrapper of it does not support sequence parallelism, where each tensor parallel
@@ -134,6 +141,7 @@ def layer_spec(
             pre_mlp_layernorm=before,
             mlp=mlp,
             mlp_bda=after,
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
         ),
     )
 

@@ -1,70 +1,91 @@
-"""The checkpoints of training: megatron-core's dist_checkpointing (torch_dist), with an index in JSON. Only read.
+"""torch_dist, Megatron-LM's default format: megatron-core's dist_checkpointing, of any layout. `train` writes it.
 
-    DIR/iter_0000200/  config.json  tensors.json  __0_0.distcp ...     (DIR: its newest iteration is read)
+    DIR/iter_0000200/  .metadata  __0_0.distcp ...       where every shard of every tensor is, and their files
+                       common.pt                         what is not sharded, Megatron-LM's `args` among it
+                       metadata.json                     the mark of the format; without it, it is plain DCP
+    DIR/latest_checkpointed_iteration.txt                which iteration DIR means
 
-A .distcp file is a sequence of torch.save files, one for each shard of a tensor. `torch_dist_shards.py` says how
-the index names them. LoRA's factors (`lora_a`, `lora_b`, and lora.json) are added to their weights as they are read.
+config.json and the tokenizer's files, which only `train` writes, may lie in the one directory or in the other.
+LoRA's factors (`lora_a`, `lora_b`, and lora.json) are added to their weights as they are read. The optimizer and the
+extra state of layers are not looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 from ...config import OPTConfig
 from ...errors import CheckpointError
 from ..adapter import add_adapter
 from ..checkpoint import Checkpoint
-from ..parameter_mapping import stage_parameters
-from ..storage.lazy_tensor import LazyTensor
+from ..storage.torch_reader import TorchFile
+from .dcp_metadata import METADATA_FILE
 from .format import Format
-from .infer_config import directory_config
+from .infer_config import directory_config, namespace_values
 from .lora_run import LORA_FILE, run_adapter
-from .megatron_ranks import iteration_directories
-from .megatron_tensors import qkv_component
-from .torch_dist_shards import INDEX_FILE, ShardedTensors
+from .megatron_args import check_arguments
+from .megatron_ranks import TRACKER, iteration_directories, iteration_directory
+from .megatron_stages import canonical_model, local_name
+from .torch_dist_shards import sharded_tensors
 
 
 class TorchDistFormat(Format):
-    """The newest iteration of a training run, or one iteration, as megatron-core's dist_checkpointing writes it."""
+    """One iteration, or the one of a run's directory that its tracker names."""
 
     title = "torch_dist"
-    detection_rank = 10  # before Megatron's: a training run has Megatron-LM's tracker file too
+    detection_rank = 10  # before Megatron's: the directory of a run has Megatron-LM's tracker file too
     file_names = r"iter_\d+"
 
     def detect(self, directory: Path) -> bool:
-        """Whether the directory is a training run's, or one of its checkpoints."""
-        return _newest(directory) is not None
+        """Whether the directory is an iteration's, or holds one."""
+        return _iteration(directory) is not None
 
     def open(self, path: Path, config: OPTConfig | None = None) -> Checkpoint:
-        """Open a checkpoint, or the newest of a run, lazily.
+        """Open one iteration lazily.
+
+        Args:
+            config: instead of config.json; where there is neither, one is inferred from the shapes and `args`.
 
         Raises:
-            CheckpointError: the index or a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or the model is not an OPT.
         """
-        path = _newest(path) or path
-        config = config or directory_config(path)
-        if config is None:
-            raise CheckpointError(f"{path}: there is no config.json; put the model's there")
-        stored = ShardedTensors(path)
-        tensors: dict[str, LazyTensor] = {}
-        for parameter in stage_parameters(config, range(config.num_layers), first=True, last=True):
-            weight = stored.find(parameter.megatron)
-            if weight is None:
-                continue  # named by Checkpoint.check_tensors
-            count = len(parameter.canonical)
-            for index, name in enumerate(parameter.canonical):
-                tensors[name] = weight if count == 1 else qkv_component(weight, index, count, config.head_dim)
-        checkpoint = Checkpoint(path, f"training checkpoint {path.name}", config, tensors)
-        if (path / LORA_FILE).is_file():
-            return add_adapter(checkpoint, run_adapter(path, config, stored.find))
-        return checkpoint
+        directory = _iteration(path) or path
+        if not (directory / "metadata.json").is_file():
+            raise CheckpointError(
+                f"{directory}: has no metadata.json, so it is not torch_dist but a format that is not read here "
+                "(torch_dcp, fsdp_dtensor): save it with --ckpt-format torch_dist"
+            )
+        home = next((path for path in (directory, directory.parent) if (path / "config.json").is_file()), directory)
+        arguments = _arguments(directory / "common.pt")
+        check_arguments(arguments, directory)
+        stored = {local_name(name): tensor for name, tensor in sharded_tensors(directory).items()}
+        has_lora = (directory / LORA_FILE).is_file()
+        model = {name: stored[name] for name in stored if not (has_lora and name.endswith((".lora_a", ".lora_b")))}
+        config, tensors, notes = canonical_model(
+            directory, [[model]], [[directory]], config or directory_config(home), arguments
+        )
+        checkpoint = Checkpoint(home, f"torch_dist checkpoint {directory.name}", config, tensors, notes)
+        return add_adapter(checkpoint, run_adapter(directory, config, stored.get)) if has_lora else checkpoint
 
 
 FORMAT = TorchDistFormat()
 
 
-def _newest(directory: Path) -> Path | None:
-    """The directory itself if it is a checkpoint, or the run's checkpoint with the highest iteration."""
-    if (directory / INDEX_FILE).is_file():
-        return directory
-    return next((path for _, path in iteration_directories(directory) if (path / INDEX_FILE).is_file()), None)
+def _iteration(path: Path) -> Path | None:
+    """The directory itself, the one that its tracker names, or where none is named the newest; None: not torch_dist."""
+    if (path / METADATA_FILE).is_file():
+        return path
+    iterations = [directory for _, directory in iteration_directories(path)]
+    if (path / TRACKER).is_file():
+        with contextlib.suppress(CheckpointError):  # what it names is gone
+            iterations = [iteration_directory(path)]
+    return next((directory for directory in iterations if (directory / METADATA_FILE).is_file()), None)
+
+
+def _arguments(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing")
+    content = TorchFile(path).content
+    return namespace_values(content.get("args")) if isinstance(content, dict) else {}

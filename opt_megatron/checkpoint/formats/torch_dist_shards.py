@@ -1,144 +1,145 @@
-"""The tensors of a torch_dist directory, found through its index.
+"""The tensors of a torch_dist directory as lazy tensors, put together from the shards that `.metadata` lists.
 
-Where the shards are is in `.metadata`, a pickle of torch's own classes; training writes the same as
-`tensors.json`, so that nothing has to be unpickled to read it:
+A parameter of all layers is one tensor with the layer as its first dimension, unless the layers were saved one by one:
 
-    {"decoder.layers.mlp.linear_fc1.weight": {"shape": [L, 4h, h], "dtype": "float32", "chunks":
-        [{"offsets": [0, 0, 0], "sizes": [1, 2h, h], "file": "__0_0.distcp", "start": 0, "length": 9041}, ...]}}
+    decoder.layers.mlp.linear_fc1.weight [L, F, H]      decoder.layers.3.mlp.linear_fc1.weight [F, H]
 
-A parameter of all layers is one tensor with the layer as its first dimension, as megatron-core saves it.
+Shards tile their tensor: a layer, and within it the part of a tensor parallel rank.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...config import DTYPES
 from ...errors import CheckpointError, shorten
-from ...files import read_text
 from ..storage.blocks import Block, contiguous_strides
-from ..storage.lazy_tensor import Concatenated, LazyTensor
-from ..storage.mmap import MappedFile
-from ..storage.torch_reader import FileSpan, FileTensor, TorchFile
+from ..storage.lazy_tensor import Concatenated, LazyTensor, RemappedTensor
+from ..storage.mmap import FileTensor, MappedFile
+from ..storage.torch_reader import FileSpan, TorchFile
+from .dcp_metadata import METADATA_FILE, Chunk, TensorEntry, read_metadata
 
-INDEX_FILE = "tensors.json"
 _LAYERS = "decoder.layers."
 
 
-class ShardedTensors:
-    """The tensors of one directory under megatron-core's names.
+def sharded_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """The tensors of a directory, not yet read, each layer's under its number (decoder.layers.3.mlp. ...).
 
     Raises:
-        CheckpointError: the index cannot be read.
+        CheckpointError: `.metadata` is damaged, or the shards are not all there.
     """
+    files = _Files(directory)
+    tensors: dict[str, LazyTensor] = {}
+    for name, entry in read_metadata(directory).items():
+        tensor = _assemble(name, entry, files)
+        rest = name.removeprefix(_LAYERS)
+        if rest == name or rest.split(".")[0].isdigit():
+            tensors[name] = tensor
+        else:
+            tensors |= {f"{_LAYERS}{layer}.{rest}": _Layer(tensor, layer) for layer in range(tensor.shape[0])}
+    return tensors
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._index = _read_index(path / INDEX_FILE)
-        self._files: dict[str, MappedFile] = {}
 
-    def find(self, name: str) -> LazyTensor | None:
-        """A parameter, or None if it is not stored; "decoder.layers.3.…" may be layer 3 of "decoder.layers.…".
+class _Layer(RemappedTensor):
+    """One layer of a tensor that holds a parameter of all of them."""
+
+    def __init__(self, stacked: LazyTensor, number: int) -> None:
+        super().__init__(stacked, stacked.shape[1:])
+        self._number = number
+
+    def _remap(self, block: Block) -> Block:
+        return (slice(self._number, self._number + 1), *block)
+
+    def _arrange(self, values: Tensor, block: Block) -> Tensor:
+        return values[0]
+
+
+class _Files:
+    """The files of a directory, each opened once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._opened: dict[str, MappedFile] = {}
+
+    def span(self, chunk: Chunk) -> FileSpan:
+        """The bytes of a chunk.
 
         Raises:
-            CheckpointError: the index or a file is damaged.
+            CheckpointError: the file is missing, or does not have them.
         """
-        layer = None
-        if name.startswith(_LAYERS) and name not in self._index:
-            number, _, rest = name.removeprefix(_LAYERS).partition(".")
-            name, layer = _LAYERS + rest, int(number)
-        entry = self._index.get(name)
-        if entry is None:
+        if Path(chunk.file).name != chunk.file:
+            name = shorten([chunk.file[:60]])
+            raise CheckpointError(f"{self.directory / METADATA_FILE}: names {name}, a file outside the directory")
+        if chunk.file not in self._opened:
+            self._opened[chunk.file] = MappedFile(self.directory / chunk.file)
+        file = self._opened[chunk.file]
+        file.check_range(chunk.start, chunk.length)
+        return FileSpan(file, chunk.start, chunk.length)
+
+
+def _assemble(name: str, entry: TensorEntry, files: _Files) -> LazyTensor:
+    """The whole tensor.
+
+    Raises:
+        CheckpointError: its chunks leave gaps or overlap.
+    """
+    shards = [(chunk.offsets, _Shard(files.span(chunk), chunk.sizes, entry.dtype)) for chunk in entry.chunks]
+    tensor = _join(shards, 0, len(entry.shape))
+    if tensor is None or tensor.shape != entry.shape:
+        raise CheckpointError(f"{files.directory}: the shards of {name} do not make up a tensor of {list(entry.shape)}")
+    return tensor
+
+
+def _join(shards: list[tuple[tuple[int, ...], _Shard]], dim: int, num_dims: int) -> LazyTensor | None:
+    """Join what lies at equal offsets of the dimensions before `dim`; None if something is missing or there twice."""
+    if dim == num_dims:
+        return shards[0][1] if len(shards) == 1 else None
+    slabs: dict[int, list[tuple[tuple[int, ...], _Shard]]] = {}
+    for offsets, shard in shards:
+        slabs.setdefault(offsets[dim], []).append((offsets, shard))
+    pieces, end = [], 0
+    for start, slab in sorted(slabs.items()):
+        piece = _join(slab, dim + 1, num_dims)
+        if piece is None or start != end:
             return None
-        try:
-            return self._assemble(entry, layer)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{self._path / INDEX_FILE}: the entry of {name} is not valid: {error!r}") from None
-
-    def _assemble(self, entry: dict[str, Any], layer: int | None) -> LazyTensor:
-        shape, dtype = [int(size) for size in entry["shape"]], str(entry["dtype"])
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype[:20]!r}")
-        chunks = entry["chunks"]
-        skip = 0 if layer is None else 1
-        if skip:
-            chunks = [chunk for chunk in chunks if chunk["offsets"][0] == layer]
-        shards: dict[tuple[int, ...], LazyTensor] = {}
-        for chunk in chunks:
-            offsets, sizes = tuple(chunk["offsets"][skip:]), tuple(chunk["sizes"][skip:])
-            shards[offsets] = _Shard(self._span(chunk), sizes, getattr(torch, dtype), skip)
-        dims = [dim for dim in range(len(shape) - skip) if len({offsets[dim] for offsets in shards}) > 1]
-        if not shards or len(dims) > 1:
-            raise ValueError("its shards are missing or do not lie along one dimension")
-        pieces = [shards[offsets] for offsets in sorted(shards)]
-        tensor = pieces[0] if len(pieces) == 1 else Concatenated(pieces, dims[0])
-        if list(tensor.shape) != shape[skip:]:
-            raise ValueError(f"its shards make up {list(tensor.shape)} of {shape[skip:]}")
-        return tensor
-
-    def _span(self, chunk: dict[str, Any]) -> FileSpan:
-        name, start, length = chunk["file"], int(chunk["start"]), int(chunk["length"])
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError("a file outside the directory")
-        if name not in self._files:
-            if not (self._path / name).is_file():
-                raise CheckpointError(f"{self._path}: {shorten([name])} is missing")
-            self._files[name] = MappedFile(self._path / name)
-        file = self._files[name]
-        if start < 0 or length < 0 or start + length > file.size:
-            raise CheckpointError(
-                f"{self._path / name}: is damaged or incomplete: it has {file.size:,} bytes, "
-                f"and bytes {start:,} to {start + length:,} are wanted"
-            )
-        return FileSpan(file, start, length)
+        pieces.append(piece)
+        end += piece.shape[dim]
+    return pieces[0] if len(pieces) == 1 else Concatenated(pieces, dim) if pieces else None
 
 
 class _Shard(LazyTensor):
-    """The tensor in a span of a file, which is opened when it is first read.
+    """The tensor in a span of a file, which is opened when it is first read."""
 
-    Args:
-        skip: number of leading dimensions of size 1 that only the stored tensor has.
-    """
-
-    def __init__(self, span: FileSpan, shape: tuple[int, ...], dtype: torch.dtype, skip: int) -> None:
+    def __init__(self, span: FileSpan, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__(shape, dtype)
-        self._span, self._skip = span, skip
+        self._span = span
         self._opened: FileTensor | None = None
 
     def read(self, block: Block) -> Tensor:
-        """A new tensor, from the rows of the block."""
-        stored = self._tensor()
-        row = math.prod(self.shape[1:])
-        first = stored.offset + block[0].start * row
-        values = stored.storage.values(first, first + (block[0].stop - block[0].start) * row)
-        return values.view(block[0].stop - block[0].start, *self.shape[1:])[(slice(None), *block[1:])]
+        """A new tensor.
 
-    def _tensor(self) -> FileTensor:
+        Raises:
+            CheckpointError: the bytes hold something else.
+        """
         if self._opened is None:
-            path = self._span.file.path
-            content = TorchFile(path, self._span).content
-            expected = (1,) * self._skip + self.shape
-            if not isinstance(content, FileTensor) or content.shape != expected:
-                raise CheckpointError(
-                    f"{path}: holds something else than a tensor of {list(expected)} where one is wanted"
-                )
-            if content.stride[self._skip :] != contiguous_strides(self.shape) or content.storage.dtype != self.dtype:
-                raise CheckpointError(f"{path}: a tensor of {list(expected)} does not lie there as its index says")
-            self._opened = content
-        return self._opened
+            self._opened = self._open()
+        return self._opened.read(block)
+
+    def _open(self) -> FileTensor:
+        path = self._span.file.path
+        content = TorchFile(path, self._span).content
+        if not isinstance(content, FileTensor) or _squeezed(content.shape) != _squeezed(self.shape):
+            raise CheckpointError(
+                f"{path}: holds something else than a tensor of {list(self.shape)} where one is wanted"
+            )
+        strides = tuple(step for step, size in zip(content.stride, content.shape, strict=True) if size != 1)
+        if strides != contiguous_strides(_squeezed(self.shape)) or content.dtype != self.dtype:
+            raise CheckpointError(f"{path}: a tensor of {list(self.shape)} does not lie there as {METADATA_FILE} says")
+        return FileTensor(content.storage, content.offset, self.shape, contiguous_strides(self.shape))
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{path}: holds a {type(index).__name__}, not an object")
-    return index
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes other than 1: a shard may be stored without the dimension of its layer."""
+    return tuple(size for size in shape if size != 1)

@@ -24,6 +24,21 @@ class Inert:
     """A stub for an unknown class, function or object. Operations on it have no effect."""
 
 
+class Record:
+    """An object that is not built: the name of its class and what was stored of it. Hashed by its identity.
+
+    Attributes:
+        kind: the class's name.
+        state: what its attributes would be set from, most often a dictionary; None if nothing was stored.
+    """
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.state: Any = None
+
+
 class InvalidPickleError(ValueError):
     """The bytes are not a pickle, or use opcodes or calls that this interpreter does not know."""
 
@@ -225,8 +240,10 @@ class _Unpickler:
 
     def _build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
-        # Only a namespace gets a state. Unknown objects, and classes above all, stay unchanged.
-        if type(target) is argparse.Namespace and type(state) is dict:
+        # Only a record and a namespace get a state. Unknown objects, and classes above all, stay unchanged.
+        if type(target) is Record:
+            target.state = state
+        elif type(target) is argparse.Namespace and type(state) is dict:
             vars(target).update({key: value for key, value in state.items() if type(key) is str})
 
     def _persistent(self) -> None:
@@ -235,7 +252,7 @@ class _Unpickler:
 
 def _plain_key(key: Any) -> Any:
     """The key itself if hashing it visits no containers, else a stub."""
-    return key if type(key) in (str, int, float, bool, bytes, type(None)) else Inert()
+    return key if type(key) in (str, int, float, bool, bytes, type(None), Record) else Inert()
 
 
 def ordered_dict(items: Any = ()) -> collections.OrderedDict:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.formats.megatron_ranks import TRACKER, iteration_name
-from ...checkpoint.formats.torch_dist import INDEX_FILE
 from ...errors import CheckpointError
 from ...files import cannot_write, partial_path, replace_directory, write_text_atomically
 from ...parallel.context import ParallelContext, on_all_ranks
@@ -25,7 +24,7 @@ from ...parallel.core_compat import own_async_writer, prepare_training
 from ..optimizer import TrainingOptimizer
 from .async_save import AsyncSave, removed_on_failure, thread_save_strategy
 from .integrity import MANIFEST_FILE, manifest_entry, saved_checkpoints
-from .sharded_state import layout_of, restore_random_state, sharded_state, tensor_index
+from .sharded_state import has_old_names, layout_of, restore_random_state, sharded_state
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -156,7 +155,6 @@ class CheckpointManager:
     def _publish(self, pending: AsyncSave, manifest: dict[str, tuple[int, str]]) -> None:
         target, partial = self.directory / iteration_name(pending.iteration), pending.partial
         try:
-            write_text_atomically(partial / INDEX_FILE, json.dumps(tensor_index(partial)), fsync=True)
             for path in sorted(partial.iterdir()):
                 if path.name not in manifest:
                     manifest[path.name] = manifest_entry(path)
@@ -202,7 +200,14 @@ class CheckpointManager:
 
         def read() -> dict[str, Any]:
             with _as_checkpoint_errors(path):
-                wanted = sharded_state(model, optimizer, self._parallel, is_loading=True, with_random_state=same_layout)
+                wanted = sharded_state(
+                    model,
+                    optimizer,
+                    self._parallel,
+                    is_loading=True,
+                    with_random_state=same_layout,
+                    norms_by_old_names=has_old_names(path),
+                )
                 return dist_checkpointing.load(wanted, str(path))
 
         loaded = on_all_ranks(self._parallel, read)

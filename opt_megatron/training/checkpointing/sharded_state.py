@@ -1,4 +1,4 @@
-"""The state of a run for dist_checkpointing: sharded tensors of model and optimizer, random states, an index."""
+"""The state of a run for dist_checkpointing: sharded tensors of model and optimizer, random states."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...config import dtype_name
 from ...parallel.context import ParallelContext
 from ..optimizer import TrainingOptimizer
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
+
+_LAYERS = "decoder.layers."
+_OLD_NAMES = {  # the layers' norms in runs that were saved before core's local spec could load them
+    f"{_LAYERS}self_attention.linear_qkv.layer_norm_": f"{_LAYERS}input_layernorm.",
+    f"{_LAYERS}mlp.linear_fc1.layer_norm_": f"{_LAYERS}pre_mlp_layernorm.",
+}
+
+
+def has_old_names(path: Path) -> bool:
+    """Whether a checkpoint names the layers' norms as they are called in the model, as runs did at first."""
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    return f"{_LAYERS}input_layernorm.weight" in load_tensors_metadata(str(path))
 
 
 def sharded_state(
@@ -22,6 +34,7 @@ def sharded_state(
     *,
     is_loading: bool,
     with_random_state: bool = True,
+    norms_by_old_names: bool = False,
 ) -> dict[str, Any]:
     """This rank's part of the state, under the keys `model`, `optimizer` and `random_state`.
 
@@ -29,10 +42,14 @@ def sharded_state(
         model: without the DistributedDataParallel around it.
         is_loading: allocate the optimizer's tensors if no step has been made yet.
         with_random_state: random states belong to one layout, and are left out when another one is read.
+        norms_by_old_names: as `has_old_names` found them.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 
     model_state = model.sharded_state_dict()
+    if norms_by_old_names:
+        apply_prefix_mapping(model_state, _OLD_NAMES)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading)
     state = {"model": model_state, "optimizer": optimizer_state}
     if with_random_state:
@@ -71,30 +88,3 @@ def restore_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def tensor_index(path: Path) -> dict[str, Any]:
-    """Where each shard of each of the model's tensors is, for checkpoint/formats/torch_dist.py."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    metadata = FileSystemReader(path).read_metadata()  # a pickle, but written by this process
-    storage = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-    index: dict[str, Any] = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        if not isinstance(tensor, TensorStorageMetadata) or name.startswith("optimizer."):
-            continue
-        chunks = []
-        for chunk in tensor.chunks:
-            info = storage[name, tuple(chunk.offsets)]
-            chunks.append(
-                {
-                    "offsets": list(chunk.offsets),
-                    "sizes": list(chunk.sizes),
-                    "file": info.relative_path,
-                    "start": info.offset,
-                    "length": info.length,
-                }
-            )
-        index[name] = {"shape": list(tensor.size), "dtype": dtype_name(tensor.properties.dtype), "chunks": chunks}
-    return index

@@ -1,80 +1,130 @@
-"""Megatron-core's distributed checkpoints, written by hand: an index, and torch.save files in one .distcp file."""
+"""torch_dist: what Megatron-core's own dist_checkpointing saves, and what a damaged or hostile directory is told."""
 
-import io
-import json
+from __future__ import annotations
+
+import argparse
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import OPT_CONFIG, TENSORS, assert_holds
+from checkpoint_samples import SAMPLES, TENSORS, assert_holds, assert_same, contents
+from ranks import RankPool
+from torch_dist_jobs import Saving, save_with_core
 
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
-from opt_megatron.checkpoint.parameter_mapping import component_view, stage_parameters
 from opt_megatron.errors import CheckpointError
 
 
-def megatron_tensors() -> dict[str, torch.Tensor]:
-    """Under megatron-core's names, all layers of a parameter in one tensor."""
-    layers, tensors = {}, {}
-    for parameter in stage_parameters(OPT_CONFIG, range(OPT_CONFIG.num_layers), first=True, last=True):
-        pieces = [TENSORS[name] for name in parameter.canonical]
-        fused = torch.zeros(len(pieces) * len(pieces[0]), *pieces[0].shape[1:], dtype=pieces[0].dtype)
-        for index, piece in enumerate(pieces):
-            view = component_view(fused, index, len(pieces), OPT_CONFIG.head_dim)
-            view.copy_(piece.view(view.shape))
-        if parameter.megatron.startswith("decoder.layers."):
-            layers.setdefault("decoder.layers." + parameter.megatron.split(".", 3)[3], []).append(fused)
-        else:
-            tensors[parameter.megatron] = fused
-    return tensors | {name: torch.stack(pieces) for name, pieces in layers.items()}
+@pytest.mark.parametrize(
+    ("world", "saving"),
+    [
+        (1, Saving(metadata={"singleton_local_shards": True})),
+        (2, Saving(fully_parallel=True)),
+        (4, Saving(2, 2, padding=124)),
+    ],
+)
+def test_what_core_saves_is_read_to_the_bit(
+    ranks: Callable[[int], RankPool], four_layers: Path, tmp_path: Path, world: int, saving: Saving
+) -> None:
+    arguments = argparse.Namespace(num_attention_heads=12, hidden_size=48, params_dtype=torch.float32, swiglu=False)
+    ranks(world).run(save_with_core, four_layers, tmp_path / "run" / "iter_0000500", saving, arguments)
+    if saving.padding:  # nothing but a config can tell which rows are padding
+        shutil.copy(four_layers / "config.json", tmp_path / "run")
+    assert_same(contents(four_layers), contents(tmp_path / "run"))
+    assert_same(contents(four_layers), contents(tmp_path / "run" / "iter_0000500"))
 
 
-def write(directory):
-    """A run with one checkpoint, every layer of a tensor in a separate chunk, matrices in two halves."""
-    path = directory / "iter_0000007"
-    path.mkdir(parents=True)
-    index, content = {}, b""
-    for name, tensor in megatron_tensors().items():
-        chunks = []
-        for first in range(len(tensor)) if name.startswith("decoder.layers.") else [None]:
-            rows = tensor if first is None else tensor[first : first + 1]
-            halves = rows.chunk(2, dim=-1) if rows.dim() > 1 else [rows]
-            column = 0
-            for half in halves:
-                buffer = io.BytesIO()
-                torch.save(half.clone(), buffer)
-                offsets = [first or 0] + [0] * (tensor.dim() - 1)
-                offsets[-1] += column if rows.dim() > 1 else 0
-                place = {"file": "__0_0.distcp", "start": len(content), "length": buffer.tell()}
-                chunks.append({"offsets": offsets, "sizes": list(half.shape), **place})
-                content += buffer.getvalue()
-                column += half.shape[-1]
-        index[name] = {"shape": list(tensor.shape), "dtype": "float16", "chunks": chunks}
-    (path / "__0_0.distcp").write_bytes(content)
-    (path / "tensors.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps(OPT_CONFIG.to_hf()))
-    return path
+def test_a_directory_means_the_iteration_that_its_tracker_names(tmp_path: Path) -> None:
+    directory = SAMPLES["torch-dist"](tmp_path)
+    (tmp_path / "iter_0000009").mkdir()
+    (tmp_path / "iter_0000009" / ".metadata").touch()  # Megatron-LM was ended while it saved this one
+    assert assert_holds(directory, TENSORS).format_description == "torch_dist checkpoint iter_0000007"
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CheckpointError, match="iter_0000009"):
+        open_checkpoint(directory)
 
 
-def test_shards_make_up_the_tensors(tmp_path):
-    path = write(tmp_path)
-    assert_holds(path, TENSORS)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")  # Megatron's mark, which a run has too
-    assert assert_holds(tmp_path, TENSORS).format_description == "training checkpoint iter_0000007"
+def rewrite_metadata(path: Path, change: Callable[[Any], object]) -> None:
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+NORM = "decoder.final_layernorm.weight"
+
+
+def place(metadata: Any, **changes: object) -> None:
+    """Change what is said of where the final norm's weight lies."""
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn == NORM)
+    for name, value in changes.items():
+        object.__setattr__(info, name, value)
+
+
+def shift(metadata: Any) -> None:
+    chunks = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks
+    chunks[1] = chunks[0]
+
+
+METADATA_CHANGES = {
+    r"names \.\./x, a file outside": lambda m: place(m, relative_path="../x"),
+    "x: cannot be read: No such file": lambda m: place(m, relative_path="x"),
+    "is damaged or incomplete": lambda m: place(m, length=10**9),
+    r"is damaged|truncated|something else than a tensor": lambda m: place(m, offset=3),
+    r"with the transform stream\.zstd/1": lambda m: place(m, transform_descriptors=["stream.zstd/1"]),
+    "does not say where .* is from": lambda m: m.storage_data.clear(),
+    r"shards of decoder\.layers\.mlp\.linear_fc2\.weight do not make up": shift,
+    "of a dtype that OPT is not stored in": lambda m: setattr(
+        m.state_dict_metadata[NORM].properties, "dtype", torch.int64
+    ),
+    "does not lie there as": lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.bfloat16),
+    "tensors are missing": lambda m: m.state_dict_metadata.pop(NORM),
+    "output_layer.weight": lambda m: m.state_dict_metadata.update({"output_layer.weight": m.state_dict_metadata[NORM]}),
+}
+
+
+@pytest.mark.parametrize("message", METADATA_CHANGES)
+def test_metadata_that_lies_is_refused(tmp_path: Path, message: str) -> None:
+    path = SAMPLES["torch-dist"](tmp_path) / "iter_0000007"
+    rewrite_metadata(path, METADATA_CHANGES[message])
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path).read("model.decoder.final_layer_norm.weight")
+    assert "\n" not in str(caught.value)
+
+
+def save_common(path: Path, **arguments: object) -> None:
+    torch.save({"args": argparse.Namespace(num_attention_heads=4, hidden_size=12, **arguments)}, path / "common.pt")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("damage", "message"),
     [
-        ({"file": "../x"}, "a file outside the directory"),
-        ({"file": "x"}, "x is missing"),
-        ({"length": 10**9}, "is damaged or incomplete"),
-        ({"start": 3}, "is damaged"),
+        (lambda d: (d / "metadata.json").unlink(), r"not torch_dist but .*torch_dcp.* --ckpt-format torch_dist"),
+        (lambda d: (d / "common.pt").unlink(), "common.pt is missing"),
+        (lambda d: (d / ".metadata").write_bytes(b"\x80\x04N."), "is damaged: ValueError: something else where a Meta"),
+        (lambda d: (d / ".metadata").write_bytes((d / ".metadata").read_bytes()[:300]), ".metadata: is damaged"),
+        (lambda d: save_common(d, squared_relu=True), "squared_relu=True; in OPT it is False"),
     ],
 )
-def test_an_index_that_lies_is_refused(tmp_path, change, message):
-    path = write(tmp_path)
-    index = json.loads((path / "tensors.json").read_text())
-    index["embedding.word_embeddings.weight"]["chunks"][0] |= change
-    (path / "tensors.json").write_text(json.dumps(index))
+def test_a_directory_that_is_incomplete_or_no_opt(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    directory = SAMPLES["torch-dist"](tmp_path)
+    damage(directory / "iter_0000007")
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(path).read("model.decoder.embed_tokens.weight")
+        open_checkpoint(directory)
+
+
+def test_nothing_in_metadata_is_run(tmp_path: Path) -> None:
+    path = SAMPLES["torch-dist"](tmp_path) / "iter_0000007"
+
+    class Call:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "touched",)
+
+    rewrite_metadata(path, lambda metadata: metadata.state_dict_metadata.update(other=Call()))
+    assert_holds(path, TENSORS)
+    assert not (tmp_path / "touched").exists()

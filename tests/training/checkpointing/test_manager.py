@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import training_jobs as jobs
 from formats import write_peft
 from ranks import RankPool
 from safetensors.torch import load_file
+from torch_dist_jobs import load_with_core
 
 from opt_megatron.checkpoint.checkpoint import Checkpoint
 from opt_megatron.checkpoint.conversion_options import ConversionOptions
@@ -22,7 +22,6 @@ from opt_megatron.checkpoint.formats.megatron_ranks import TRACKER
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.data.options import DataOptions
-from opt_megatron.errors import CheckpointError
 from opt_megatron.model.lora_options import LoRAOptions
 from opt_megatron.parallel.context import ParallelContext
 from opt_megatron.training.checkpointing.integrity import find_damage, saved_checkpoints
@@ -209,31 +208,19 @@ def test_an_adapter_of_peft_is_saved_resumed_and_written_again(
     assert_same_tensors(open_checkpoint(four_layers, adapter=tmp_path / "again"), open_checkpoint(save))
 
 
-def test_what_is_read_is_checked(ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path) -> None:
-    ranks(1).run(jobs.whole_run, tmp_path / "run", 1, 1, settings, 4)
-    path = tmp_path / "run" / "iter_0000004"
-    index = json.loads((path / "tensors.json").read_text())
-    for change, message in {
-        "gone": "1 missing",
-        "outside": "is not valid",
-        "beyond": "damaged or incomplete",
-        "strange": "is not valid",
-        "elsewhere": "something else|does not lie|is damaged|truncated",
-    }.items():
-        copy = tmp_path / change
-        shutil.copytree(path, copy)
-        broken = json.loads(json.dumps(index))
-        entry = broken["decoder.final_layernorm.weight"]
-        if change == "gone":
-            del broken["decoder.final_layernorm.weight"]
-        elif change == "outside":
-            entry["chunks"][0]["file"] = "../iter_0000004/__0_0.distcp"
-        elif change == "beyond":
-            entry["chunks"][0]["start"] = 10**9
-        elif change == "strange":
-            entry["dtype"] = "int64"
-        else:
-            entry["chunks"][0]["start"] = 0
-        (copy / "tensors.json").write_text(json.dumps(broken))
-        with pytest.raises(CheckpointError, match=message):
-            open_checkpoint(copy).read("model.decoder.final_layer_norm.weight")
+def test_core_loads_a_run_into_its_own_model(
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path
+) -> None:
+    ranks(2).run(jobs.whole_run, tmp_path / "run", 2, 1, settings, 4)
+    different = ranks(2).run(load_with_core, tmp_path / "run" / "iter_0000004", 1, 2)
+    assert different == [[], []]
+
+
+def test_a_run_that_was_saved_by_old_names_goes_on(
+    ranks: Callable[[int], RankPool], settings: TrainingOptions, tmp_path: Path
+) -> None:
+    ranks(1).run(jobs.whole_run, tmp_path / "whole", 1, 1, settings)
+    ranks(1).run(jobs.run_by_old_names, tmp_path / "cut", settings, 5)
+    ranks(1).run(jobs.whole_run, tmp_path / "cut", 1, 1, settings)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")

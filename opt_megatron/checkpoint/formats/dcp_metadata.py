@@ -1,0 +1,151 @@
+"""`.metadata` of torch.distributed.checkpoint (DCP): where every shard of every tensor is.
+
+A pickle of torch's dataclasses (torch/distributed/checkpoint/metadata.py and filesystem.py), which is read as records:
+
+    Metadata               state_dict_metadata  {name: TensorStorageMetadata, or BytesStorageMetadata of an object}
+                           storage_data         {MetadataIndex: _StorageInfo}
+    TensorStorageMetadata  properties (the dtype is the first of them), size, chunks [ChunkStorageMetadata]
+    ChunkStorageMetadata   offsets, sizes
+    MetadataIndex          fqn (the name), offset
+    _StorageInfo           relative_path, offset, length, and transform_descriptors if the bytes are compressed
+
+Bytes `offset` to `offset + length` of a file are a file of torch.save with one tensor, the chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import DTYPES
+from ...errors import CheckpointError, shorten
+from ...files import read_bounded
+from ..storage.safe_unpickler import Record, unpickle
+from ..storage.torch_reader import MAX_PICKLE_BYTES
+
+METADATA_FILE = ".metadata"
+_TORCH, _CORE = "torch.distributed.checkpoint", "megatron.core.dist_checkpointing.strategies.torch"
+_RECORDS = {
+    (f"{_TORCH}.metadata", "Metadata"): "Metadata",
+    (_CORE, "MCoreMetadata"): "Metadata",  # a subclass in some versions of Megatron-core
+    (f"{_TORCH}.metadata", "TensorStorageMetadata"): "TensorStorageMetadata",
+    (f"{_TORCH}.metadata", "ChunkStorageMetadata"): "ChunkStorageMetadata",
+    (f"{_TORCH}.metadata", "TensorProperties"): "TensorProperties",
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): "TensorProperties",  # before torch 2.3
+    (f"{_TORCH}.metadata", "MetadataIndex"): "MetadataIndex",
+    (f"{_TORCH}.filesystem", "_StorageInfo"): "_StorageInfo",
+}
+_KNOWN: dict[tuple[str, str], Any] = {
+    **{name: partial(Record, kind) for name, kind in _RECORDS.items()},
+    **{("torch", name): getattr(torch, name) for name in DTYPES},
+    ("torch", "Size"): tuple,
+}
+_Places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a tensor, and the bytes of the file that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A whole tensor, and the chunks that it is stored in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk]
+
+
+def read_metadata(directory: Path) -> dict[str, TensorEntry]:
+    """The tensors in a directory by name, without those of the optimizer.
+
+    Raises:
+        CheckpointError: `.metadata` is damaged, or chunks are compressed.
+    """
+    path = directory / METADATA_FILE
+    try:
+        metadata = _state(unpickle(read_bounded(path, MAX_PICKLE_BYTES), _KNOWN, _no_storage), "Metadata")
+        wanted = {
+            name: _state(value, "TensorStorageMetadata")
+            for name, value in metadata["state_dict_metadata"].items()
+            if _is_model_tensor(name, value)
+        }
+        places = _places(metadata["storage_data"], wanted)
+        return {name: _entry(name, state, places) for name, state in wanted.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a damaged or hostile pickle can make the interpreter raise anything
+        raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {str(error)[:160]}") from None
+
+
+def _is_model_tensor(name: Any, value: Any) -> bool:
+    is_tensor = type(value) is Record and value.kind == "TensorStorageMetadata"
+    return is_tensor and type(name) is str and not name.startswith("optimizer.") and "_extra_state" not in name
+
+
+def _places(storage_data: dict[Any, Any], wanted: dict[str, Any]) -> _Places:
+    places = {}
+    for key, value in storage_data.items():
+        index = _state(key, "MetadataIndex")
+        name = index["fqn"]
+        if type(name) is str and name in wanted:
+            places[name, _numbers(index["offset"])] = _state(value, "_StorageInfo")
+    return places
+
+
+def _entry(name: str, state: dict[str, Any], places: _Places) -> TensorEntry:
+    dtype = state["properties"].state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{name} is of a dtype that OPT is not stored in; {', '.join(DTYPES)} are read")
+    return TensorEntry(
+        _numbers(state["size"]), dtype, [_chunk(name, dtype, value, places) for value in state["chunks"]]
+    )
+
+
+def _chunk(name: str, dtype: torch.dtype, value: Any, places: _Places) -> Chunk:
+    state = _state(value, "ChunkStorageMetadata")
+    offsets, sizes = _numbers(state["offsets"]), _numbers(state["sizes"])
+    place = places.get((name, offsets))
+    if place is None:
+        raise ValueError(f"it does not say where {name} is from {list(offsets)} on")
+    transforms, file = place.get("transform_descriptors"), place["relative_path"]
+    if transforms:
+        names = shorten([word for word in transforms if type(word) is str])
+        raise CheckpointError(f"{name} is stored with the transform {names}, which is not read here: save it without")
+    if type(file) is not str:
+        raise ValueError(f"the file of {name} has no name")
+    start, length = _numbers((place["offset"], place["length"]))
+    if math.prod(sizes) * dtype.itemsize > length:
+        raise ValueError(f"{name} has shards of {list(sizes)} in {length:,} bytes")
+    return Chunk(offsets, sizes, file, start, length)
+
+
+def _state(value: Any, kind: str) -> dict[str, Any]:
+    """The attributes of a record of this kind."""
+    if type(value) is not Record or value.kind != kind or type(value.state) is not dict:
+        raise ValueError(f"something else where a {kind} is wanted")
+    return value.state
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    if type(value) is not tuple or any(type(number) is not int or number < 0 for number in value):
+        raise ValueError("something else where a size is wanted")
+    return value
+
+
+def _no_storage(identifier: Any) -> Any:
+    raise ValueError("a storage, which belongs into another file")
