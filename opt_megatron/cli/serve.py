@@ -62,7 +62,11 @@ class ServerOptions(Options):
 class LimitOptions(Options):
     """How much a server accepts, and how long it waits."""
 
-    max_queue_length: int = option(1024, help="continuations that may wait", minimum=1)
+    max_queue_length: int = option(
+        1024,
+        help="continuations that may wait; beyond them a request may add as many as this divided by those that wait",
+        minimum=1,
+    )
     # More than may wait and run, so that too many requests get 429 and its Retry-After, and not uvicorn's 503.
     max_connections: int = option(2048, help="connections at a time", minimum=1)
     max_body_size: Size = option("2MiB", help="maximum size of a request", metavar="SIZE")

@@ -35,11 +35,13 @@ class Request:
         prompt: token ids, BOS included.
         decoder: makes a decoder for the events' text, a new one for every continuation (`tokenizer.stream`, which
             takes `skip_special_tokens`); without it text is empty and stop strings cannot be used.
+        client: on whose behalf; each client has the same share of the batch (`core/scheduler.py`).
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     decoder: Callable[..., TextDecoder] | None = None
+    client: int = 0
 
     def make_decoder(self) -> TextDecoder | None:
         """A decoder of a continuation; if the prompt ends within a character, the continuation completes it."""

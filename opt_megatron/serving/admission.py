@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 
 from .errors import ApiError, bad_request
 
@@ -13,13 +14,16 @@ _MAX_RETRY_SECONDS = 60
 class AdmissionQueue:
     """Bounds the queue in front of the batch.
 
+    A client is one HTTP request: a connection has one at a time. Where the queue is full, a client may still add its
+    share, the capacity divided by the clients that wait, so that one large request does not shut out the others.
+
     Args:
         capacity: continuations that may wait at a time.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._waiting = 0
+        self._waiting: Counter[int] = Counter()  # continuations of each client that waits
         self._seconds_each = 1.0  # moving average of the time between the ends of two continuations
         self._last_end = time.monotonic()
 
@@ -35,22 +39,25 @@ class AdmissionQueue:
                 "split it",
                 "n",
             )
-        if self._waiting + continuations > self._capacity:
-            seconds = min(_MAX_RETRY_SECONDS, max(1, math.ceil(self._waiting * self._seconds_each)))
+        waiting, share = self._waiting.total(), self._capacity // (len(self._waiting) + 1)
+        if waiting + continuations > self._capacity and continuations > share:
+            seconds = min(_MAX_RETRY_SECONDS, max(1, math.ceil(waiting * self._seconds_each)))
             raise ApiError(
                 429,
-                f"{self._waiting} continuations wait and {self._capacity} may: try again in {seconds} s",
+                f"{waiting} continuations wait and {self._capacity} may: try again in {seconds} s",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
             )
 
-    def add(self, continuations: int) -> None:
+    def add(self, client: int, continuations: int) -> None:
         """Count continuations that begin to wait."""
-        self._waiting += continuations
+        self._waiting[client] += continuations
 
-    def start(self, continuations: int) -> None:
+    def start(self, client: int, continuations: int) -> None:
         """Count continuations that got a place in the batch and wait no longer."""
-        self._waiting -= continuations
+        self._waiting[client] -= continuations
+        if not self._waiting[client]:
+            del self._waiting[client]
 
     def finish(self, continuations: int) -> None:
         """Learn from continuations that finished how fast the queue moves."""

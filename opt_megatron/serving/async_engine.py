@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 
 from .admission import AdmissionQueue
@@ -59,6 +60,7 @@ class AsyncEngine:
         self._admission = AdmissionQueue(limits.queue_length)
         self._requests: dict[int, RequestState] = {}  # the unfinished ones, by the engine's number
         self._num_started = 0  # of the unfinished requests, those with a place in the batch
+        self._num_clients = 0  # so far
 
     def start(self) -> None:
         """Begin to load the model; to be called in the event loop's thread."""
@@ -86,7 +88,7 @@ class AsyncEngine:
         self._admission.check(continuations)
 
     def submit(self, requests: Sequence[EngineRequest]) -> OutputCollector:
-        """Queue the requests of one HTTP request.
+        """Queue the requests of one HTTP request, which have one share of the batch together.
 
         Returns:
             What collects their events.
@@ -97,12 +99,13 @@ class AsyncEngine:
         _ = self.model  # raises unless the engine is ready
         self.check_queue(sum(item.request.params.num_sampled for item in requests))
         output = OutputCollector(self._thread.queue.cancel)
+        self._num_clients += 1
         for index, item in enumerate(requests):
-            number = self._thread.queue.put(item.request)
+            request = replace(item.request, client=self._num_clients)
+            number = self._thread.queue.put(request)
             output.add_request(number, index)
-            state = RequestState(output, len(item.request.prompt), item.request.params, self.metrics)
-            self._requests[number] = state
-            self._admission.add(state.num_continuations)
+            self._requests[number] = state = RequestState(output, request, self.metrics)
+            self._admission.add(request.client, state.num_continuations)
         if self._idle.is_set():
             self._admission.end_idle_time()
             self._idle.clear()
@@ -173,7 +176,7 @@ class AsyncEngine:
         self._stopped.set()
 
     def _count_started(self, request: RequestState) -> None:
-        self._admission.start(request.num_continuations)
+        self._admission.start(request.client, request.num_continuations)
         self._num_started += 1
 
     def _remove(self, number: int, request: RequestState) -> None:

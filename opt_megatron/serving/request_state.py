@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..generation.sampling.sampling_params import SamplingParams
+from ..generation.request import Request
 from .engine_thread import TimedEvent
 from .metrics import Metrics
 from .request_output import OutputCollector
@@ -18,19 +18,21 @@ class RequestState:
 
     Attributes:
         output: gets the events of the request.
+        client: see `Request`.
         is_started: the request has, or had, a place in the batch.
         num_continuations: continuations that the engine generates for it (`best_of`).
     """
 
-    def __init__(self, output: OutputCollector, prompt_tokens: int, params: SamplingParams, metrics: Metrics) -> None:
+    def __init__(self, output: OutputCollector, request: Request, metrics: Metrics) -> None:
         self.output = output
+        self.client = request.client
         self.is_started = False
-        self.num_continuations = params.num_sampled
-        self._num_unfinished = params.n  # of the continuations that are returned
+        self.num_continuations = request.params.num_sampled
+        self._num_unfinished = request.params.n  # of the continuations that are returned
         self._metrics = metrics
         self._arrival = time.perf_counter()
         self._last_token: dict[int, float] = {}  # choice -> when its latest token was generated
-        metrics.prompt_tokens.inc(prompt_tokens)
+        metrics.prompt_tokens.inc(len(request.prompt))
 
     def start(self, moment: float) -> None:
         """Record that the request got a place in the batch at `moment`."""

@@ -267,7 +267,11 @@ class Engine:
 
 def _with_proposals(scheduled: list[ScheduledGroup], draft: Draft) -> list[ScheduledGroup]:
     """Let the draft propose tokens for the groups that decode, and schedule these too."""
-    proposing = [group for group, _ in scheduled if isinstance(group, SamplingGroup) and group.max_proposed_tokens > 0]
+    proposing = [
+        group
+        for group, _ in scheduled
+        if isinstance(group, SamplingGroup) and group.max_proposed_tokens > 0 and not group.is_restoring
+    ]
     draft.propose(proposing)
     return [
         ScheduledGroup(group, group.schedule(0) if group in proposing else sequences) for group, sequences in scheduled

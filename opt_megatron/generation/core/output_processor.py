@@ -64,6 +64,9 @@ class OutputProcessor:
             begin += len(sequences)
             if group.is_finished:  # its request has ended through an error in this very step
                 continue
+            if group.is_restoring:
+                group.update_restored(sequences)
+                continue
             if kind is not OutputKind.ARGMAX:
                 mine = self._reduce(mine, group.output_kind)
             if not isinstance(group, SamplingGroup) or group.proposal.tokens:

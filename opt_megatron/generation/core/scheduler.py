@@ -1,16 +1,17 @@
-"""The scheduler: admission by free KV-cache blocks, shared prefixes, and prompts in pieces (chunked prefill).
+"""The scheduler: free KV-cache blocks, shares of clients, common prefixes, and prompts in pieces (chunked prefill).
 
 It uses sequence groups and the allocator, but no model, so that its decisions can be tested with numbers alone.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from typing import NamedTuple
 
 from ..decoding.sequences import CachedSequence, CopyCache, SequenceGroup, common_prefix_length
 from ..step import KVCacheBlocks, ScheduledSequence
 from .kv_cache_allocator import KVCacheAllocator
+from .waiting_groups import WaitingGroups
 
 # A shorter prefix is computed again: copying it is not worth waiting for another request.
 _MIN_SHARED_PREFIX = 16
@@ -24,46 +25,80 @@ class ScheduledGroup(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served, within the limits of batch size and memory.
+    """Divides the batch among clients; the groups of one client are served in their order.
+
+    The client with the fewest running sequences comes next, and where batch or memory are full, a group of the client
+    with the most is preempted for it. So one client's many requests do not keep another's waiting.
 
     Args:
         max_batch_size: sequences that run at the same time.
         prefill_chunk_size: tokens of prompts that a step computes, so that a long one does not delay others.
 
     Attributes:
-        waiting: groups without blocks, in the order of their arrival.
+        waiting: groups without blocks.
         running: groups with blocks.
     """
 
     def __init__(self, allocator: KVCacheAllocator, max_batch_size: int, prefill_chunk_size: int) -> None:
         self.allocator = allocator
-        self.waiting: deque[SequenceGroup] = deque()
+        self.waiting = WaitingGroups()
         self.running: list[SequenceGroup] = []
         self._max_batch_size = max_batch_size
         self._chunk_size = prefill_chunk_size
 
     def admit(self, copy: CopyCache) -> None:
-        """Start waiting groups in their order, until one does not fit.
+        """Start waiting groups, until the next one does not fit.
 
         A group whose prompt has a common prefix with one that is just being computed waits for it, and those behind it
         may start before.
         """
         postponed: list[SequenceGroup] = []
         while self.waiting:
-            group = self.waiting[0]
-            if self._num_sequences + len(group.sequences) > self._max_batch_size:
+            group = self.waiting.next(self._sequences_of_clients())
+            if not self._has_rows(group) and self._find_victim(group) is None:
                 break
+            self.waiting.take(group)
             if group.can_share_prefix and self._is_prefix_being_computed(group):
-                postponed.append(self.waiting.popleft())
-                continue
-            if not self._start(group, copy):
+                postponed.append(group)
+            elif self._start_or_preempt(group, copy):
+                self.running.append(group)
+            else:
+                self.waiting.put_back(group)
                 break
-            self.running.append(self.waiting.popleft())
-        self.waiting.extendleft(reversed(postponed))
+        for group in reversed(postponed):
+            self.waiting.put_back(group)
 
-    @property
-    def _num_sequences(self) -> int:
-        return sum(len(group.sequences) for group in self.running)
+    def _sequences_of_clients(self) -> Counter[int]:
+        """The number of running sequences of each client."""
+        return Counter(group.request.client for group in self.running for _ in group.sequences)
+
+    def _has_rows(self, group: SequenceGroup) -> bool:
+        return sum(len(other.sequences) for other in [*self.running, group]) <= self._max_batch_size
+
+    def _start_or_preempt(self, group: SequenceGroup, copy: CopyCache) -> bool:
+        """Start a group, and preempt others for the rows and the memory that it lacks; False if it does not fit."""
+        while not (self._has_rows(group) and self._start(group, copy)):
+            victim = self._find_victim(group)
+            if victim is None:
+                return False
+            self.running.remove(victim)
+            self._free(victim)
+            victim.preempt()
+            self.waiting.put_back(victim)
+        return True
+
+    def _find_victim(self, group: SequenceGroup) -> SequenceGroup | None:
+        """The newest group of the client with the most running sequences, if these are more than `group`'s would be.
+
+        A client's only running group is left alone, so that every client that runs goes on.
+        """
+        num_sequences = self._sequences_of_clients()
+        num_groups = Counter(other.request.client for other in self.running)
+        clients = [client for client, count in num_groups.items() if count > 1]
+        most = max(clients, key=num_sequences.__getitem__, default=None)
+        if most is None or num_sequences[most] <= num_sequences[group.request.client] + len(group.sequences):
+            return None
+        return next(other for other in reversed(self.running) if other.request.client == most)
 
     def _is_prefix_being_computed(self, group: SequenceGroup) -> bool:
         prompt = group.lead.tokens
@@ -117,17 +152,32 @@ class Scheduler:
         return self.allocator.is_evictable(blocks) or any(group.lead.blocks == blocks for group in self.running)
 
     def schedule(self) -> list[ScheduledGroup]:
-        """The next step: all groups that decode, then pieces of prompts, in the order of arrival."""
-        budget = self._chunk_size
-        decoding, prefilling = [], []
+        """The next step: all groups that decode, then pieces of prompts."""
+        decoding, computing = [], []
         for group in self.running:
-            if not group.lead.is_prefilling:
+            if group.lead.is_prefilling or group.is_restoring:
+                computing.append(group)
+            else:
                 decoding.append(ScheduledGroup(group, group.schedule(0)))
-            elif budget > 0:
-                sequences = group.schedule(budget)
-                budget -= sum(len(sequence.tokens) for sequence in sequences)
-                prefilling.append(ScheduledGroup(group, sequences))
-        return decoding + prefilling
+        return decoding + self._schedule_prompts(computing)
+
+    def _schedule_prompts(self, groups: list[SequenceGroup]) -> list[ScheduledGroup]:
+        """As many tokens as a step computes: an equal share for each client, and within it the order of arrival."""
+        of_client: dict[int, list[SequenceGroup]] = {}
+        for group in groups:
+            of_client.setdefault(group.request.client, []).append(group)
+        # Whoever needs the least comes first and leaves what is not needed to the others.
+        clients = sorted(of_client.values(), key=lambda own: sum(group.lead.num_pending for group in own))
+        scheduled, budget = [], self._chunk_size
+        for index, own in enumerate(clients):
+            share = -(-budget // (len(clients) - index))
+            for group in own:
+                if share > 0:
+                    sequences = group.schedule_restoring(share) if group.is_restoring else group.schedule(share)
+                    computed = sum(len(sequence.tokens) for sequence in sequences)
+                    share, budget = share - computed, budget - computed
+                    scheduled.append(ScheduledGroup(group, sequences))
+        return scheduled
 
     def release_finished(self) -> None:
         """Free the blocks of groups that have ended."""
@@ -145,8 +195,7 @@ class Scheduler:
 
     def remove(self, request_id: int) -> list[SequenceGroup]:
         """Remove a request's groups, waiting or running, and return them; their blocks are free."""
-        waiting = [group for group in self.waiting if group.request_id == request_id]
-        self.waiting = deque(group for group in self.waiting if group.request_id != request_id)
+        waiting = self.waiting.remove(request_id)
         running = [group for group in self.running if group.request_id == request_id]
         self.running = [group for group in self.running if group.request_id != request_id]
         for group in running:

@@ -24,6 +24,7 @@ class CachedSequence:
     Attributes:
         blocks: empty until the sequence's group is admitted.
         num_cached: tokens in the model's cache.
+        num_to_restore: tokens that were in the cache when the group was preempted.
         num_draft_cached: tokens in the draft model's cache, where the sequence has the same blocks.
     """
 
@@ -31,6 +32,7 @@ class CachedSequence:
     blocks: KVCacheBlocks = NO_BLOCKS
     num_cached: int = 0
     num_draft_cached: int = 0
+    num_to_restore: int = 0
 
     @property
     def num_pending(self) -> int:
@@ -88,6 +90,33 @@ class SequenceGroup(ABC):
         Raises:
             UserError: the options leave no possible continuation.
         """
+
+    def preempt(self) -> None:
+        """Give up all blocks; what they held is computed again (`schedule_restoring`) when the group has new ones."""
+        for sequence in self.sequences:
+            sequence.num_to_restore = max(sequence.num_cached, sequence.num_to_restore)
+            sequence.blocks, sequence.num_cached, sequence.num_draft_cached = NO_BLOCKS, 0, 0
+
+    @property
+    def is_restoring(self) -> bool:
+        """Whether the caches do not yet hold what they held when the group was preempted; nothing else runs before."""
+        return any(sequence.num_cached < sequence.num_to_restore for sequence in self.sequences)
+
+    def schedule_restoring(self, budget: int) -> list[ScheduledSequence]:
+        """At most `budget` of the tokens to restore, without outputs."""
+        scheduled: list[ScheduledSequence] = []
+        for sequence in self.sequences:
+            count = min(sequence.num_to_restore - sequence.num_cached, budget)
+            if count > 0:
+                scheduled.append(sequence.schedule(count, 0))
+                budget -= count
+        return scheduled
+
+    def update_restored(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Count the computed tokens as cached."""
+        counts = {part.blocks: len(part.tokens) for part in scheduled}
+        for sequence in self.sequences:
+            sequence.num_cached += counts.get(sequence.blocks, 0)
 
     def cancel(self) -> list[TokenEvent]:
         """End the group, and return its last events."""

@@ -57,8 +57,10 @@ def without_numbers(completions):
 
 def requests_of(kinds) -> st.SearchStrategy:
     one = st.builds(
-        lambda shared, own, new, kind, seed, ignore_eos: Request(
-            (*BASE[:shared], *own), SamplingParams(max_new_tokens=new, seed=seed, ignore_eos=ignore_eos, **KINDS[kind])
+        lambda shared, own, new, kind, seed, ignore_eos, client: Request(
+            (*BASE[:shared], *own),
+            SamplingParams(max_new_tokens=new, seed=seed, ignore_eos=ignore_eos, **KINDS[kind]),
+            client=client,
         ),
         st.sampled_from([0, 1, 15, 16, 17, 40, 60]),
         st.lists(st.integers(0, 11), min_size=1, max_size=3),
@@ -66,6 +68,7 @@ def requests_of(kinds) -> st.SearchStrategy:
         st.sampled_from(kinds),
         st.integers(0, 3),
         st.booleans(),
+        st.integers(0, 2),  # a client with fewer sequences preempts one with more
     )
     return st.lists(one, min_size=1, max_size=8)
 

@@ -32,6 +32,9 @@ class Loop:
         for group, sequences in scheduler.schedule():
             computed.append((group.request_id, sum(len(sequence.tokens) for sequence in sequences)))
             output = self.model.forward(StepInput(tuple(sequences), group.output_kind))
+            if group.is_restoring:
+                group.update_restored(sequences)
+                continue
             outputs = output.split([sequence.num_logits for sequence in sequences])
             group.process_outputs(sequences, outputs, self._copy)
         self.ended += [group for group in scheduler.running if group.is_finished]
@@ -55,14 +58,14 @@ class Loop:
             self.model.copy(source.blocks, target.blocks, begin, end)
 
 
-def group_of(number: int, prompt, new: int = 5, **options) -> SamplingGroup:
+def group_of(number: int, prompt, new: int = 5, client: int = 0, **options) -> SamplingGroup:
     params = SamplingParams(max_new_tokens=new, **({"temperature": 0} | options))
-    return SamplingGroup(number, Request(tuple(prompt), params), None)
+    return SamplingGroup(number, Request(tuple(prompt), params, client=client), None)
 
 
-def numbered(number: int, length: int, new: int = 5, **options) -> SamplingGroup:
+def numbered(number: int, length: int, new: int = 5, client: int = 0, **options) -> SamplingGroup:
     """A prompt unlike all others'."""
-    return group_of(number, [number, *range(length - 1)], new, **options)
+    return group_of(number, [number, *range(length - 1)], new, client, **options)
 
 
 def test_requests_begin_in_their_order_and_never_more_than_the_batch_size():
@@ -196,3 +199,54 @@ def test_a_step_asks_for_logits_only_where_a_token_is_chosen():
         num_logits.append(loop.scheduler.schedule()[0].sequences[0].num_logits)
         loop.step()
     assert num_logits == [0, 0, 1, 1, 1, 1, 1]
+
+
+def clients(groups) -> list[int]:
+    return sorted(group.request.client for group in groups)
+
+
+@pytest.mark.parametrize("tokens", [1000, 4 * 35])  # rows or memory are short
+def test_a_client_with_many_requests_does_not_keep_another_waiting(tokens):
+    loop = Loop(tokens, max_batch_size=4 if tokens == 1000 else 8)
+    loop.add(*(numbered(n, 4, new=30 + n) for n in range(10)))
+    for _ in range(5):
+        loop.step()
+    loop.add(numbered(10, 4, new=2, client=1))
+    assert (10, 4) in loop.step() and (10, 1) in loop.step()
+    assert [group.request_id for group in loop.ended] == [10]
+    loop.run()  # also those that were preempted end with the right tokens
+    assert len(loop.ended) == 11
+    assert loop.model.computed <= 10 * 4 + sum(range(29, 39)) + 4 + 1 + 4 + 6
+
+
+def test_clients_get_equal_shares_and_nobody_is_preempted_for_less():
+    loop = Loop(1000, max_batch_size=6)
+    loop.add(*(numbered(n, 4, new=30) for n in range(8)))
+    loop.step()
+    loop.add(*(numbered(n, 4, new=30, client=1) for n in range(10, 18)), numbered(20, 4, new=30, client=2))
+    loop.step()
+    assert clients(loop.scheduler.running) == [0, 0, 0, 1, 1, 2]
+    running = list(loop.scheduler.running)
+    for _ in range(10):
+        loop.step()
+    assert loop.scheduler.running == running
+    loop.add(numbered(30, 4, client=3))  # one of each client's at least goes on
+    loop.step()
+    assert clients(loop.scheduler.running) == [0, 0, 1, 1, 2, 3]
+
+
+def test_a_clients_only_group_is_not_preempted():
+    loop = Loop(1000, max_batch_size=4)
+    search = Request((7, 8), SamplingParams(max_new_tokens=8, num_beams=4))
+    loop.add(BeamSearchGroup(0, search, None), numbered(1, 4, client=1))
+    assert {number for step in loop.run()[:8] for number, _ in step} == {0}
+
+
+def test_long_prompts_of_one_client_leave_others_their_share_of_a_step():
+    loop = Loop(2000, max_batch_size=8, chunk=20)
+    loop.add(*(numbered(n, 100) for n in range(4)))
+    assert loop.step() == [(0, 20)]
+    loop.add(numbered(4, 8, client=1), numbered(5, 30, client=2))
+    assert loop.step() == [(4, 7), (5, 7), (0, 6)]
+    assert loop.step() == [(4, 1), (5, 10), (0, 10)]  # the last token of a prompt comes with those that decode
+    loop.run()
