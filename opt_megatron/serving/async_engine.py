@@ -83,6 +83,11 @@ class AsyncEngine:
             raise ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
         return self._model
 
+    @property
+    def num_requests(self) -> int:
+        """The number of prompts that are waiting or running."""
+        return len(self._requests)
+
     def check_queue(self, continuations: int) -> None:
         """Raise ApiError unless this many more continuations may wait (`AdmissionQueue.check`)."""
         self._admission.check(continuations)

@@ -2,12 +2,14 @@
 
 A choice is `{"index", "text", "logprobs", "finish_reason"}`. A delta is a choice with what one token adds: the deltas
 of a choice are merged by concatenating their texts and lists. Log-probabilities have OpenAI's form: `tokens`,
-`token_logprobs`, `top_logprobs`, `text_offset`.
+`token_logprobs`, `top_logprobs`, `text_offset`. As in vLLM, `prompt_logprobs`, `token_ids` and `prompt_token_ids` are
+added where a request asks for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from ..generation.request import TextDecoder, TokenEvent
@@ -22,13 +24,22 @@ class ChoiceBuilder:
 
     Args:
         index: of the choice in the response.
+        token_name: how log-probabilities name an id.
+        returns_token_ids: of the prompt and of the continuation.
     """
 
-    def __init__(self, model: ServedModel, engine_request: EngineRequest, index: int) -> None:
-        request = engine_request.request
-        self._model = model
+    def __init__(
+        self,
+        model: ServedModel,
+        engine_request: EngineRequest,
+        index: int,
+        token_name: Callable[[int], str],
+        returns_token_ids: bool,
+    ) -> None:
+        self._model, self._token_name = model, token_name
         self._index = index
-        self._num_logprobs = request.params.logprobs
+        self._request = engine_request.request
+        self._returns_token_ids = returns_token_ids
         self._echoed_text = engine_request.echoed_text
         self._prompt_events: list[TokenEvent] = []
         self._is_first = True
@@ -40,31 +51,50 @@ class ChoiceBuilder:
 
     def to_delta(self, event: TokenEvent) -> Choice:
         """What the next token adds, or an end without a token."""
-        events = [] if event.token is None else [event]
-        if self._is_first:
-            events = self._prompt_events + events
+        params = self._request.params
+        is_first, self._is_first = self._is_first, False
+        new = [] if event.token is None else [event]
+        shown = self._prompt_events + new if is_first and params.echo else new
         delta = {
             "index": self._index,
-            "text": (self._echoed_text if self._is_first else "") + event.text,
-            "logprobs": None if self._num_logprobs is None else self._logprobs(events),
+            "text": (self._echoed_text if is_first else "") + event.text,
+            "logprobs": None if params.logprobs is None else self._logprobs(shown, params.logprobs),
             "finish_reason": event.finish_reason,
         }
-        self._is_first = False
+        if self._returns_token_ids:
+            delta["token_ids"] = [_token_of(event) for event in new]
+        if self._returns_token_ids and is_first:
+            delta["prompt_token_ids"] = list(self._request.prompt)
+        if params.prompt_logprobs is not None and is_first:
+            delta["prompt_logprobs"] = [self._prompt_logprobs(event) for event in self._prompt_events]
         return delta
 
-    def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, list[Any]]:
+    def _logprobs(self, events: Sequence[TokenEvent], num_top: int) -> dict[str, list[Any]]:
         return {
-            "tokens": [self._model.token_text(_token_of(event)) for event in events],
+            "tokens": [self._token_name(_token_of(event)) for event in events],
             "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [self._top_logprobs(event) for event in events],
+            "top_logprobs": [self._top_logprobs(event, num_top) for event in events],
             "text_offset": [self._offsets.next(event) for event in events],
         }
 
-    def _top_logprobs(self, event: TokenEvent) -> dict[str, float] | None:
+    def _top_logprobs(self, event: TokenEvent, num_top: int) -> dict[str, float] | None:
         if event.logprob is None:  # the first token of a sequence has no probability
             return None
-        name, token = self._model.token_text, _token_of(event)
-        return {name(other): logprob for other, logprob in event.top_logprobs} | {name(token): event.logprob}
+        name = self._token_name
+        top = {name(token): logprob for token, logprob in event.top_logprobs[:num_top]}
+        return top | {name(_token_of(event)): event.logprob}
+
+    def _prompt_logprobs(self, event: TokenEvent) -> dict[str, dict[str, Any]] | None:
+        """vLLM's form; `rank` is null for a token that is not among the best."""
+        if event.logprob is None:
+            return None
+        token = _token_of(event)
+        scores: dict[int, tuple[float, int | None]] = {token: (event.logprob, None)}
+        scores |= {other: (logprob, rank) for rank, (other, logprob) in enumerate(event.top_logprobs, 1)}
+        return {
+            str(other): {"logprob": logprob, "rank": rank, "decoded_token": self._model.token_text(other)}
+            for other, (logprob, rank) in scores.items()
+        }
 
 
 class _TextOffsets:
@@ -111,14 +141,13 @@ def merge_deltas(deltas: Sequence[Choice]) -> list[Choice]:
 
 
 def _merge_choice(deltas: list[Choice]) -> Choice:
-    logprobs = None
-    if deltas[0]["logprobs"] is not None:
-        logprobs = {
-            name: [item for delta in deltas for item in delta["logprobs"][name]] for name in deltas[0]["logprobs"]
-        }
-    return {
-        "index": deltas[0]["index"],
-        "text": "".join(delta["text"] for delta in deltas),
-        "logprobs": logprobs,
-        "finish_reason": deltas[-1]["finish_reason"],
-    }
+    merged = {**deltas[0], "text": "".join(delta["text"] for delta in deltas)}
+    if merged["logprobs"] is not None:
+        merged["logprobs"] = {name: _joined(delta["logprobs"][name] for delta in deltas) for name in merged["logprobs"]}
+    if "token_ids" in merged:
+        merged["token_ids"] = _joined(delta["token_ids"] for delta in deltas)
+    return {**merged, "finish_reason": deltas[-1]["finish_reason"]}
+
+
+def _joined(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))

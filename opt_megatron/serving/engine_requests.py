@@ -49,10 +49,11 @@ async def encode(model: ServedModel, text: str, add_bos: bool) -> list[int]:
 
 
 async def decode(model: ServedModel, tokens: list[int]) -> str:
-    """The text of ids; many ids are decoded in a thread, so that other requests go on."""
+    """The text of ids and special tokens; many are decoded in a thread, so that other requests go on."""
+    decode_all = partial(model.tokenizer.decode, tokens, skip_special_tokens=False)
     if len(tokens) <= _MAX_IN_EVENT_LOOP:
-        return model.tokenizer.decode(tokens)
-    return await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, model.tokenizer.decode, tokens)
+        return decode_all()
+    return await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, decode_all)
 
 
 async def make_engine_requests(model: ServedModel, body: CompletionRequest | MetaseqRequest) -> list[EngineRequest]:
@@ -77,7 +78,9 @@ async def _make_engine_request(
     ids = await encode(model, prompt, add_bos) if isinstance(prompt, str) else prompt
     if not ids:
         raise bad_request(f"{label} has no tokens; an OPT sequence begins with {model.config.bos_token_id}", "prompt")
-    kept = _truncate(ids, _max_prompt_tokens(model, body, options["max_new_tokens"]), keep_bos=add_bos)
+    length = _max_prompt_tokens(model, body, options["max_new_tokens"])
+    from_right = isinstance(body, CompletionRequest) and body.truncation_side == "right"
+    kept = _truncate(ids, length, from_right=from_right, keep_bos=add_bos)
     try:
         request = Request(tuple(kept), _sampling_params(model, body, options, len(kept)), model.tokenizer.stream)
         model.engine.check(request, label)
@@ -120,10 +123,12 @@ def _max_prompt_tokens(
     return body.truncate_prompt_tokens
 
 
-def _truncate(ids: list[int], length: int | None, *, keep_bos: bool) -> list[int]:
-    """The last `length` ids; with `keep_bos` the first id is one of them."""
+def _truncate(ids: list[int], length: int | None, *, from_right: bool, keep_bos: bool) -> list[int]:
+    """The last `length` ids, or the first ones; with `keep_bos` the first id is one of them."""
     if length is None or length < 1 or len(ids) <= length:  # for a length below 1 the engine says what is wrong
         return ids
+    if from_right:
+        return ids[:length]
     return [ids[0], *ids[len(ids) - length + 1 :]] if keep_bos else ids[-length:]
 
 
@@ -134,11 +139,15 @@ def _sampling_params(
     remaining = max(1, model.max_model_len - prompt_length)
     # Without a seed, equal prompts must not get equal texts. With one, each gets the text that it would get alone.
     seed = secrets.randbelow(2**63) if options["seed"] is None else options["seed"]
-    options = {**options, "seed": seed, "bad_word_ids": model.tokenizer.bad_word_ids(options.get("bad_words", ()))}
+    bad_word_ids = model.tokenizer.bad_word_ids(options.get("bad_words", ()))
+    # Both APIs take a best_of of 0 for n.
+    options = {**options, "seed": seed, "bad_word_ids": bad_word_ids, "best_of": options["best_of"] or None}
     if isinstance(body, MetaseqRequest):
         options |= _metaseq_options(model, options, remaining)
     else:
         options |= _openai_options(options, remaining)
+        if body.use_beam_search:
+            options |= {"num_beams": body.num_sampled, "best_of": None, "temperature": 0.0}
     # The engine reports the prompt's tokens only where they are needed: not for their text alone.
     options["echo"] = options["echo"] and options["logprobs"] is not None
     return SamplingParams(**options)
@@ -154,11 +163,12 @@ def _openai_options(options: dict[str, Any], remaining: int) -> dict[str, Any]:
 
 
 def _metaseq_options(model: ServedModel, options: dict[str, Any], remaining: int) -> dict[str, Any]:
-    greedy = options["temperature"] == 0 or options["top_p"] == 0  # as in metaseq
+    # Below 0 these are off in metaseq, and top-p is greedy.
+    signed = [name for name in options if name.endswith("_penalty")] + ["top_p", "omega_bound"]
     return {
+        **{name: max(0.0, options[name]) for name in signed},
+        "lambda_decay": options["lambda_decay"] if options["lambda_decay"] > 0 else 1.0,
         "max_new_tokens": remaining if options["max_new_tokens"] is None else options["max_new_tokens"],
-        "temperature": 0.0 if greedy else options["temperature"],
-        "top_p": options["top_p"] or 1.0,
         "sentence_end_tokens": model.tokenizer.sentence_end_tokens(),
         "logprobs": options["logprobs"] or 0,  # its responses always have them
     }

@@ -13,7 +13,9 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 MAX_INT = 2**31 - 1
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000
-_MAX_TOKEN_IDS = 1024  # of `logit_bias` and `stop_token_ids`
+_MAX_BAD_WORDS = 256  # each is encoded twice, in the event loop
+_MAX_BAD_WORD_LENGTH = 100
+_MAX_TOKEN_IDS = 1024  # of `logit_bias`, `stop_token_ids` and `allowed_token_ids`
 _MAX_PROMPTS = 10_000
 _LARGEST_ID = 10**300  # messages quote a wrong one
 
@@ -95,6 +97,9 @@ Stop = Annotated[
     Field(max_length=_MAX_STOPS),  # before the validator, or else it is checked after the items
     BeforeValidator(_read_stop),
     WithJsonSchema({"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": _MAX_STOPS}]}),
+]
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=_MAX_BAD_WORD_LENGTH)]], Field(max_length=_MAX_BAD_WORDS)
 ]
 LogitBias = Annotated[
     dict[int, Annotated[float, Field(ge=-100, le=100)]],

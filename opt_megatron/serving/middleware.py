@@ -12,7 +12,7 @@ from .errors import ApiError
 from .limits import Limits
 
 # Open without a key: for load balancers, and for the page, which asks its user for the key.
-PUBLIC_PATHS = ("/health", "/", "/page/app.js", "/page/style.css")
+PUBLIC_PATHS = ("/health", "/ping", "/", "/page/app.js", "/page/style.css")
 _JSON_TYPE = b"application/json"
 # A body that is too large is read and discarded up to this multiple of the limit, because many clients read the
 # response only once they have sent the whole body.

@@ -1,7 +1,8 @@
 """The bodies of requests: their fields, with kinds and ranges.
 
 The fields of sampling options are made from the declaration of `SamplingParams`. A field that is null has its
-default. An unknown field is refused, because a mistyped option that is silently left out would be worse than an error.
+default. An unknown field is refused, because a mistyped option that is silently left out would be worse than an error;
+fields that clients send, and that change no text, are listed and not used.
 Sources: OpenAI's API reference (completions), vLLM's additional fields, metaseq's docs/api.md.
 """
 
@@ -9,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, create_model, model_validator
 from pydantic_core import CoreSchema
 
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import Option, options_of
-from .fields import FIELD_TYPES, MAX_INT, LongTokenIds, ModelName, Name, Prompts, Text
+from .fields import FIELD_TYPES, MAX_INT, BadWords, LongTokenIds, ModelName, Prompts, Text
 
 _OPTIONS = options_of(SamplingParams)
 # Field of the API -> the option of `SamplingParams`.
@@ -31,6 +32,7 @@ _METASEQ_FIELDS = {
 }
 # The engine's names of options -> the API's, for messages; where both APIs have the option, OpenAI's.
 API_NAMES = {option: field for field, option in [*_METASEQ_FIELDS.items(), *_OPENAI_FIELDS.items()]}
+_UNUSED = "accepted and not used"
 
 
 class RequestBody(BaseModel):
@@ -74,8 +76,13 @@ class SamplingBody(RequestBody):
     @property
     def num_continuations(self) -> int:
         """The number of continuations that the engine will generate, over all prompts."""
+        return len(self.prompt) * self.num_sampled
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of continuations, or beams, of each prompt."""
         options = self.sampling_options()
-        return len(self.prompt) * max(options["n"], options["best_of"] or 1)
+        return max(options["n"], options["best_of"] or 1)
 
 
 AnyBody = TypeVar("AnyBody", bound=SamplingBody)
@@ -88,7 +95,8 @@ def with_sampling_options(
 
     Args:
         sampling_fields: the field's name -> the name of the option in `SamplingParams`.
-        overrides: by a field's name, arguments of pydantic's `Field` that replace those of the declaration.
+        overrides: by a field's name, arguments of pydantic's `Field` that replace those of the declaration, and its
+            type as `kind`.
     """
 
     def decorate(cls: type[AnyBody]) -> type[AnyBody]:
@@ -111,6 +119,7 @@ def _field_of(option: Option, overrides: dict[str, Any]) -> tuple[Any, Any]:
     if kind is int and not {"le", "lt"} & bounds.keys():
         bounds["le"] = MAX_INT
     declared = {"default": default, "description": _description(option), **bounds, **overrides}
+    kind = declared.pop("kind", kind)
     return (kind | None if declared["default"] is None else kind), Field(**declared)
 
 
@@ -123,13 +132,18 @@ def _description(option: Option) -> str:
 class StreamOptions(RequestBody):
     """The field `stream_options`."""
 
-    include_usage: bool = Field(False, description="end with a chunk that has the number of tokens")
+    include_usage: bool = Field(default=False, description="end with a chunk that has the number of tokens")
+    continuous_usage_stats: bool = Field(
+        default=False, description="with include_usage: put the number of tokens so far into every chunk"
+    )
+    include_obfuscation: bool = Field(default=True, description=_UNUSED)
 
 
 @with_sampling_options(
     _OPENAI_FIELDS,
     max_tokens={"default": None, "description": "new tokens at the most; default: 16"},
     seed={"default": None},
+    bad_words={"kind": BadWords},
 )
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
@@ -137,11 +151,24 @@ class CompletionRequest(SamplingBody):
     model: ModelName = None
     stream: bool = Field(False, description="send tokens as server-sent events as soon as they are generated")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
-    user: Name | None = Field(None, description="accepted and not used")
+    use_beam_search: bool = Field(False, description="beam search with best_of (or n) beams, of which n are returned")
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, le=MAX_INT, description="keep this many of the prompt's last tokens; -1: as many as fit"
+        None, ge=-1, le=MAX_INT, description="keep this many of the prompt's tokens; -1: as many as fit"
+    )
+    truncation_side: Literal["left", "right"] = Field(
+        "left", description="where truncate_prompt_tokens cuts tokens off: left keeps the last ones"
     )
     add_special_tokens: bool = Field(True, description="begin the prompts that are texts with BOS")
+    return_token_ids: bool = Field(False, description="add token_ids and prompt_token_ids to every choice")
+    return_tokens_as_token_ids: bool = Field(False, description="name the tokens of logprobs token_id:N")
+    suffix: str = Field("", description="must be empty: OPT does not fill in text")
+    user: str = Field("", description=_UNUSED)
+    spaces_between_special_tokens: bool = Field(True, description=_UNUSED + ": OPT's tokenizer has no such spaces")
+    detokenize: bool = Field(True, description=_UNUSED)
+    priority: int = Field(0, description=_UNUSED)
+    request_id: str = Field("", description=_UNUSED)
+    cache_salt: str = Field("", description=_UNUSED)
+    metadata: dict[str, Any] = Field({}, description=_UNUSED)
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -149,6 +176,11 @@ class CompletionRequest(SamplingBody):
             raise ValueError("stream_options is given, but stream is not true")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens is 0, but must be -1, or 1 or more")
+        if self.suffix:
+            raise ValueError("suffix is not empty, but OPT does not fill in text: leave it out")
+        temperature = self.sampling_options()["temperature"]
+        if self.use_beam_search and temperature not in (0, 1):
+            raise ValueError(f"temperature is {temperature}, but must be 0 or 1 with use_beam_search")
         return self
 
 
@@ -156,10 +188,19 @@ class CompletionRequest(SamplingBody):
     _METASEQ_FIELDS,
     max_tokens={"default": None, "description": "new tokens at the most; default: as many as fit"},
     seed={"default": None},
-    top_p={"gt": None, "ge": 0, "description": "as in OpenAI's API; 0 is greedy"},
+    top_p={"ge": None, "description": "as in OpenAI's API; 0 and below is greedy"},
+    lambda_decay={"gt": None, "default": -1.0, "description": "factual nucleus: its decay; 0 and below is off"},
+    omega_bound={"ge": None, "default": 0.3},
 )
 class MetaseqRequest(SamplingBody):
-    """POST /completions and /engines/{engine}/completions."""
+    """POST /completions and /engines/{engine}/completions. As in metaseq, a number may be given as a string."""
+
+    model_config = ConfigDict(strict=False)
+
+    alpha_src_penalty_end_idx: int = Field(-1, le=0, description="accepted where it is off: 0 and below")
+    stream: Literal[False] = Field(False, description="accepted where it is off: not streamed")
+    model: str = Field("", description=_UNUSED)
+    user: str = Field("", description=_UNUSED)
 
 
 class TokenizeRequest(RequestBody):
@@ -168,6 +209,7 @@ class TokenizeRequest(RequestBody):
     model: ModelName = None
     prompt: Text = Field(description="the text")
     add_special_tokens: bool = Field(True, description="begin with BOS")
+    return_token_strs: bool = Field(False, description="add the tokens as the vocabulary writes them")
 
 
 class DetokenizeRequest(RequestBody):

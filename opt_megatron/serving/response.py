@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..generation.request import TokenEvent
@@ -25,9 +25,19 @@ class ResponseBuilder:
 
     Args:
         requests: the engine requests of its prompts, in their order.
+        returns_token_ids: choices have `token_ids` and `prompt_token_ids`.
+        names_ids: the tokens of log-probabilities are named `token_id:N`.
     """
 
-    def __init__(self, model: ServedModel, requests: Sequence[EngineRequest]) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        requests: Sequence[EngineRequest],
+        *,
+        returns_token_ids: bool = False,
+        names_ids: bool = False,
+    ) -> None:
+        token_name = "token_id:{}".format if names_ids else model.token_text
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -36,7 +46,7 @@ class ResponseBuilder:
         }
         self._choices = [  # [prompt][choice]; a choice's index counts over all prompts
             [
-                ChoiceBuilder(model, item, prompt_index * item.request.params.n + choice)
+                ChoiceBuilder(model, item, prompt_index * item.request.params.n + choice, token_name, returns_token_ids)
                 for choice in range(item.request.params.n)
             ]
             for prompt_index, item in enumerate(requests)
@@ -44,13 +54,12 @@ class ResponseBuilder:
         self._prompt_tokens = sum(len(item.request.prompt) for item in requests)
         self._completion_tokens = 0
 
-    def add_events(self, events: Sequence[PromptEvent]) -> list[Choice]:
-        """Read the next events; return the deltas that they make.
+    def add_events(self, events: Sequence[PromptEvent]) -> Iterator[Choice]:
+        """Read the next events, and give the deltas that they make; `usage` counts the tokens up to each.
 
         Raises:
             ApiError: the engine refused or failed to run a prompt, or its request was cancelled.
         """
-        deltas = []
         for prompt_index, event in events:
             if event.finish_reason in _ERRORS:
                 raise _error_of(event)
@@ -60,8 +69,7 @@ class ResponseBuilder:
                     choice.add_prompt_token(event)
                 continue
             self._completion_tokens += event.token is not None
-            deltas.append(choices[event.choice].to_delta(event))
-        return deltas
+            yield choices[event.choice].to_delta(event)
 
     @property
     def usage(self) -> dict[str, int]:

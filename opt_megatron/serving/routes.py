@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from ..version import __version__
 from .async_engine import AsyncEngine, EngineState
 from .engine_requests import decode, encode, make_engine_requests
 from .errors import bad_request
 from .metrics import CONTENT_TYPE
-from .protocol import CompletionRequest, DetokenizeRequest, MetaseqRequest, TokenizeRequest
+from .protocol import CompletionRequest, DetokenizeRequest, MetaseqRequest, StreamOptions, TokenizeRequest
 from .request_output import OutputCollector
 from .response import ResponseBuilder, to_metaseq
 from .streaming import EventStreamResponse, collect_response
@@ -33,11 +34,15 @@ def add_completion_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         async_engine.model.check_name(body.model)
-        output, builder = await _submit(async_engine, body)
+        output, builder = await _submit(
+            async_engine,
+            body,
+            returns_token_ids=body.return_token_ids,
+            names_ids=body.return_tokens_as_token_ids,
+        )
         seconds = async_engine.limits.request_seconds
         if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStreamResponse(output, builder, seconds, include_usage=include_usage)
+            return EventStreamResponse(output, builder, seconds, body.stream_options or StreamOptions())
         return JSONResponse(await collect_response(output, builder, request.receive, seconds))
 
     @app.post("/completions", summary="Continue prompts (metaseq)")
@@ -62,12 +67,13 @@ def add_completion_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
 
 
 async def _submit(
-    async_engine: AsyncEngine, body: CompletionRequest | MetaseqRequest
+    async_engine: AsyncEngine, body: CompletionRequest | MetaseqRequest, **of_response: bool
 ) -> tuple[OutputCollector, ResponseBuilder]:
+    """Queue the engine requests of a body; `of_response` are arguments of `ResponseBuilder`."""
     model = async_engine.model
     async_engine.check_queue(body.num_continuations)  # before the work of encoding the prompts
     requests = await make_engine_requests(model, body)
-    return async_engine.submit(requests), ResponseBuilder(model, requests)
+    return async_engine.submit(requests), ResponseBuilder(model, requests, **of_response)
 
 
 def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
@@ -78,7 +84,13 @@ def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
         model = async_engine.model
         model.check_name(body.model)
         tokens = await encode(model, body.prompt, body.add_special_tokens)
-        return JSONResponse({"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens})
+        strings = model.token_strings(tokens) if body.return_token_strs else None
+        sizes = {"count": len(tokens), "max_model_len": model.max_model_len}
+        return JSONResponse({**sizes, "tokens": tokens, "token_strs": strings})
+
+    @app.get("/tokenizer_info", responses=_content_types("application/json"), summary="The tokenizer's settings")
+    async def tokenizer_info() -> Response:
+        return JSONResponse(async_engine.model.tokenizer_info())
 
     @app.post("/detokenize", responses=_content_types("application/json"), summary="The text of token ids")
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -93,7 +105,7 @@ def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
 
 
 def add_status_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
-    """Add /v1/models, /health and /metrics."""
+    """Add /v1/models, /health, /ping, /version, /load and /metrics."""
     created = int(time.time())
 
     def model_card(name: str) -> dict[str, Any]:
@@ -118,9 +130,19 @@ def add_status_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="200 when requests are taken, else 503")
+    @app.post("/ping", include_in_schema=False)
+    @app.get("/ping", summary="/health under SageMaker's name")
     async def health() -> Response:
         status = 200 if async_engine.state is EngineState.READY else 503
         return JSONResponse({"status": async_engine.state.value}, status)
+
+    @app.get("/version", summary="The version of opt_megatron")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    @app.get("/load", summary="How many prompts are waiting or running")
+    async def load() -> Response:
+        return JSONResponse({"server_load": async_engine.num_requests})
 
     @app.get("/metrics", responses=_content_types("text/plain"), summary="Prometheus metrics")
     async def metrics() -> Response:

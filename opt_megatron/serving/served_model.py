@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from ..config import OPTConfig
 from ..generation.core.engine import Engine
-from ..tokenizer import OPTTokenizer
+from ..tokenizer import BOS_TOKEN, OPTTokenizer
 from .errors import ApiError
 
 
@@ -44,6 +47,26 @@ class ServedModel:
             raise ApiError(
                 404, f"there is no model {name!a}; this server has {known}", param="model", code="model_not_found"
             )
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary writes them, with Ġ for a space."""
+        return [self._strings[token] for token in tokens]
+
+    @cached_property
+    def _strings(self) -> dict[int, str]:
+        return {index: string for string, index in self.tokenizer.get_vocab().items()}
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The settings of transformers' tokenizer that gives the same ids, as its tokenizer_config.json names them."""
+        return {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_bos_token": True,
+            "add_prefix_space": False,
+            "bos_token": BOS_TOKEN,
+            "eos_token": BOS_TOKEN,
+            "model_max_length": self.max_model_len,
+            "additional_special_tokens": list(self.tokenizer.added_tokens),
+        }
 
     def token_text(self, token: int) -> str:
         r"""One token in the notation of OpenAI's log-probabilities.

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from .choices import Choice
 from .errors import ApiError
+from .protocol import StreamOptions
 from .request_output import OutputCollector
 from .response import ResponseBuilder
 
@@ -76,18 +77,18 @@ class EventStreamResponse(Response):
 
     Args:
         seconds: time limit.
-        include_usage: append a chunk with the number of tokens, and put `"usage": null` into all others.
+        options: with `include_usage`, a chunk with the number of tokens is appended, and all others have `"usage"` too.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, output: OutputCollector, builder: ResponseBuilder, seconds: float, *, include_usage: bool
+        self, output: OutputCollector, builder: ResponseBuilder, seconds: float, options: StreamOptions
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._output, self._builder, self._seconds = output, builder, seconds
-        self._include_usage = include_usage
+        self._options = options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response (ASGI)."""
@@ -97,26 +98,28 @@ class EventStreamResponse(Response):
                 async with _time_limit(self._seconds):
                     while events := await self._output.next_events():
                         deltas = self._builder.add_events(events)
-                        await send(_body(b"".join(self._chunk([delta]) for delta in deltas if _has_content(delta))))
+                        await send(_body(b"".join(self._chunk(delta) for delta in deltas if _has_content(delta))))
             except ApiError as error:  # the status line is sent already, so the error becomes an event
                 await send(_body(_event(error.to_json())))
             else:
                 await send(_body(self._usage_chunk()))
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
 
-    def _chunk(self, choices: list[Choice]) -> bytes:
-        chunk = self._builder.to_chunk(choices)
-        return _event({**chunk, "usage": None} if self._include_usage else chunk)
+    def _chunk(self, delta: Choice) -> bytes:
+        chunk = self._builder.to_chunk([delta])
+        if self._options.include_usage:
+            chunk["usage"] = self._builder.usage if self._options.continuous_usage_stats else None
+        return _event(chunk)
 
     def _usage_chunk(self) -> bytes:
-        if not self._include_usage:
+        if not self._options.include_usage:
             return b""
         return _event({**self._builder.to_chunk([]), "usage": self._builder.usage})
 
 
 def _has_content(delta: Choice) -> bool:
-    # A token that completes no character adds no text; without log-probabilities there is nothing to send.
-    return bool(delta["text"] or delta["finish_reason"] or delta["logprobs"])
+    # A token that completes no character adds no text, and often nothing else.
+    return any(value for name, value in delta.items() if name != "index")
 
 
 def _event(value: dict[str, Any]) -> bytes:

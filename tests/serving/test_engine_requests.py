@@ -25,6 +25,8 @@ def test_long_prompts_are_refused_or_cut(server):
         assert body["usage"]["prompt_tokens"] == tokens and body["choices"][0]["logprobs"]["tokens"][0] == "</s>"
     body = server.complete(prompt=IDS, truncate_prompt_tokens=2, echo=True, max_tokens=0, logprobs=0).json
     assert body["choices"][0]["logprobs"]["tokens"] == [" a", " time"]
+    first = {"truncate_prompt_tokens": 2, "truncation_side": "right", "echo": True, "max_tokens": 0}
+    assert server.complete(prompt=PROMPT, **first).json["choices"][0]["text"] == "Once"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_long_texts_and_lists_are_converted_beside_the_event_loop():
     go = threading.Event()
     waiting = SimpleNamespace(
         encode_batch=lambda texts, add_bos: [[len(text), go.wait(10)] for text in texts],
-        decode=lambda tokens: [len(tokens), go.wait(10)],
+        decode=lambda tokens, skip_special_tokens: [len(tokens), go.wait(10)],
     )
 
     async def convert():

@@ -1,5 +1,7 @@
 """Which request bodies are accepted."""
 
+import json
+
 import pytest
 from body_reading import read, refused
 from pydantic import ValidationError
@@ -36,6 +38,29 @@ def test_values_keep_their_meaning():
     assert (body.temperature, body.stop, body.logit_bias) == (1.0, ["x"], {7: -3.0})
     metaseq = read(MetaseqRequest, b'{"prompt": "a", "top_p": 0, "alpha_presence_src": 0.5}')
     assert (metaseq.top_p, metaseq.alpha_presence_src) == (0, 0.5)
+
+
+def test_fields_that_change_nothing_are_taken():
+    unused = {
+        "user": "u" * 10_000, "suffix": "", "detokenize": True, "spaces_between_special_tokens": False,
+        "priority": -3, "request_id": "r1", "cache_salt": "x", "metadata": {"a": [1]},
+        "stream_options": {"include_obfuscation": False}, "stream": True,
+    }  # fmt: skip
+    read(CompletionRequest, json.dumps({"prompt": "a", **unused}).encode())
+    read(MetaseqRequest, b'{"prompt": "a", "model": "x", "user": "u", "stream": false}')
+
+
+def test_metaseqs_numbers_are_strings_and_its_values_for_off_are_taken():
+    sent = {
+        "max_tokens": "8", "min_tokens": "2", "n": "2", "best_of": "0", "logprobs": "1", "seed": "7", "top_p": "0.9",
+        "temperature": "1.0", "alpha_presence": "-1", "lambda_decay": -1, "omega_bound": "0.3",
+        "alpha_src_penalty_end_idx": "-1",
+    }  # fmt: skip
+    body = read(MetaseqRequest, json.dumps({"prompt": "a", **sent}).encode())
+    assert {name: getattr(body, name) for name in sent} == {name: float(value) for name, value in sent.items()}
+    assert read(MetaseqRequest, b'{"prompt": "a"}').omega_bound == 0.3  # metaseq's default
+    refused(MetaseqRequest, b'{"prompt": "a", "max_tokens": "8.5"}')
+    refused(MetaseqRequest, b'{"prompt": "a", "alpha_src_penalty_end_idx": 5}')
 
 
 def test_other_kinds_of_bodies_have_bounds_too():

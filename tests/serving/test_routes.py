@@ -5,6 +5,8 @@ import threading
 import pytest
 from running_server import TOKENIZER
 
+from opt_megatron.version import __version__
+
 PROMPT = "Once upon a time"
 IDS = TOKENIZER.encode(PROMPT)
 
@@ -118,6 +120,58 @@ def test_metaseqs_routes_answer_in_its_shape(server, offline):
     assert len(choice["logprobs"]["tokens"]) == 512 - 1
 
 
+def test_metaseqs_values_for_off_are_off(server, offline):
+    (wanted,) = offline(PROMPT, max_new_tokens=8, temperature=0)
+    off = {"lambda_decay": -1, "omega_bound": -1, "alpha_presence": -1, "alpha_frequency_src": -1}
+    for greedy in ({"top_p": -1}, {"top_p": "0"}, {"temperature": "0"}):
+        body = {"prompt": PROMPT, "max_tokens": "8", **off, **greedy}
+        (choice,) = server.request("POST", "/completions", body).json["choices"]
+        assert choice["text"] == wanted.text
+
+
+def test_greedy_and_empty_continuations_are_openais(server):
+    def texts(**options):
+        return [choice["text"] for choice in server.complete(prompt=PROMPT, **options).json["choices"]]
+
+    greedy = texts(temperature=0, max_tokens=6)
+    assert texts(temperature=0, n=3, max_tokens=6) == texts(top_p=0, n=3, best_of=4, max_tokens=6) == greedy * 3
+    assert texts(max_tokens=0) == [""] and texts(max_tokens=0, n=2, echo=True) == [PROMPT] * 2
+
+
+def test_beam_search_is_the_engines(server, offline):
+    wanted = offline(PROMPT, max_new_tokens=8, num_beams=4, n=2, length_penalty=2.0, early_stopping=True, temperature=0)
+    options = {"use_beam_search": True, "best_of": 4, "n": 2, "length_penalty": 2.0, "early_stopping": True}
+    choices = server.complete(prompt=PROMPT, max_tokens=8, **options).json["choices"]
+    assert [choice["text"] for choice in choices] == [one.text for one in wanted]
+    (one,) = server.complete(prompt=PROMPT, max_tokens=8, use_beam_search=True).json["choices"]
+    assert one["text"] == offline(PROMPT, max_new_tokens=8, temperature=0)[0].text
+
+
+def test_ids_and_the_prompts_log_probabilities_are_returned(server, offline):
+    options = {"max_tokens": 3, "temperature": 0, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    body = server.complete(prompt=PROMPT, logprobs=1, prompt_logprobs=2, n=2, **options).json
+    (wanted,) = offline(PROMPT, max_new_tokens=3, temperature=0, prompt_logprobs=2)
+    for choice in body["choices"]:
+        assert (choice["prompt_token_ids"], choice["token_ids"]) == (IDS, list(wanted.tokens))
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in wanted.tokens]
+        assert choice["prompt_logprobs"][0] is None
+        for got, event in zip(choice["prompt_logprobs"][1:], wanted.prompt_events[1:], strict=True):
+            assert set(got) == {str(token) for token in (event.token, *dict(event.top_logprobs))}
+            own = got[str(event.token)]
+            assert abs(own["logprob"] - event.logprob) < 1e-4
+            assert own["decoded_token"] == TOKENIZER.decode([event.token])
+            assert sorted(score["rank"] for score in got.values() if score["rank"]) == [1, 2]
+
+
+def test_special_tokens_can_be_shown_and_words_ruled_out(server, offline):
+    shown = {"prompt": PROMPT, "max_tokens": 2, "allowed_token_ids": [1], "skip_special_tokens": False}
+    assert server.complete(**shown).json["choices"][0]["text"] == "<pad><pad>"
+    (plain,) = offline("The king had", max_new_tokens=8, temperature=0)
+    word = plain.text.split()[0]
+    options = {"prompt": "The king had", "max_tokens": 8, "temperature": 0, "bad_words": [word]}
+    assert word not in server.complete(**options).json["choices"][0]["text"].split()
+
+
 def test_the_other_routes(server):
     (model,) = server.request("GET", "/v1/models").json["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("story", "model", 512)
@@ -125,12 +179,19 @@ def test_the_other_routes(server):
     assert server.request("GET", "/v1/models/gpt").json["error"]["code"] == "model_not_found"
     assert server.complete(model="gpt", prompt="a").status == 404
     assert server.request("POST", "/tokenize", {"prompt": PROMPT}).json == {
-        "count": 5, "max_model_len": 512, "tokens": IDS,
+        "count": 5, "max_model_len": 512, "tokens": IDS, "token_strs": None,
     }  # fmt: skip
+    strings = server.request("POST", "/tokenize", {"prompt": PROMPT, "return_token_strs": True}).json["token_strs"]
+    assert strings == ["</s>", "Once", "\u0120upon", "\u0120a", "\u0120time"]
+    info = server.request("GET", "/tokenizer_info").json
+    assert info["tokenizer_class"] == "GPT2Tokenizer" and info["model_max_length"] == 512
     without = server.request("POST", "/tokenize", {"prompt": "a" * 20_000, "add_special_tokens": False}).json
     assert without["tokens"] == TOKENIZER.encode("a" * 20_000, add_bos=False)
-    assert server.request("POST", "/detokenize", {"tokens": IDS}).json == {"prompt": PROMPT}
+    assert server.request("POST", "/detokenize", {"tokens": IDS}).json == {"prompt": "</s>" + PROMPT}
     assert "from 0 to 4095" in server.request("POST", "/detokenize", {"tokens": [4096]}).json["error"]["message"]
+    assert server.request("GET", "/version").json == {"version": __version__}
+    assert server.request("POST", "/ping").status == server.request("GET", "/ping").status == 200
+    assert server.request("GET", "/load").json == {"server_load": 0}
     chat = server.request("POST", "/v1/chat/completions", {"messages": []})
     assert chat.status == 400 and "no chat template" in chat.json["error"]["message"]
     assert server.request("GET", "/nothing").json["error"]["type"] == "not_found_error"

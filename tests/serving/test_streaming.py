@@ -20,6 +20,9 @@ def choices_of(events):
             assert choice["finish_reason"] is None
             choice["text"] += piece["text"]
             choice["finish_reason"] = piece["finish_reason"]
+            for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"):
+                if name in piece:
+                    choice[name] = choice.get(name, []) + piece[name]
             if piece["logprobs"]:
                 logprobs = choice["logprobs"] = choice["logprobs"] or {name: [] for name in piece["logprobs"]}
                 for name, values in piece["logprobs"].items():
@@ -40,6 +43,9 @@ def choices_of(events):
         {"n": 3, "best_of": 4, "logprobs": 1},
         {"prompt": [PROMPT, "The king"], "n": 2},
         {"prompt": [[2, 700, 3000], [2, 4001]], "logit_bias": {"3": 3}},
+        {"echo": True, "prompt_logprobs": 1, "logprobs": 0, "return_token_ids": True, "n": 2},
+        {"use_beam_search": True, "n": 2},
+        {"max_tokens": 0, "return_token_ids": True},
     ],
 )
 def test_a_stream_is_the_whole_answer_in_pieces(server, options):
@@ -53,10 +59,21 @@ def test_a_stream_is_the_whole_answer_in_pieces(server, options):
     streamed = choices_of(events)
     for got, wanted in zip(streamed, whole["choices"], strict=True):
         assert (got["text"], got["finish_reason"]) == (wanted["text"], wanted["finish_reason"])
-        if wanted["logprobs"]:
-            assert got["logprobs"]["tokens"] == wanted["logprobs"]["tokens"]
-            assert got["logprobs"]["text_offset"] == wanted["logprobs"]["text_offset"]
+        for name in ("tokens", "text_offset") if wanted["logprobs"] else ():
+            assert got["logprobs"][name] == wanted["logprobs"][name]
+        for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"):
+            assert got.get(name) == wanted.get(name)
     assert "usage" not in server.complete(**options, stream=True).events[-1]
+
+
+def test_the_tokens_so_far_can_be_in_every_chunk(server):
+    options = {"prompt": PROMPT, "max_tokens": 4, "ignore_eos": True, "return_token_ids": True, "stream": True}
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    events = server.complete(**options, stream_options=usage).events
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 4, 4]
+    assert {event["usage"]["prompt_tokens"] for event in events} == {5}
+    events = server.complete(**options, stream_options={"continuous_usage_stats": True}).events
+    assert not any("usage" in event for event in events)
 
 
 @pytest.mark.parametrize("stream", [False, True])

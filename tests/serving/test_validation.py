@@ -23,7 +23,6 @@ HOSTILE = [
     (b"[" * 100_000, "nested too deeply"),
     (b'{"prompt": ' * 50_000, "nested too deeply"),
     (b'{"prompt": "\\ud800"}', "prompt: character 0 is half of a surrogate pair"),
-    (b'{"prompt": "a", "user": "\\udfff"}', "user"),
     (b'{"prompt": "a", "model": "\\udfff"}', "model"),
     (b'{"prompt": "a", "stop": ["\\udfff"]}', "stop"),
     (b'{"prompt": "a", "\\udfff": 1}', "as a unicode string"),
@@ -67,7 +66,13 @@ HOSTILE = [
     (b'{"prompt": "a", "aa": 1, "bb": 2}', "there is no field 'aa'"),
     (b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream is not true"),
     (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens is 0"),
-    (b'{"prompt": "a", "user": "' + b"x" * 257 + b'"}', "user: must have at most 256 characters"),
+    (b'{"prompt": "a", "model": "' + b"x" * 257 + b'"}', "model: must have at most 256 characters"),
+    (b'{"prompt": "a", "suffix": "b"}', "suffix is not empty, but OPT does not fill in text"),
+    (b'{"prompt": "a", "allowed_tokenids": [5]}', "there is no field 'allowed_tokenids'"),
+    (b'{"prompt": "a", "stream": true, "stream_options": {"include_usag": true}}', "stream_options.include_usag"),
+    (b'{"prompt": "a", "use_beam_search": true, "temperature": 0.5}', "temperature is 0.5, but must be 0 or 1"),
+    (b'{"prompt": "a", "truncation_side": "middle"}', "truncation_side: must be 'left' or 'right'"),
+    (b'{"prompt": "a", "bad_words": "king"}', "bad_words: must be a valid"),
 ]
 
 

@@ -132,7 +132,7 @@ class SamplingParams:
         default_text="n",
         maximum=MOST_CONTINUATIONS,
         api_name="best_of",
-        api_minimum=1,
+        api_minimum=0,
         api_maximum=128,
     )
     num_beams: int = option(1, help="beam search with this many beams; 1 is off", minimum=1, maximum=MOST_ROWS)
@@ -170,6 +170,8 @@ class SamplingParams:
         minimum=0,
         maximum=MOST_LOGPROBS,
         must=f"be none, or from 0 (the prompt's tokens only) to {MOST_LOGPROBS}",
+        api_name="prompt_logprobs",
+        api_maximum=20,
     )
     echo: bool = option(
         False, help="report the prompt's tokens too, with --logprobs their log-probabilities", api_name="echo"
