@@ -28,6 +28,12 @@ def look(directory: Path, tp: int, pp: int, tokens: Tensor, generate_first: bool
     }
 
 
+def adapted(directory: Path, adapter: Path, tp: int, pp: int, tokens: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Logits and a greedy continuation with an adapter of peft."""
+    opt = _load(directory, tp, pp, adapter=str(adapter))
+    return opt.logits(tokens), opt.generate([[2, 9, 30]], max_new_tokens=8, temperature=0, ignore_eos=True)[0].tokens
+
+
 def captured(directory: Path, tp: int, pp: int, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
     """The whole tensors at several hook points."""
     return _load(directory, tp, pp).capture(tokens, names)

@@ -1,7 +1,12 @@
 """Loading in steps: what is opened, what is read when, and the messages about mistakes."""
 
+import copy
+
+import api_jobs
 import pytest
 import torch
+from factory import oracle_greedy
+from formats import write_peft
 
 from opt_megatron import OPT
 from opt_megatron.errors import CheckpointError, UserError
@@ -31,6 +36,29 @@ def test_the_engine_is_made_with_its_options_and_a_draft_model(alone):
     assert OPT.open("story", alone, engine=options).generate("The king", **GREEDY)[0].tokens == plain[0].tokens
     with pytest.raises(UserError, match="raise max_batch_size, which is 2"):
         OPT.open("story", alone, engine=options).generate("The king", num_beams=3)
+
+
+def test_an_adapter_is_added_at_every_layout(ranks, models, tmp_path):
+    directory, model = models["pre-norm"]
+    modules = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"]
+    names = [f"layers.{layer}.{module}" for layer in range(12) for module in modules]
+    targets = [name.rpartition(".")[2] for name in modules]
+    factors = write_peft(
+        tmp_path / "adapter", model.state_dict(), dict.fromkeys(names, 4), target_modules=targets, lora_alpha=2
+    )
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, (a, b) in factors.items():
+            merged.get_parameter(name).add_(0.5 * b @ a)
+        tokens = torch.arange(4, 24)[None]
+        wanted, base = merged(tokens).logits, model(tokens).logits
+    assert (wanted - base).abs().max() > 0.1
+    for tp, pp in ((1, 1), (2, 2)):
+        for logits, continuation in ranks(tp * pp).run(
+            api_jobs.adapted, directory, tmp_path / "adapter", tp, pp, tokens
+        ):
+            assert (logits - wanted).abs().max() <= 1e-4
+            assert continuation == oracle_greedy(merged, [2, 9, 30], 8)
 
 
 def test_a_missing_tokenizer_is_an_error_where_one_is_needed(models, alone):

@@ -120,6 +120,20 @@ def test_fine_tuning_on_pairs_with_lora(data: Path, tmp_path: Path, capsys: pyte
     code, _, err = run(capsys, "convert", "--load", tmp_path / "run", "--save", tmp_path / "hf", "--to", "hf")
     assert code == 0, err
     assert not (tmp_path / "hf" / "lora.json").exists()
+    code, out, err = run(capsys, "convert", "--load", tmp_path / "run", "--save", tmp_path / "peft", "--to", "peft")
+    assert code == 0 and "peft adapter from training checkpoint iter_0000012 with LoRA" in out, err
+    adapter = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert Path(adapter["base_model_name_or_path"]).name == "story-opt" and adapter["r"] == 4
+    ask = ("generate", "--prompt", "why", "--temperature", "0", "--max-new-tokens", "8", "--json")
+    code, out, err = run(capsys, *ask, "--load", "story", "--adapter", tmp_path / "peft")
+    assert code == 0 and out == run(capsys, *ask, "--load", tmp_path / "run")[1] != run(capsys, *ask)[1], err
+    further = [tmp_path / "more" if word == tmp_path / "run" else word for word in arguments]
+    first = further.index("--lora-rank")
+    further[first : first + 2] = ["--adapter", tmp_path / "peft"]
+    code, _, err = run(capsys, *further)
+    assert code == 0, err
+    assert losses_of(tmp_path / "more")[0] < losses_of(tmp_path / "run")[0]
+    assert len(json.loads((tmp_path / "more" / "iter_0000012" / "lora.json").read_text())["layers"]) == 16
 
 
 def start(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
@@ -194,6 +208,9 @@ MISTAKES = [
     (("--preset", "8m"), "give --data-path"),
     (("--preset", "8m", "--bf16", "--fp16"), "exclude each other"),
     (("--preset", "8m", "--lora-rank", "2"), "--lora-rank adapts a trained model"),
+    (("--preset", "8m", "--adapter", "{data}"), "--adapter is given without --load"),
+    (("--load", "story", "--adapter", "{data}", "--lora-rank", "2"), "leave --lora-rank out"),
+    (("--load", "story", "--adapter", "{data}"), "there is no adapter_config.json"),
     (("--preset", "8m", "--lr", "-1"), "--lr is -1.0"),
     (("--preset", "8m", "--seq-length", "4096", "--data-path", "x"), "more than the model's 2048 positions"),
     (("--preset", "8m", "--micro-batch-size", "7", "--data-path", "x"), "cannot be divided"),
