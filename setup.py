@@ -14,7 +14,7 @@ PLOT = ["matplotlib>=3.8"]
 TRAIN = ["tensorboard>=2.16", *PLOT]
 DOCS = ["sphinx>=8", "myst-nb>=1.2", "pydata-sphinx-theme>=0.16"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "openai>=1.50", "selenium>=4.20"]
-TEST += ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", *SERVE, *TRAIN, *DOCS]
+TEST += ["peft>=0.21", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", *SERVE, *TRAIN, *DOCS]
 DEV = ["pre-commit>=3.8", *TEST]
 
 setup(
