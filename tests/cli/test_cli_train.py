@@ -121,7 +121,7 @@ def test_fine_tuning_on_pairs_with_lora(data: Path, tmp_path: Path, capsys: pyte
     assert code == 0, err
     assert not (tmp_path / "hf" / "lora.json").exists()
     code, out, err = run(capsys, "convert", "--load", tmp_path / "run", "--save", tmp_path / "peft", "--to", "peft")
-    assert code == 0 and "peft adapter from training checkpoint iter_0000012 with LoRA" in out, err
+    assert code == 0 and "peft adapter from torch_dist checkpoint iter_0000012 with LoRA" in out, err
     adapter = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert Path(adapter["base_model_name_or_path"]).name == "story-opt" and adapter["r"] == 4
     ask = ("generate", "--prompt", "why", "--temperature", "0", "--max-new-tokens", "8", "--json")

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ...config import OPTConfig
-from ...errors import CheckpointError
+from ...errors import CheckpointError, shorten
 from ...files import read_text
 from ...model.lora_options import LoRALayer, LoRALayers, LoRAOptions
 from ..adapter import Adapter
@@ -38,15 +37,16 @@ def lora_file_text(layers: LoRALayers, base_model: str | None) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def run_adapter(path: Path, config: OPTConfig, find: Callable[[str], LazyTensor | None]) -> Adapter:
+def run_adapter(path: Path, config: OPTConfig, stored: dict[str, LazyTensor]) -> Adapter:
     """The factors of a checkpoint with a lora.json.
 
     Args:
-        find: the stored tensor of a Megatron name.
+        stored: the factors by Megatron's names.
 
     Raises:
-        CheckpointError: lora.json is damaged, or a factor is missing.
+        CheckpointError: lora.json is damaged, or does not describe what is stored.
     """
+    stored = dict(stored)
     base_model, layers = _read_lora_file(path / LORA_FILE, config)
     factors: dict[str, LoRAFactors] = {}
     for parameter in stage_parameters(config, range(config.num_layers), first=True, last=True):
@@ -54,10 +54,12 @@ def run_adapter(path: Path, config: OPTConfig, find: Callable[[str], LazyTensor 
         layer = layers.get(module)
         if layer is None or kind != "weight":
             continue
-        a, b = find(f"{module}.lora_a"), find(f"{module}.lora_b")
+        a, b = stored.pop(f"{module}.lora_a", None), stored.pop(f"{module}.lora_b", None)
         if a is None or b is None or len(a.shape) != 2 or a.shape[0] != layer.rank or b.shape[1:] != (layer.rank,):
             raise CheckpointError(f"{path}: the factors of {module} are missing, or not as {LORA_FILE} says")
         factors |= _canonical_factors(parameter, layer, a, b, config.head_dim)
+    if stored:
+        raise CheckpointError(f"{path}: {LORA_FILE} does not describe {shorten(list(stored), 3)}")
     return Adapter(path, factors, base_model)
 
 

@@ -62,12 +62,14 @@ class TorchDistFormat(Format):
         check_arguments(arguments, directory)
         stored = {local_name(name): tensor for name, tensor in sharded_tensors(directory).items()}
         has_lora = (directory / LORA_FILE).is_file()
-        model = {name: stored[name] for name in stored if not (has_lora and name.endswith((".lora_a", ".lora_b")))}
+        factors = {
+            name: stored.pop(name) for name in list(stored) if has_lora and name.endswith((".lora_a", ".lora_b"))
+        }
         config, tensors, notes = canonical_model(
-            directory, [[model]], [[directory]], config or directory_config(home), arguments
+            directory, [[stored]], [[directory]], config or directory_config(home), arguments
         )
         checkpoint = Checkpoint(home, f"torch_dist checkpoint {directory.name}", config, tensors, notes)
-        return add_adapter(checkpoint, run_adapter(directory, config, stored.get)) if has_lora else checkpoint
+        return add_adapter(checkpoint, run_adapter(directory, config, factors)) if has_lora else checkpoint
 
 
 FORMAT = TorchDistFormat()
