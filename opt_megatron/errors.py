@@ -22,6 +22,10 @@ class MissingPackageError(UserError):
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'opt-megatron[{extra}]'")
 
 
+class LaunchError(UserError):
+    """The ranks were started wrongly, or do not find each other. Each process reports its own error."""
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's message, at most `limit` characters of it; its class where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -8,13 +8,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Self
 
-from .checkpoint.load import load_model, locate_on_all_ranks
+from .checkpoint.load import load_model, open_on_all_ranks
 from .config import OPTConfig
 from .errors import UserError
 from .generation.core.engine import Engine
 from .generation.engine_options import EngineOptions
 from .model.opt_model import OPTModel
 from .model.scoring import check_batch_size
+from .parallel.agreement import check_same_on_all_ranks
 from .parallel.context import ParallelContext
 from .pretrained import Pretrained, open_pretrained, start_parallel
 from .tokenizer import OPTTokenizer
@@ -128,7 +129,21 @@ class LoadedModel:
             tokenizer=tokenizer,
             needs_tokenizer=needs_tokenizer,
         )
-        return cls(pretrained, dtype=dtype, quantization=quantization, batch_size=batch_size, engine=engine)
+        opened = cls(pretrained, dtype=dtype, quantization=quantization, batch_size=batch_size, engine=engine)
+        check_same_on_all_ranks(parallel.control_group, opened._options_and_tokenizer())
+        return opened
+
+    def _options_and_tokenizer(self) -> dict[str, object]:
+        """What must be the same on all ranks besides the checkpoint, by name."""
+        tokenizer, engine = self.pretrained.tokenizer, vars(self._engine_options)
+        return {
+            "dtype": self._dtype,
+            "quantization": self._quantization,
+            "batch_size": self.batch_size,
+            **engine,
+            "draft_model": "none" if engine["draft_model"] is None else "given",  # compared when it is opened
+            "tokenizer": None if tokenizer is None else tokenizer.identity(),
+        }
 
     @classmethod
     def from_model(
@@ -197,8 +212,8 @@ class LoadedModel:
         options, draft_model = self._engine_options, None
         model = self.model
         if options.draft_model is not None:
-            directory = locate_on_all_ranks(options.draft_model, self.parallel)
-            draft_model = load_model(directory, None, self.parallel, self._dtype, quantization=self._quantization)
+            checkpoint = open_on_all_ranks(options.draft_model, self.parallel)
+            draft_model = load_model(checkpoint, None, self.parallel, self._dtype, quantization=self._quantization)
         return Engine(
             model,
             self.parallel,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.formats.registry import open_checkpoint
-from .checkpoint.load import load_model, locate_on_all_ranks
+from .checkpoint.load import load_model, open_on_all_ranks
 from .checkpoint.locate import locate
 from .config import OPTConfig, check_dtype
 from .errors import CheckpointError, UserError
 from .parallel.context import ParallelContext, check_seed, init_parallel, on_all_ranks
-from .parallel.layout import check_layout, world_size_from_environment
+from .parallel.heartbeat import LostRankPolicy
+from .parallel.launch_environment import world_size_from_environment
+from .parallel.layout import check_layout
 from .tokenizer import OPTTokenizer
 
 if TYPE_CHECKING:
@@ -78,11 +80,17 @@ def start_parallel(
     dtype: str = "auto",
     device: str | None = None,
     seed: int = 1234,
+    options: Mapping[str, object] | None = None,
+    lost_ranks: LostRankPolicy | None = None,
 ) -> ParallelContext:
     """Check what needs no model, and start the ranks (`init_parallel`): tensor x pipeline of them, no data parallelism.
 
+    Args:
+        options, lost_ranks: as for `init_parallel`.
+
     Raises:
-        UserError: the layout does not fit the number of processes, or an argument is out of its range.
+        UserError: the layout does not fit the number of processes, an argument is out of its range, or not the same
+            on all ranks.
     """
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
@@ -90,7 +98,7 @@ def start_parallel(
     check_seed(seed)
     if dtype != "auto":
         check_dtype(dtype)
-    return init_parallel(tp, pp, seed=seed, device=device)
+    return init_parallel(tp, pp, seed=seed, device=device, options=options, lost_ranks=lost_ranks)
 
 
 def open_pretrained(
@@ -115,9 +123,7 @@ def open_pretrained(
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    directory = locate_on_all_ranks(name, parallel, revision)
-    adapter_directory = None if adapter is None else locate_on_all_ranks(adapter, parallel)
-    checkpoint = on_all_ranks(parallel, lambda: open_checkpoint(directory, config, adapter_directory))
+    checkpoint = open_on_all_ranks(name, parallel, revision, config, adapter)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(checkpoint.config, tp, pp, parallel.world_size)
 

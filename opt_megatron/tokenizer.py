@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import xxhash
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as BPETokenizer
 
@@ -144,6 +145,10 @@ class OPTTokenizer:
         """Ids of the tokens that are a full stop, a question mark or an exclamation mark."""
         marks = {b".", b"?", b"!"}
         return tuple(sorted(index for index, text in self._bytes.items() if text.strip(b' "') in marks))
+
+    def identity(self) -> str:
+        """A hash of all that ids and texts depend on: equal for equal tokenizers, whatever files they are from."""
+        return xxhash.xxh3_128_hexdigest((self._bpe.to_str() + str(sorted(self._special_ids))).encode())
 
     def get_vocab(self) -> dict[str, int]:
         """Token string -> id, a copy."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from opt_megatron.api import OPT
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.core import engine as engine_module
@@ -107,6 +108,25 @@ def error_of_rank(failing_rank: int) -> str:
     except UserError as error:
         return str(error)
     return "nothing was raised"
+
+
+def start_with_own_arguments(arguments: list[dict[str, Any]]) -> str:
+    """The message of `init_parallel` where each rank has its own arguments."""
+    try:
+        init_parallel(**arguments[torch.distributed.get_rank()])
+    except UserError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def open_own_checkpoint(directories: list[Path], options: list[dict[str, Any]]) -> str:
+    """The message of `OPT.open` where each rank opens its own directory with its own options; empty if they agree."""
+    parallel = start(2, 1)
+    try:
+        OPT.open(str(directories[parallel.rank]), parallel, **options[parallel.rank])
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def random_draws(tp: int, pp: int) -> tuple[float, float, float]:

@@ -30,7 +30,8 @@ GENERATION_LAYERS = ({"engine_options", "sampling", "step"}, {"request"}, {"deco
 # Modules that import neither torch nor Megatron-core, so that --help and the checks of arguments are instant.
 WITHOUT_TORCH = ("cli", "options", "config", "checkpoint.conversion_options", "checkpoint.formats.registry",
                  "checkpoint.memory_estimate", "generation.sampling.sampling_params", "model.linear_methods.registry",
-                 "training.options", "training.run_file", "data.jsonl", "data.options", "parallel.layout")  # fmt: skip
+                 "training.options", "training.run_file", "data.jsonl", "data.options", "parallel.launch_environment",
+                 "parallel.layout")  # fmt: skip
 
 
 def imported_modules(path: Path) -> Iterator[str]:

@@ -10,7 +10,10 @@ from unittest import mock
 import torch
 
 from opt_megatron.checkpoint.formats.registry import open_adapter, open_checkpoint
+from opt_megatron.data import index_cache
 from opt_megatron.data.dataloader import BatchLoader
+from opt_megatron.data.options import DataOptions, SupervisedOptions
+from opt_megatron.errors import UserError
 from opt_megatron.model import spec
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
@@ -127,6 +130,28 @@ def run_by_old_names(save: Path, settings: TrainingOptions, exit_iters: int) -> 
     """`whole_run` of one rank that names the norms in its checkpoints as they are called in the model."""
     with mock.patch.dict(spec._CHECKPOINT_NAMES, clear=True):
         whole_run(save, 1, 1, settings, exit_iters)
+
+
+def runs_that_differ(directory: Path, corpus: str, pairs: list[str]) -> dict[str, str]:
+    """The messages of `train` where rank 1 has another learning rate, other data, and another file of pairs."""
+    parallel = start(1, 1)
+    base = settings_for(directory, tokenizer=directory)
+    faster = replace(base.schedule, lr=base.schedule.lr * (1 + parallel.rank))
+    indexed, supervised = DataOptions((corpus,)), SupervisedOptions((pairs[parallel.rank],))
+    runs = {
+        "options": replace(base, data=indexed, schedule=faster),
+        "data": replace(base, data=indexed),
+        "supervised": replace(base, supervised=supervised),
+    }
+    messages = {}
+    for name, options in runs.items():
+        others = f"30 bytes, content of rank {parallel.rank}"
+        with mock.patch.object(index_cache, "_content_facts", lambda path, text=others: text):
+            try:
+                train(options, parallel)
+            except UserError as error:
+                messages[name] = str(error)
+    return messages
 
 
 def dropped(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..config import OPTConfig, check_dtype
 from ..errors import UserError
+from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from .adapter import Adapter
 from .checkpoint import Checkpoint
+from .checkpoint_facts import checkpoint_facts
 from .formats.registry import open_checkpoint
 from .locate import locate
 from .parameter_mapping import ParameterMapping, Split, component_view, even_stage_parameters, rank_block
@@ -28,7 +30,34 @@ if TYPE_CHECKING:
 def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:
     """`locate` on every rank. The first process of each machine goes first, so that a model is downloaded once."""
     found = on_all_ranks(parallel, lambda: locate(name, revision) if parallel.local_rank == 0 else None)
-    return found or locate(name, revision)
+    return on_all_ranks(parallel, lambda: found or locate(name, revision))
+
+
+def open_on_all_ranks(
+    name: str,
+    parallel: ParallelContext,
+    revision: str | None = None,
+    config: OPTConfig | None = None,
+    adapter: str | None = None,
+) -> Checkpoint:
+    """Locate and open a checkpoint on every rank, and compare what they have found: it may be anywhere, but the same.
+
+    Args:
+        config, adapter: as for `open_checkpoint`; the adapter is located, too.
+
+    Raises:
+        UserError: on every rank; it cannot be opened, or a rank has found another model.
+    """
+    directory = locate_on_all_ranks(name, parallel, revision)
+    adapter_directory = None if adapter is None else locate_on_all_ranks(adapter, parallel)
+
+    def read() -> tuple[Checkpoint, dict[str, str]]:
+        checkpoint = open_checkpoint(directory, config, adapter_directory)
+        return checkpoint, checkpoint_facts(checkpoint) if parallel.world_size > 1 else {}
+
+    checkpoint, facts = on_all_ranks(parallel, read)
+    check_same_on_all_ranks(parallel.control_group, facts, str(checkpoint.path))
+    return checkpoint
 
 
 def load_model(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..errors import UserError, first_line
+from ..errors import LaunchError, UserError, first_line
 from ..version import __version__
 from .option_groups import complete
 
@@ -67,6 +67,8 @@ def run_and_exit(program: str, action: Callable[[], None]) -> NoReturn:
         action()
         sys.stdout.flush()
         code = 0
+    except LaunchError as error:
+        code = _report(program, str(error), 2, is_of_this_rank=True)
     except UserError as error:
         code = _report(program, str(error), 2)
     except KeyboardInterrupt:
@@ -98,26 +100,34 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return complete(parser.parse_args(argv))
 
 
-def _report(program: str, message: str, code: int) -> int:
-    # All ranks find the same mistake, and the leader reports it.
-    if _rank() == 0:
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-    elif "torch" in sys.modules or code == 2:
+def _report(program: str, message: str, code: int, *, is_of_this_rank: bool = False) -> int:
+    """Print an error and return the code.
+
+    Args:
+        is_of_this_rank: other ranks do not report it. Otherwise all ranks find the same mistake, and the leader reports
+            it; another rank only if it finds itself alone with the mistake.
+    """
+    rank = _rank()
+    if rank and not is_of_this_rank and ("torch" in sys.modules or code == 2):
         # torchrun ends all ranks as soon as one fails, so the others must not exit before the leader has printed.
         time.sleep(_SECONDS_FOR_THE_LEADER)
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # the leader runs on: it has found no mistake (a file is there alone)
-            print(f"{program}: error: rank {_rank()}: {message}", file=sys.stderr, flush=True)
+        # Ranks that are connected raise an error on all. Under torchrun this one would have been ended with the leader.
+        if _has_other_ranks() and "TORCHELASTIC_RUN_ID" not in os.environ:
+            return code
+    print(f"{program}: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
     return code
 
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error means that another rank has ended, which `run_and_exit` reports in one line."""
-    if not isinstance(error, RuntimeError):
-        return False
+    is_possible = isinstance(error, RuntimeError) and _has_other_ranks()
+    return is_possible and any(sign in str(error) for sign in _LOST_RANK)
+
+
+def _has_other_ranks() -> bool:
+    """Whether this process is connected to other ranks."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return False
-    return any(sign in str(error) for sign in _LOST_RANK)
+    return distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def exit_now(message: str, code: int) -> NoReturn:

@@ -70,10 +70,17 @@ class ModelOptions(ModelConfigOptions, LoadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutOptions(Options):
-    """Over how many ranks a model is divided."""
+    """Over how many ranks a model is divided, and when one of them counts as lost."""
 
     tensor_model_parallel_size: int = option(1, help="ranks that share each layer", metavar="T")
     pipeline_model_parallel_size: int = option(1, help="stages, each with a part of the layers", metavar="P")
+    step_timeout: float = option(
+        300.0,
+        help="seconds without a sign of life from a rank (in serve also: for a step of the engine), after which it "
+        "counts as lost and the others end",
+        above=0,
+        metavar="S",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.output is not None:
         _check_output(Path(args.output), args.force)
-    opt = open_model(args, start_ranks(args), batch_size=args.batch_size)
+    opt = open_model(args, start_ranks(args, OPTIONS), batch_size=args.batch_size)
     print_notices(args, opt)
     if args.include_path is not None and opt.parallel.is_leader:
         print(f"opt-megatron: {args.include_path}: lm-eval's YAML files can run Python (!function)", file=sys.stderr)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: of any kind; the same one on every rank.
     """
-    parallel = start_ranks(args)
+    parallel = start_ranks(args, OPTIONS)
     from ..evaluation.perplexity import perplexity
     from ..parallel.context import on_all_ranks
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         _check_interactive(args)
     parameters = sampling_params(args)  # before torch.distributed starts: mistakes are reported at once
     check_engine_options(args)
-    parallel = start_ranks(args)
+    parallel = start_ranks(args, OPTIONS)
     from ..parallel.context import on_all_ranks
     from .output import print_events
 

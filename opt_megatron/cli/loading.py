@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .arguments import config_argument, print_config_notes
+from .option_groups import Groups, comparable_options
 
 if TYPE_CHECKING:
     from ..api import OPT
     from ..generation.engine_options import EngineOptions
     from ..parallel.context import ParallelContext
+    from ..parallel.heartbeat import LostRankPolicy
 
 TOY_NOTICE = (
     "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
@@ -19,11 +22,18 @@ TOY_NOTICE = (
 )
 
 
-def start_ranks(args: argparse.Namespace) -> ParallelContext:
+def start_ranks(
+    args: argparse.Namespace, groups: Groups, on_lost: Callable[[str], object] | None = None
+) -> ParallelContext:
     """Check the arguments that need no model, and start the ranks.
 
+    Args:
+        groups: the options that must be the same on all ranks.
+        on_lost: as for `lost_rank_policy`.
+
     Raises:
-        UserError: the layout does not fit the number of processes, or an argument is out of its range.
+        UserError: the layout does not fit the number of processes, or an argument is out of its range, or not the same
+            on all ranks.
     """
     from ..pretrained import start_parallel
 
@@ -33,7 +43,17 @@ def start_ranks(args: argparse.Namespace) -> ParallelContext:
         dtype=args.dtype,
         device=args.device,
         seed=args.seed,
+        options=comparable_options(args, groups),
+        lost_ranks=lost_rank_policy(args, on_lost),
     )
+
+
+def lost_rank_policy(args: argparse.Namespace, on_lost: Callable[[str], object] | None = None) -> LostRankPolicy:
+    """What happens when another rank gives no sign of life for --step-timeout seconds: by default this one ends."""
+    from ..parallel.heartbeat import LostRankPolicy
+    from . import exit_now
+
+    return LostRankPolicy(args.step_timeout, on_lost or (lambda message: exit_now(message, 1)))
 
 
 def open_model(

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """
     output = Path(args.output)
     _check(args, output)
-    parallel = start_ranks(args)
+    parallel = start_ranks(args, OPTIONS)
     opt = open_model(args, parallel)
     print_notices(args, opt)
     from ..analysis.logit_lens import draw, logit_lens

@@ -143,6 +143,16 @@ def _in_home(value: Any) -> Any:
     return value if value is None else os.path.expanduser(value)
 
 
+def comparable_options(arguments: argparse.Namespace, groups: Groups) -> dict[str, Any]:
+    """What must be the same on all ranks, by flag. Of paths only whether they are given: the same files may be
+    elsewhere on another machine."""
+    compared: dict[str, Any] = {}
+    for _, declared in declared_options(groups):
+        value = getattr(arguments, declared.argument)
+        compared[declared.flag] = "given" if declared.is_path and value is not None else value
+    return compared
+
+
 def resolved_options(arguments: argparse.Namespace, groups: Groups) -> dict[str, dict[str, Any]]:
     """The options of a completed namespace by their groups' titles, without those that are None."""
     resolved: dict[str, dict[str, Any]] = {}

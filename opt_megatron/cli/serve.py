@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import socket
 
     from ..parallel.context import ParallelContext
+    from ..serving.async_engine import AsyncEngine
     from ..serving.limits import Limits
     from ..serving.served_model import ServedModel
 
@@ -71,12 +72,6 @@ class LimitOptions(Options):
     max_connections: int = option(2048, help="connections at a time", minimum=1)
     max_body_size: Size = option("2MiB", help="maximum size of a request", metavar="SIZE")
     request_timeout: float = option(600.0, help="seconds for a request, waiting included", above=0, metavar="S")
-    step_timeout: float = option(
-        300.0,
-        help="seconds for a step of the engine, after which a rank counts as lost and the server ends",
-        above=0,
-        metavar="S",
-    )
     shutdown_timeout: float = option(
         20.0,
         help="seconds for running requests when the server shuts down (torchrun allows 30 in all)",
@@ -85,12 +80,8 @@ class LimitOptions(Options):
     )
 
 
-OPTIONS: Groups = {
-    "": (ModelOptions, RuntimeOptions),
-    "server": (ServerOptions,),
-    "limits": (LimitOptions,),
-    "engine": (EngineOptions,),
-}
+_ON_ALL_RANKS: Groups = {"": (ModelOptions, RuntimeOptions), "engine": (EngineOptions,)}
+OPTIONS: Groups = {**_ON_ALL_RANKS, "server": (ServerOptions,), "limits": (LimitOptions,)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
     check_engine_options(args)
     _check_packages()
     limits, key = _limits(args), _api_key(args)
-    parallel = start_ranks(args)
+    engines: list[AsyncEngine] = []  # the leader's, once there is one
+    parallel = start_ranks(args, _ON_ALL_RANKS, lambda message: _end_engine_or_process(engines, message))
     if parallel.is_leader and "TORCHELASTIC_RUN_ID" in os.environ and args.shutdown_timeout > _TORCHRUN_WAITS:
         _print_notice(
             f"--shutdown-timeout {args.shutdown_timeout:g} is more than there will be: torchrun kills its processes "
@@ -119,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 
     listener = on_all_ranks(parallel, lambda: _listen(args) if parallel.is_leader else None)
     if listener is not None:
-        _lead(args, parallel, listener, limits, key)
+        _lead(args, parallel, listener, limits, key, engines)
         return
     served = _load(args, parallel)
     ignore_signals()
@@ -135,7 +127,12 @@ def _listen(args: argparse.Namespace) -> socket.socket:
 
 
 def _lead(
-    args: argparse.Namespace, parallel: ParallelContext, listener: socket.socket, limits: Limits, key: str | None
+    args: argparse.Namespace,
+    parallel: ParallelContext,
+    listener: socket.socket,
+    limits: Limits,
+    key: str | None,
+    engines: list[AsyncEngine],
 ) -> None:
     from ..serving.app import make_app
     from ..serving.async_engine import AsyncEngine, EngineTimeoutError
@@ -157,6 +154,7 @@ def _lead(
         Metrics(name),
         lambda: _print_notice(f"serving {name} ({layout}) at {url}"),
     )
+    engines.append(async_engine)
     allowed_hosts = args.allowed_hosts or (() if is_loopback else ("*",))
     app = make_app(async_engine, key, allowed_hosts=allowed_hosts)
     try:
@@ -172,6 +170,15 @@ def _lead(
             traceback.print_exception(error)
         # Not by sys.exit: the engine's thread may wait forever for a rank that was lost without a sign.
         exit_now(f"the engine has stopped: {first_line(error)}", 1)
+
+
+def _end_engine_or_process(engines: list[AsyncEngine], message: str) -> None:
+    """End after a rank was lost: the engine first, if there is one, so that clients get an answer."""
+    from . import exit_now
+
+    if not engines:
+        exit_now(message, 1)
+    engines[0].lose_rank(message)
 
 
 def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:

@@ -24,7 +24,8 @@ from ..training.options import (
 )
 from ..training.run_file import HEADER
 from .arguments import LayoutOptions, config_argument
-from .option_groups import Groups, add_groups, declared_options, resolved_options
+from .loading import lost_rank_policy
+from .option_groups import Groups, add_groups, comparable_options, declared_options, resolved_options
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: of any kind; the same one on every rank.
     """
     from ..parallel.context import check_seed
-    from ..parallel.layout import check_layout, world_size_from_environment
+    from ..parallel.launch_environment import world_size_from_environment
+    from ..parallel.layout import check_layout
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     check_layout(None, tp, pp, world_size_from_environment())
@@ -71,7 +73,14 @@ def run(args: argparse.Namespace) -> None:
 
     from ..parallel.context import init_parallel
 
-    parallel = init_parallel(tp, pp, seed=args.seed, device=args.device)
+    parallel = init_parallel(
+        tp,
+        pp,
+        seed=args.seed,
+        device=args.device,
+        options=comparable_options(args, OPTIONS),
+        lost_ranks=lost_rank_policy(args),
+    )
     from ..checkpoint.locate import locate
     from ..parallel.context import on_all_ranks
     from ..tokenizer import has_tokenizer
@@ -94,13 +103,10 @@ def _start_of_run(
     args: argparse.Namespace, recipe: Recipe | None, parallel: ParallelContext
 ) -> tuple[Path | None, OPTConfig]:
     """The checkpoint to start from, or None, and the model's config."""
-    from ..checkpoint.formats.registry import open_checkpoint
-    from ..checkpoint.load import locate_on_all_ranks
-    from ..parallel.context import on_all_ranks
+    from ..checkpoint.load import open_on_all_ranks
 
     if args.load is not None:
-        found = locate_on_all_ranks(args.load, parallel, args.revision)
-        opened = on_all_ranks(parallel, lambda: open_checkpoint(found))
+        opened = open_on_all_ranks(args.load, parallel, args.revision)
         return opened.path, opened.config
     config = config_argument(args) if recipe is None else recipe.config
     assert config is not None  # _check_sources requires one of the three

@@ -17,11 +17,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import xxhash
+
 from ..errors import UserError
 from ..files import staging_directory
 from .blend import Blend
 from .indexed_dataset import check_tokens, open_indexed
 from .options import DataOptions
+
+_SAMPLED_PAGES, _PAGE_BYTES = 64, 4096  # of a data file, to tell it from another one of the same size
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,24 @@ class IndexCache:
     path: Path
     final: Path | None
 
-    def check_shared(self, blends: list[Blend]) -> None:
-        """Raise UserError if this rank does not see the data files, or the directory that the leader has created."""
+    def check_shared(self, blends: list[Blend]) -> dict[str, str]:
+        """What this rank sees of the data files, which must be the same on all ranks, by name.
+
+        Raises:
+            UserError: it does not see them, or the directory that the leader has created.
+        """
+        facts = {}
         for prefix in [prefix for blend in blends for prefix in blend.prefixes]:
-            if not Path(f"{prefix}.bin").is_file() or not Path(f"{prefix}.idx").is_file():
-                raise UserError(f"{prefix}: rank 0 has these files, but this rank does not see them")
+            for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+                if not path.is_file():
+                    raise UserError(f"{path}: rank 0 has this file, but this rank does not see it")
+                facts[str(path)] = _content_facts(path)
         if not self.path.is_dir():
             raise UserError(
                 f"{self.path}: this rank does not see the directory of indices that rank 0 has made: "
                 "set --data-cache-path to one on a file system that all machines share"
             )
+        return facts
 
     def publish(self) -> None:
         """Rename the directory to its final name, unless another run has done so first."""
@@ -75,6 +87,16 @@ def open_cache(
     for file in files.values():
         check_tokens(file, vocab_size)
     return blends, _new_cache(root, name, required=options.data_cache_path is not None)
+
+
+def _content_facts(path: Path) -> str:
+    """The size of a file, and a hash of some pages that are spread over it evenly."""
+    digest, size = xxhash.xxh3_64(), path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(_SAMPLED_PAGES):
+            file.seek(number * max(0, size - _PAGE_BYTES) // (_SAMPLED_PAGES - 1))
+            digest.update(file.read(_PAGE_BYTES))
+    return f"{size} bytes, content {digest.hexdigest()}"
 
 
 def _hash(prefixes: Sequence[str], blends: list[Blend], numbers: list[int]) -> str:

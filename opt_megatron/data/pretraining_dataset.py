@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, check_seed, on_all_ranks
 from ..parallel.core_compat import import_core
 from .blend import Blend, read_blends
@@ -95,7 +96,8 @@ def build_datasets(
 
     blends, cache = parallel.broadcast_object(on_all_ranks(parallel, prepare))
     try:
-        on_all_ranks(parallel, lambda: cache.check_shared(blends))
+        facts = on_all_ranks(parallel, lambda: cache.check_shared(blends))
+        check_same_on_all_ranks(parallel.control_group, facts)
         tokenizer = _TokenizerInterface(vocab_size, eod)
         built = [_build(blend, cache.path, tokenizer, seq_length, seed, pad) for blend in blends]
         dist.barrier(group=parallel.control_group)  # all ranks have opened the indices: they may be renamed

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from ..errors import UserError
 from ..parallel.context import check_seed
@@ -96,6 +97,13 @@ class SupervisedDataset(torch.utils.data.Dataset):
             self._rows_of(len(self._starts) - 1)
         epoch = bisect_right(self._starts, index) - 1
         return self._row(self._rows_of(epoch)[index - self._starts[epoch]])
+
+    def identity(self) -> str:
+        """A hash of all examples, as ids."""
+        digest = xxhash.xxh3_128(self._examples.ids.data)
+        digest.update(self._examples.starts.data)
+        digest.update(self._examples.prompts.data)
+        return digest.hexdigest()
 
     def report(self) -> list[str]:
         """Lines for the user on what was skipped or cut; an empty list if nothing was."""

@@ -25,7 +25,7 @@ from ..files import progress_bar
 from ..generation.request import Request
 from ..generation.sampling.sampling_params import SamplingParams
 from ..model.scoring import Item
-from ..parallel.layout import world_size_from_environment
+from ..parallel.launch_environment import world_size_from_environment
 from ..pretrained import start_parallel
 from .evaluator import Evaluator
 

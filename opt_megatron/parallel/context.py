@@ -9,9 +9,10 @@ parallel ranks are adjacent, pipeline stages are farthest apart.
 from __future__ import annotations
 
 import atexit
-import os
 import random
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,8 +22,13 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..version import __version__
+from .agreement import check_same_on_all_ranks
 from .core_compat import prepare_megatron
-from .layout import check_layout, local_rank, world_size_from_environment
+from .heartbeat import LostRankPolicy, watch_ranks
+from .launch_environment import launch_environment, local_rank, world_size_from_environment
+from .layout import check_layout
+from .rendezvous import meet
 
 T = TypeVar("T")
 LEADER = 0  # the rank that reads the input, schedules, samples and prints
@@ -97,35 +103,44 @@ def init_parallel(
     seed: int = 1234,
     device: str | None = None,
     timeout_minutes: float = 30,
+    options: Mapping[str, object] | None = None,
+    lost_ranks: LostRankPolicy | None = None,
 ) -> ParallelContext:
     """Start torch.distributed and Megatron's model-parallel groups, and seed every generator.
 
     Under torchrun the environment gives rank and address; without it, a group of one is made, without a port.
     A torch.distributed that is already running is used as it is; Megatron's groups of another layout are replaced.
+    The ranks compare their arguments before groups are made of them.
 
     Args:
         seed: for Python, numpy, torch and Megatron's model-parallel random states; from 0 to 2**32 - 1.
         device: "cpu" or "cuda"; by default CUDA where there is one.
+        options: what else must be the same on all ranks, by name.
+        lost_ranks: watch the other ranks from the start; by default a rank waits for them, for half an hour.
 
     Raises:
-        UserError: the sizes do not fit the number of processes, or there are fewer GPUs than local ranks.
+        LaunchError: the launcher's variables are wrong, or ranks are missing.
+        UserError: the sizes do not fit the number of processes, there are fewer GPUs than local ranks, or the
+            arguments are not the same on all ranks.
     """
     check_seed(seed)
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
     check_layout(None, tensor_model_parallel_size, pipeline_model_parallel_size, world_size)
     chosen = _choose_device(device)
+    _start_distributed(chosen, timedelta(minutes=timeout_minutes), lost_ranks)
+    shut_down_at_exit()
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    check_same_on_all_ranks(_control_group(), {**sizes, "seed": seed, "version": __version__, **(options or {})})
+    if chosen.type == "cuda":
+        _check_gpus(chosen)
     prepare_megatron(chosen)
-    _start_distributed(chosen, timedelta(minutes=timeout_minutes))
 
     from megatron.core import parallel_state
 
-    if not _has_layout(tensor_model_parallel_size, pipeline_model_parallel_size):
+    if not _has_layout(tp, pp):
         _leave_model_parallel_groups()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-        )
-    shut_down_at_exit()
+        parallel_state.initialize_model_parallel(**sizes)
     seed_everything(seed)
     return current_context(chosen)
 
@@ -197,9 +212,8 @@ def shut_down_at_exit() -> None:
 
 def shut_down() -> None:
     """Destroy all process groups."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
+    parallel_state = sys.modules.get("megatron.core.parallel_state")  # not imported if the ranks have found a mistake
+    if parallel_state is not None and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -230,13 +244,28 @@ def _choose_device(name: str | None) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch finds no CUDA GPU: use --device cpu")
-    if local_rank() >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    index = local_rank() if count > 1 else 0  # a process to which the launcher has bound a GPU sees that one alone
+    if index >= count:
         raise UserError(
-            f"local rank {local_rank()} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+            f"local rank {index} has no GPU of its own: this machine has {count}; "
             "start that many processes, or use --device cpu"
         )
-    torch.cuda.set_device(local_rank())
-    return torch.device("cuda", local_rank())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _check_gpus(device: torch.device) -> None:
+    """Raise UserError on all ranks if two of them compute on one GPU, which nccl does not support."""
+    mine = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+    gpus = [mine] * dist.get_world_size()
+    dist.all_gather_object(gpus, mine, group=_control_group())
+    for rank, gpu in enumerate(gpus):
+        if gpu in gpus[:rank]:
+            raise UserError(
+                f"ranks {gpus.index(gpu)} and {rank} compute on one GPU of {gpu[0]}: start as many processes as it has "
+                "GPUs, each with its LOCAL_RANK, or use --device cpu"
+            )
 
 
 def device_in_use() -> torch.device:
@@ -244,14 +273,18 @@ def device_in_use() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _start_distributed(device: torch.device, timeout: timedelta) -> None:
+def _start_distributed(device: torch.device, timeout: timedelta, lost_ranks: LostRankPolicy | None) -> None:
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    launch = launch_environment()
+    if launch is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store = meet(launch, {"device": device.type}, timeout)
+    if lost_ranks is not None:
+        watch_ranks(store, launch, lost_ranks)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 
 _control_groups: dict[int, dist.ProcessGroup] = {}

@@ -1,4 +1,4 @@
-"""Checks of a tensor x pipeline layout against a model and the number of processes, and the launcher's environment.
+"""Checks of a tensor x pipeline layout against a model and the number of processes.
 
 Imports no torch, so that a wrong layout is reported at once.
 """
@@ -45,11 +45,6 @@ def check_model_divides(config: OPTConfig, tensor_model_parallel_size: int, pipe
         )
 
 
-def world_size_from_environment() -> int:
-    """The number of processes by WORLD_SIZE, which torchrun and other launchers set; 1 without it."""
-    return _integer_from_environment("WORLD_SIZE", 1)
-
-
 def check_layout(
     config: OPTConfig | None,
     tensor_model_parallel_size: int,
@@ -85,15 +80,3 @@ def _check_world(tp: int, pp: int, world_size: int, data_parallel: bool) -> None
         f"{product} are needed, but {world_size} were started: set "
         f"--tensor-model-parallel-size and --pipeline-model-parallel-size so that their product is {world_size}"
     )
-
-
-def local_rank() -> int:
-    """This process's rank on its machine, from torchrun's or Slurm's environment; 0 without a launcher."""
-    return _integer_from_environment("LOCAL_RANK", _integer_from_environment("SLURM_LOCALID", 0))
-
-
-def _integer_from_environment(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise UserError(f"the environment says {name}={value[:20]!r}, which is not a whole number; torchrun sets it")
-    return int(value)

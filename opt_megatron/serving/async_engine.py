@@ -59,6 +59,7 @@ class AsyncEngine:
         self._model: ServedModel | None = None
         self._admission = AdmissionQueue(limits.queue_length)
         self._requests: dict[int, RequestState] = {}  # the unfinished ones, by the engine's number
+        self._lost_rank: str | None = None
         self._num_started = 0  # of the unfinished requests, those with a place in the batch
         self._num_clients = 0  # so far
 
@@ -116,6 +117,10 @@ class AsyncEngine:
             self._idle.clear()
         self._update_gauges()
         return output
+
+    def lose_rank(self, message: str) -> None:
+        """Stop soon with this message: a rank gives no sign of life. May be called in any thread."""
+        self._lost_rank = message
 
     async def drain(self) -> None:
         """Take no more requests, wait for the running ones up to `limits.drain_seconds`, and stop the engine."""
@@ -201,11 +206,14 @@ class AsyncEngine:
         self.metrics.waiting.set(len(self._requests) - self._num_started)
 
     async def _watch_steps(self) -> None:
-        """Stop when a step takes too long: another rank may have died without closing its connections."""
+        """Stop when a step takes too long, or a rank is lost: it may have died without closing its connections."""
         limit = self.limits.step_seconds
         while True:
             await asyncio.sleep(min(1.0, limit / 4))
             running = self.state in (EngineState.READY, EngineState.DRAINING)
-            if running and self._thread.queue.seconds_in_step > limit:
-                self.on_stopped(EngineTimeoutError(f"a step has taken more than {limit:g} s: a rank is lost"))
+            message = self._lost_rank
+            if message is None and running and self._thread.queue.seconds_in_step > limit:
+                message = f"a step has taken more than {limit:g} s: a rank is lost"
+            if message is not None:
+                self.on_stopped(EngineTimeoutError(message))
                 return

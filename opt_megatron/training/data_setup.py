@@ -9,6 +9,7 @@ from ..data.options import DataOptions, SupervisedOptions
 from ..data.pretraining_dataset import build_datasets
 from ..data.supervised_dataset import SupervisedDataset
 from ..errors import UserError
+from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..tokenizer import OPTTokenizer
 from .training_options import TrainingOptions
@@ -78,6 +79,10 @@ def _supervised_datasets(
         return train_data, SupervisedDataset(files.valid, tokenizer, length, seed)
 
     train_data, valid_data = on_all_ranks(parallel, read)
+    named = {"--supervised-data": train_data, "--supervised-valid-data": valid_data}
+    check_same_on_all_ranks(
+        parallel.control_group, {f"examples of {name}": data.identity() for name, data in named.items() if data}
+    )
     for dataset in (train_data, valid_data):
         for line in dataset.report() if dataset is not None else ():
             print_line(line)

@@ -12,12 +12,13 @@ from megatron.core.distributed import (
 )
 from torch import nn
 
-from ..checkpoint.formats.registry import open_checkpoint
-from ..checkpoint.load import load_adapter, load_weights, locate_on_all_ranks
+from ..checkpoint.checkpoint_facts import adapter_facts
+from ..checkpoint.load import load_adapter, load_weights, open_on_all_ranks
 from ..checkpoint.parameter_mapping import even_stage_parameters
 from ..config import OPTConfig
 from ..model.lora_options import are_alike
 from ..model.opt_model import build_model
+from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import prepare_training
 from .cpu_optimizer import CPUOptimizer
@@ -91,10 +92,11 @@ def _load_or_init_weights(model: nn.Module, options: TrainingOptions, parallel: 
     if options.load is None:
         init_weights(model, config, parallel, options.seed, options.init_std)
     else:
-        directory = locate_on_all_ranks(options.load, parallel, options.revision)
-        on_all_ranks(parallel, lambda: load_weights(model, open_checkpoint(directory), parallel))
+        checkpoint = open_on_all_ranks(options.load, parallel, options.revision)
+        on_all_ranks(parallel, lambda: load_weights(model, checkpoint, parallel))
     if options.adapter is not None:
         adapter = options.adapter
+        check_same_on_all_ranks(parallel.control_group, on_all_ranks(parallel, lambda: adapter_facts(adapter)))
         on_all_ranks(parallel, lambda: load_adapter(model, adapter, config, parallel))
     elif options.lora is not None:
         init_lora_weights(model, config, parallel, options.seed)

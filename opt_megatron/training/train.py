@@ -11,13 +11,17 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from ..checkpoint.manifest import comparable_config
 from ..data.dataloader import num_micro_batches
 from ..errors import UserError
+from ..options import options_of
+from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import prepare_training
 from .data_setup import read_tokenizer, setup_data
 from .metrics import MetricsLogger
 from .model_setup import setup_model_and_optimizer
+from .options import ExecutionOptions
 from .resume import make_checkpoint_manager, resume
 from .run_directory import RunDirectory
 from .run_file import write_run_file
@@ -101,4 +105,16 @@ def _check(options: TrainingOptions, parallel: ParallelContext) -> None:
         )
     if (options.data is None) == (options.supervised is None):
         raise UserError("give --data-path (or --train-data-path), or --supervised-data, and not both")
+    check_same_on_all_ranks(parallel.control_group, _comparable(options))
     on_all_ranks(parallel, lambda: (read_tokenizer(options), options.lora_layers))
+
+
+def _comparable(options: TrainingOptions) -> dict[str, object]:
+    """What must be the same on all ranks, by name; files are compared when they are read."""
+    declared = (options.schedule, options.trainer, options.optimizer, options.lora)
+    values = {name: value for part in declared if part is not None for name, value in vars(part).items()}
+    return (
+        comparable_config(options.config)
+        | values
+        | {name: getattr(options, name) for name in ("dtype", "init_std", *options_of(ExecutionOptions))}
+    )

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -184,13 +185,19 @@ def test_a_mistake_on_several_ranks_is_told_once_and_ends_them_all():
     assert "3 does not divide the model's 4 layers: use one of 1, 2, 4" in done.stderr
 
 
-@pytest.mark.parametrize(("victim", "sizes"), [(1, (2, 1)), (0, (1, 2))])
-def test_when_a_rank_is_killed_the_other_ends(victim, sizes):
+@pytest.mark.parametrize(
+    ("victim", "sizes", "how", "message"),
+    [
+        (1, (2, 1), signal.SIGSTOP, "rank 1 has given no sign of life for 4 s (--step-timeout)"),
+        (0, (1, 2), signal.SIGKILL, "lost the connection to another rank"),
+    ],
+)
+def test_when_a_rank_is_stopped_or_killed_the_other_ends(victim, sizes, how, message):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     tp, pp = map(str, sizes)
-    options = ["--prompt", "Once", "--max-new-tokens", "500", "--ignore-eos", "--stream"]
+    options = ["--prompt", "Once", "--max-new-tokens", "500", "--ignore-eos", "--stream", "--step-timeout", "4"]
     options += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
     processes = []
     for rank in "01":
@@ -205,11 +212,12 @@ def test_when_a_rank_is_killed_the_other_ends(victim, sizes):
             )
         )
     assert processes[0].stdout.read(20).startswith("Once")  # generation is under way
+    processes[victim].send_signal(how)
+    _, errors = processes[1 - victim].communicate(timeout=60)
     processes[victim].kill()
     processes[victim].communicate()
-    _, errors = processes[1 - victim].communicate(timeout=60)
     assert processes[1 - victim].returncode == 1
-    assert "lost the connection to another rank" in errors and "Traceback" not in errors
+    assert message in errors and "Traceback" not in errors
 
 
 def test_several_continuations_scores_and_echo_in_json(capsys):

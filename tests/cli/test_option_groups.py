@@ -92,18 +92,27 @@ def test_no_option_of_a_file_is_read_as_another_ones_abbreviation(file: Path) ->
         _parse(["generate", "--config", str(file)])
 
 
+@pytest.mark.parametrize(
+    ("is_connected", "run_id", "says_so"), [(False, "", True), (True, "", False), (True, "7", True)]
+)
 def test_a_rank_that_alone_lacks_the_file_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_connected: bool,
+    run_id: str,
+    says_so: bool,
 ) -> None:
+    """A connected rank raises what the leader reports, but torchrun would have ended it with the leader."""
     monkeypatch.setattr("opt_megatron.cli._SECONDS_FOR_THE_LEADER", 0)
+    monkeypatch.setattr("opt_megatron.cli._has_other_ranks", lambda: is_connected)
     monkeypatch.setenv("RANK", "1")
-    for run_id, expected in ((None, ""), ("7", "opt-megatron: error: rank 1: ")):
-        if run_id:
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-        with pytest.raises(SystemExit):
-            main(["train", "--config", str(tmp_path / "none.yaml")])
-        err = capsys.readouterr().err
-        assert err.startswith(expected) and err.count("\n") == bool(run_id)
+    if run_id:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(tmp_path / "none.yaml")])
+    err = capsys.readouterr().err
+    assert (err.startswith("opt-megatron: error: rank 1: "), err.count("\n")) == (says_so, says_so)
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "evaluate_perplexity", "evaluate_lm_eval"])
