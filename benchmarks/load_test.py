@@ -141,7 +141,7 @@ def _compared(results: list[LoadResult], args: argparse.Namespace) -> dict[str, 
     from opt_megatron.pretrained import open_pretrained
 
     pretrained = open_pretrained(args.load, init_parallel(device="cpu"))
-    engine = Engine(pretrained.load_model(), pretrained.parallel, num_tokens=pretrained.num_tokens)
+    engine = Engine(pretrained.load_model(), pretrained.parallel, suppress_tokens=pretrained.suppress_tokens)
     checked = [result for result in results if result.error is None][: args.check]
     tokenizer = pretrained.require_tokenizer()
     requests = [

@@ -142,7 +142,6 @@ class OPT(LoadedModel):
             self.parallel,
             items,
             batch_size=self.batch_size if batch_size is None else batch_size,
-            num_tokens=self.pretrained.num_tokens,
             on_batch=on_batch,
         )
         self._inspector.raise_hook_errors()

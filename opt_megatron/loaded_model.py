@@ -220,7 +220,7 @@ class LoadedModel:
             max_batch_size=options.max_batch_size,
             kv_cache_memory=options.kv_cache_memory,
             prefill_chunk_size=options.prefill_chunk_size,
-            num_tokens=self.pretrained.num_tokens,
+            suppress_tokens=self.pretrained.suppress_tokens,
             draft_model=draft_model,
             prompt_lookup=options.prompt_lookup,
             num_speculative_tokens=options.num_speculative_tokens,

@@ -52,9 +52,11 @@ class Pretrained:
     tokenizer_directory: Path | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Ids from this one on are vocabulary padding."""
-        return min(self.config.num_tokens, len(self.tokenizer) if self.tokenizer else self.config.num_tokens)
+    def suppress_tokens(self) -> tuple[int, ...]:
+        """Ids that are never generated: those that belong to no token."""
+        if self.tokenizer is None:
+            return tuple(range(self.config.num_tokens, self.config.vocab_size))
+        return self.tokenizer.unused_ids(self.config.vocab_size)
 
     def require_tokenizer(self) -> OPTTokenizer:
         """The tokenizer.

@@ -21,6 +21,7 @@ from opt_megatron.generation.core.kv_cache_allocator import round_up
 from opt_megatron.generation.core.model_runner import ModelRunner
 from opt_megatron.generation.core.request_queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
+from opt_megatron.generation.sampling.logits_processors import NO_IDS
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
 from opt_megatron.parallel.collectives import (
@@ -54,13 +55,21 @@ def speculate(directory: Path, draft: Path | None, tp: int, pp: int, requests: l
     return Engine(model, parallel, draft_model=draft_model, prompt_lookup=draft is None).complete(requests)
 
 
+def suppressing(directory: Path, tp: int, suppress_tokens: set[int], requests: list[Request]) -> list[Completion]:
+    """Continuations by an engine that suppresses tokens."""
+    parallel = start(tp, 1)
+    return Engine(load_model(directory, None, parallel), parallel, suppress_tokens=sorted(suppress_tokens)).complete(
+        requests
+    )
+
+
 def cached_logits(
     directory: Path, tp: int, pp: int, tokens: list[int], prefill: int, quantization: str | None = None
 ) -> torch.Tensor | None:
     """Logits after the first `prefill` tokens and after each later one, through the KV cache: [n, vocabulary]."""
     parallel = start(tp, pp)
     model = load_model(directory, None, parallel, quantization=quantization)
-    runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
+    runner = ModelRunner(model, parallel, NO_IDS)
     blocks = KVCacheBlocks(BLOCK_SIZE, round_up(len(tokens), BLOCK_SIZE))
     runner.allocate(blocks.start + blocks.size)
     parts = [ScheduledSequence(blocks, 0, tuple(tokens[:prefill]), 1)]
@@ -317,6 +326,6 @@ def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: 
     checkpoint = open_checkpoint(directory)
     model = load_model(checkpoint, None, parallel)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    runner = ModelRunner(model, parallel, model.opt_config.num_tokens)
+    runner = ModelRunner(model, parallel, NO_IDS)
     runner.allocate(batch * context)
     return weights, runner._cache.nbytes, checkpoint.bytes_read

@@ -50,7 +50,7 @@ def logit_lens(opt: OPT, tokens: Tokens) -> Lens:
     best, probabilities = [], []
     for number in range(last + 1):  # not all at once: logits are as wide as the vocabulary
         logits = opt.unembed(hidden[number]) if number < last else opt.logits(tokens)
-        scores = logits[0, :, : opt.config.num_tokens].float().softmax(-1)
+        scores = logits[0].float().softmax(-1)
         value, index = scores.max(-1)
         best.append(tuple(index.tolist()))
         probabilities.append(tuple(value.tolist()))

@@ -94,7 +94,6 @@ def score(
     items: Sequence[Item],
     *,
     batch_size: int = 8,
-    num_tokens: int | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Score]:
     """Score items; called on every rank with the same ones, and gives every rank the same result.
@@ -104,7 +103,6 @@ def score(
 
     Args:
         batch_size: sequences in a pass; it changes nothing but rounding.
-        num_tokens: ids from this one on are vocabulary padding and get no probability; default: the config's.
         on_batch: called with the number of items of each finished batch.
 
     Raises:
@@ -117,11 +115,10 @@ def score(
     ordered = [items[index] for index in order]
     sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.input_tokens)]
     collectives = tensor_parallel_collectives(parallel)
-    num_tokens = min(num_tokens or config.num_tokens, config.num_tokens)
     results: list[Tensor] = []
     for begin in range(0, len(sequences), batch_size):
         batch = sequences[begin : begin + batch_size]
-        results.append(_score_batch(model, parallel, collectives, batch, num_tokens))
+        results.append(_score_batch(model, parallel, collectives, batch))
         if on_batch:
             on_batch(sum(map(len, batch)))
     scores = _scores(ordered, _from_last_stage(parallel, results, ordered))
@@ -130,7 +127,7 @@ def score(
 
 @torch.inference_mode()
 def _score_batch(
-    model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[list[Item]], num_tokens: int
+    model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[list[Item]]
 ) -> Tensor:
     """[R, 2]: log-probability and whether it is the likeliest token; empty except on the last stage.
 
@@ -150,17 +147,14 @@ def _score_batch(
     vocab_rows = model.opt_config.vocab_size // parallel.tensor_model_parallel_size
     first, size = parallel.tensor_model_parallel_rank * vocab_rows, max(1, _MOST_LOGITS // vocab_rows)
     parts = [
-        _log_probabilities(local_logits(model, some), own, first, num_tokens, collectives)
+        _log_probabilities(local_logits(model, some), own, first, collectives)
         for some, own in zip(rows.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(parts).cpu()
 
 
-def _log_probabilities(local: Tensor, targets: Tensor, first: int, num_tokens: int, collectives: Collectives) -> Tensor:
+def _log_probabilities(local: Tensor, targets: Tensor, first: int, collectives: Collectives) -> Tensor:
     """[R, 2] from logits [R, V], whose first column is the id `first`, and targets [R]."""
-    local = local[:, : max(0, num_tokens - first)]
-    if local.size(1) == 0:  # this rank has only padding rows
-        local = torch.full((len(targets), 1), -torch.inf, device=local.device)
     mine = (targets >= first) & (targets < first + local.size(1))
     column = (targets - first).where(mine, 0)[:, None]
     own = local.gather(1, column)[:, 0].masked_fill(~mine, -torch.inf)

@@ -36,12 +36,13 @@ def test_activations_cover_what_a_prefill_allocates(models, alone):
     """The peak of a real forward pass, by torch's own count of CPU allocations, against the plan's figure."""
     from opt_megatron.checkpoint.load import load_model
     from opt_megatron.generation.core.model_runner import ModelRunner
+    from opt_megatron.generation.sampling.logits_processors import NO_IDS
     from opt_megatron.generation.step import KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
 
     directory = models["pre-norm"][0]
     config = OPTConfig.from_directory(directory)
     plan = estimate_ranks(config, 1, 1, Workload(4, 200, "float32"), "float32")[0]
-    runner = ModelRunner(load_model(directory, None, alone), alone, config.num_tokens)
+    runner = ModelRunner(load_model(directory, None, alone), alone, NO_IDS)
     runner.allocate(4 * 256)
     sequences = tuple(ScheduledSequence(KVCacheBlocks(256 * n, 256), 0, (5,) * 200, 1) for n in range(4))
     step = StepInput(sequences, OutputKind.LOGITS)

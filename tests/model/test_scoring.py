@@ -53,16 +53,6 @@ def test_a_model_that_an_engine_has_taken_over_scores_the_same(models, ranks, tp
         assert torch.tensor(one.logprobs).sub(torch.tensor(oracle(model, item)[0])).abs().max() <= TOLERANCE
 
 
-def test_padding_rows_of_the_vocabulary_have_no_probability(models, alone):
-    from opt_megatron.checkpoint.load import load_model
-
-    directory, model = models["pre-norm"]
-    found = score(load_model(directory, None, alone), alone, [Item((2,), (7,))], num_tokens=500)[0]
-    with torch.no_grad():
-        logits = model(torch.tensor([[2]])).logits[0, 0, :500]
-    assert found.logprobs[0] == pytest.approx(logits.log_softmax(-1)[7].item(), abs=TOLERANCE)
-
-
 def test_nothing_gives_nothing_and_what_does_not_fit_is_refused(models, alone):
     from opt_megatron.checkpoint.load import load_model
 

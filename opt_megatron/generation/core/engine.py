@@ -14,6 +14,10 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
+import torch
+from torch import Tensor
+
+from ...config import OPTConfig
 from ...errors import UserError
 from ...model.opt_model import OPTModel
 from ...parallel.context import ParallelContext, on_all_ranks
@@ -43,7 +47,7 @@ class Engine:
         kv_cache_memory: bytes that the cache of a rank may take; by default what the requests need, or
             `max_batch_size` sequences of the model's maximum length, whichever is less.
         prefill_chunk_size: tokens of prompts that are computed in a step, besides those that decode.
-        num_tokens: ids from this one on are vocabulary padding and are never chosen; by default the config's.
+        suppress_tokens: ids that are never chosen; by default those that the config says belong to no token.
         draft_model: this rank's part of a smaller model with the same vocabulary, for speculative decoding.
         prompt_lookup: speculate with what followed the newest tokens earlier in the sequence.
         num_speculative_tokens: proposed at a time.
@@ -60,7 +64,7 @@ class Engine:
         max_batch_size: int = 16,
         kv_cache_memory: int | None = None,
         prefill_chunk_size: int = 256,
-        num_tokens: int | None = None,
+        suppress_tokens: Sequence[int] | None = None,
         draft_model: OPTModel | None = None,
         prompt_lookup: bool = False,
         num_speculative_tokens: int = 4,
@@ -73,15 +77,15 @@ class Engine:
         _check_no_data_parallelism(parallel)
         self._parallel = parallel
         self._config = model.opt_config
-        self._num_tokens = min(num_tokens or self._config.num_tokens, self._config.num_tokens)
+        self._suppressed = _suppressed_ids(self._config, suppress_tokens)
         self._max_batch_size = max_batch_size
         self._chunk_size = prefill_chunk_size
-        self._runners: list[Runner] = [ModelRunner(model, parallel, self._num_tokens)]
+        self._runners: list[Runner] = [ModelRunner(model, parallel, self._suppressed)]
         self._executor = Executor(parallel, self._runners)
         self._draft: Draft | None = PromptLookup(num_speculative_tokens) if prompt_lookup else None
         if draft_model is not None:
             _check_draft_model(draft_model, model, prompt_lookup)
-            self._runners.append(ModelRunner(draft_model, parallel, self._num_tokens))
+            self._runners.append(ModelRunner(draft_model, parallel, self._suppressed))
             self._draft = DraftModel(partial(self._executor.forward, runner=1), num_speculative_tokens)
         self._capacity = self._cache_capacity(kv_cache_memory)
         self._queue: RequestQueue | None = None  # while `generate` runs
@@ -210,13 +214,18 @@ class Engine:
         allocator = KVCacheAllocator(num_tokens, BLOCK_SIZE)
         self._scheduler = Scheduler(allocator, self._max_batch_size, self._chunk_size)
         self._outputs = OutputProcessor(
-            self._scheduler, self._executor.copy, self._num_tokens, isolates_errors=self._checks_arrivals
+            self._scheduler,
+            self._executor.copy,
+            self._config.vocab_size,
+            self._suppressed,
+            isolates_errors=self._checks_arrivals,
         )
         self._queue = requests
         return requests
 
     def _make_groups(self, request_id: int, request: Request) -> Iterator[SequenceGroup]:
-        return make_groups(request_id, request, self._config.eos_token_id, self._num_tokens)
+        config = self._config
+        return make_groups(request_id, request, config.eos_token_id, config.vocab_size, self._suppressed)
 
     def _sequence_sizes(self, request: Request) -> list[int]:
         """Tokens of the blocks of each of the request's sequences, as far as they can run together."""
@@ -263,6 +272,12 @@ class Engine:
                 kind = group.output_kind
         step = StepInput(tuple([sequence for _, sequences in scheduled for sequence in sequences]), kind)
         return self._outputs.process(scheduled, self._executor.forward(step), kind)
+
+
+def _suppressed_ids(config: OPTConfig, suppress_tokens: Sequence[int] | None) -> Tensor:
+    """[ids] int64 in ascending order, without those that the model has no row for."""
+    ids = range(config.num_tokens, config.vocab_size) if suppress_tokens is None else suppress_tokens
+    return torch.tensor(sorted({token for token in ids if 0 <= token < config.vocab_size}), dtype=torch.int64)
 
 
 def _with_proposals(scheduled: list[ScheduledGroup], draft: Draft) -> list[ScheduledGroup]:

@@ -21,17 +21,20 @@ class ModelRunner:
 
     Args:
         model: is prepared for inference (`IncrementalForward`).
-        num_tokens: ids from this one on are vocabulary padding and are cut off the logits.
+        suppressed: [ids] int64, which the argmax leaves out.
     """
 
-    def __init__(self, model: OPTModel, parallel: ParallelContext, num_tokens: int) -> None:
+    def __init__(self, model: OPTModel, parallel: ParallelContext, suppressed: Tensor) -> None:
         self._dtype = model.params_dtype
         self._model = IncrementalForward(model, parallel)
         self._parallel = parallel
         self._is_leader, self._is_first_stage = parallel.is_leader, parallel.is_first_stage
         self._is_last_stage, self._logits_rank = parallel.is_last_stage, parallel.logits_rank
         self._config = model.opt_config
-        self._num_tokens = num_tokens
+        rows = self._config.vocab_size // parallel.tensor_model_parallel_size
+        self._first_row = parallel.tensor_model_parallel_rank * rows
+        mine = suppressed - self._first_row
+        self._suppressed = mine[(mine >= 0) & (mine < rows)].to(parallel.device)
         self._num_heads = self._config.num_attention_heads // parallel.tensor_model_parallel_size
         self._cache = self._make_cache(0)
         self._no_output = torch.empty(0, device=parallel.device)
@@ -99,19 +102,14 @@ class ModelRunner:
         local = self._model.logits(hidden)
         if kind is OutputKind.ARGMAX:
             return self._argmax(local)
-        logits = self._model.collectives.all_gather(local)[:, : self._num_tokens]
+        logits = self._model.collectives.all_gather(local)
         return torch.cat((logits, hidden.float()), dim=-1) if kind is OutputKind.HIDDEN_STATES else logits
 
     def _argmax(self, local: Tensor) -> Tensor:
-        """[R, 2]: the lowest of the best ids (exact in float64) and its logit, from every rank's part of the logits."""
-        first = self._parallel.tensor_model_parallel_rank * local.size(1)
-        num_valid = self._num_tokens - first  # rows of this rank that are not padding
-        if num_valid > 0:
-            value, index = local[:, :num_valid].max(-1)
-        else:
-            value = torch.full_like(local[:, 0], -torch.inf)
-            index = torch.zeros_like(value, dtype=torch.int64)
-        mine = torch.stack((index.double() + first, value.double()), dim=-1)  # [R, 2]
+        """[R, 2]: the lowest of the best ids (exact in float64) and its logit, from every rank's part of the logits,
+        into which -inf is written for suppressed ids."""
+        value, index = local.index_fill_(-1, self._suppressed, -torch.inf).max(-1)
+        mine = torch.stack((index.double() + self._first_row, value.double()), dim=-1)  # [R, 2]
         every = self._model.collectives.all_gather(mine).unflatten(-1, (-1, 2))  # [R, ranks, 2]
         winner = every[..., 1].argmax(-1)  # of equal ones the first, hence the lowest ids
         return every[torch.arange(len(every), device=every.device), winner]
@@ -119,7 +117,7 @@ class ModelRunner:
     def _receive_output(self, step: StepInput) -> Tensor:
         count = sum(sequence.num_logits for sequence in step.sequences)
         is_argmax = step.output_kind is OutputKind.ARGMAX
-        width = 2 if is_argmax else self._num_tokens
+        width = 2 if is_argmax else self._config.vocab_size
         if step.output_kind is OutputKind.HIDDEN_STATES:
             width += self._config.hidden_size
         dtype = torch.float64 if is_argmax else torch.float32

@@ -14,6 +14,7 @@ from ..decoding.best_of import BestOf
 from ..decoding.sampling_group import SamplingGroup
 from ..decoding.sequences import CopyCache, SequenceGroup
 from ..request import Request, TokenEvent
+from ..sampling.logits_processors import suppress
 from ..sampling.sampler import choose_tokens
 from ..step import OutputKind
 from .scheduler import ScheduledGroup, Scheduler
@@ -25,13 +26,16 @@ class OutputProcessor:
     """Gives every group its outputs, and chooses the next tokens of those that sample.
 
     Args:
-        num_tokens: width of the logits.
+        vocab_size: width of the logits.
+        suppressed: [ids] int64 that are never chosen.
         isolates_errors: a request that cannot go on ends with "refused" or "failed"; otherwise its error is raised.
     """
 
-    def __init__(self, scheduler: Scheduler, copy: CopyCache, num_tokens: int, *, isolates_errors: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, copy: CopyCache, vocab_size: int, suppressed: Tensor, *, isolates_errors: bool
+    ) -> None:
         self._scheduler, self._copy = scheduler, copy
-        self._num_tokens = num_tokens
+        self._vocab_size, self._suppressed = vocab_size, suppressed
         self._isolates_errors = isolates_errors
         self.best_of: dict[int, BestOf] = {}  # of the unfinished requests that use it
 
@@ -96,9 +100,10 @@ class OutputProcessor:
         """What a group would have got alone: a step's output is of the most demanding group's kind."""
         if kind is OutputKind.HIDDEN_STATES:
             return outputs
-        logits = [output[:, : self._num_tokens] for output in outputs]
+        logits = [output[:, : self._vocab_size].cpu() for output in outputs]
         if kind is OutputKind.LOGITS:
-            return tuple(rows.cpu() for rows in logits)
+            return tuple(logits)
+        logits = [suppress(rows, self._suppressed) for rows in logits]
         return tuple(torch.stack((rows.argmax(-1).double(), rows.amax(-1).double()), dim=-1) for rows in logits)
 
     def _run(self, group: SequenceGroup, action: Callable[[], list[TokenEvent]]) -> list[TokenEvent]:

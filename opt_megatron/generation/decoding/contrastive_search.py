@@ -31,19 +31,19 @@ class ContrastiveSearchGroup(SequenceGroup):
     """A request under contrastive search.
 
     Args:
-        num_tokens: width of the logits in an output, which hidden states follow.
+        vocab_size: width of the logits in an output, which hidden states follow.
     """
 
     output_kind = OutputKind.HIDDEN_STATES
     can_share_prefix = False  # the hidden states of the whole prompt are needed
 
-    def __init__(self, request_id: int, request: Request, eos: int | None, num_tokens: int) -> None:
+    def __init__(self, request_id: int, request: Request, eos: int | None, vocab_size: int, suppressed: Tensor) -> None:
         params = request.params
         # Candidates are computed even for the last token: one more than sampling needs.
         super().__init__(request_id, request, 0, params.top_k, len(request.prompt) + params.max_new_tokens)
-        self._num_tokens = num_tokens
+        self._vocab_size = vocab_size
         # top_k is the number of candidates; p(v) is over the whole vocabulary.
-        self._chain = ProcessorChain(replace(params, top_k=0, penalty_alpha=0.0))
+        self._chain = ProcessorChain(replace(params, top_k=0, penalty_alpha=0.0), suppressed)
         self._history = TokenHistory(request.prompt, eos)
         self._detokenizer = IncrementalDetokenizer(request, eos)
         self._context = torch.empty(0)  # normalised hidden states [tokens so far, H]
@@ -63,7 +63,7 @@ class ContrastiveSearchGroup(SequenceGroup):
     ) -> list[TokenEvent]:
         """Choose the best candidate, and find the next ones."""
         output = torch.cat(list(outputs)).cpu()
-        logits, hidden = output[:, : self._num_tokens], normalize(output[:, self._num_tokens :], dim=-1)
+        logits, hidden = output[:, : self._vocab_size], normalize(output[:, self._vocab_size :], dim=-1)
         for sequence, part in zip(self.sequences, scheduled, strict=False):  # of a prompt only the lead
             sequence.num_cached += len(part.tokens)
         if self._logits is None:

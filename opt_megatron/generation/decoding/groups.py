@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from ..request import Request
 from .beam_search import BeamSearchGroup
 from .contrastive_search import ContrastiveSearchGroup
@@ -11,18 +13,21 @@ from .sampling_group import SamplingGroup
 from .sequences import SequenceGroup
 
 
-def make_groups(request_id: int, request: Request, eos_token_id: int, num_tokens: int) -> Iterator[SequenceGroup]:
+def make_groups(
+    request_id: int, request: Request, eos_token_id: int, vocab_size: int, suppressed: Tensor
+) -> Iterator[SequenceGroup]:
     """The groups of a request, one after the other: what they have in common can be read off the first.
 
     Args:
-        num_tokens: width of the logits.
+        vocab_size: width of the logits.
+        suppressed: [ids] int64 that are never chosen.
     """
     params = request.params
     eos = None if params.ignore_eos else eos_token_id
     if params.num_beams > 1:
-        yield BeamSearchGroup(request_id, request, eos)
+        yield BeamSearchGroup(request_id, request, eos, suppressed)
     elif params.penalty_alpha > 0:
-        yield ContrastiveSearchGroup(request_id, request, eos, num_tokens)
+        yield ContrastiveSearchGroup(request_id, request, eos, vocab_size, suppressed)
     else:
         for choice in range(params.num_sampled):
-            yield SamplingGroup(request_id, request, eos, choice)
+            yield SamplingGroup(request_id, request, eos, choice, suppressed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..request import Request, TextDecoder, TokenEvent, TopLogProbs
-from ..sampling.logits_processors import ProcessorChain
+from ..sampling.logits_processors import NO_IDS, ProcessorChain
 from ..sampling.sampler import SamplerState, distribution, sample_token, top_log_probabilities
 from ..sampling.token_history import TokenHistory
 from ..step import OutputKind, ScheduledSequence
@@ -27,13 +27,15 @@ class SamplingGroup(SequenceGroup):
         logprob_sum: of the output's tokens, where log-probabilities are computed.
     """
 
-    def __init__(self, request_id: int, request: Request, eos: int | None, choice: int = 0) -> None:
+    def __init__(
+        self, request_id: int, request: Request, eos: int | None, choice: int = 0, suppressed: Tensor = NO_IDS
+    ) -> None:
         params = request.params
         super().__init__(request_id, request, choice, 1, len(request.prompt) + max(0, params.max_new_tokens - 1))
         self.history = TokenHistory(request.prompt, eos)
         self.lead.tokens = self.history.tokens
         generator = torch.Generator().manual_seed(seed_of_choice(params.seed, choice))
-        self.sampler_state = SamplerState(ProcessorChain(params), self.history, generator)
+        self.sampler_state = SamplerState(ProcessorChain(params, suppressed), self.history, generator)
         self.proposal = Proposal()
         self.logprob_sum = 0.0
         # How many alternatives to report with every token; None for no log-probabilities at all.

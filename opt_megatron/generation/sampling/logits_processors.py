@@ -65,6 +65,11 @@ def keep_tokens(scores: Tensor, tokens: Sequence[int]) -> Tensor:
     return torch.full_like(scores, -math.inf).index_copy(-1, kept, scores.index_select(-1, kept))
 
 
+def suppress(scores: Tensor, ids: Tensor) -> Tensor:
+    """`mask_tokens` for ids [ids] int64 that are all in the vocabulary."""
+    return scores.index_fill(-1, ids.to(scores.device), -math.inf) if len(ids) else scores
+
+
 def penalize_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """CTRL's penalty (Keskar et al. 2019, arXiv:1909.05858), as in transformers: a score above 0 is divided,
     one below 0 multiplied.
@@ -298,20 +303,26 @@ SAMPLING_PROCESSORS = (
 )
 
 
+NO_IDS = torch.empty(0, dtype=torch.int64)
+
+
 class ProcessorChain:
     """The processors that a request's options turn on. Derived once a request, never changed, and free of state: the
     tokens of a sequence are passed in.
+
+    Args:
+        suppressed: [ids] int64 that no request may get.
 
     Attributes:
         params: the request's options.
         processors: those of PROCESSORS that are active.
         sampling_processors: those of SAMPLING_PROCESSORS that are active.
         is_greedy: the best token is taken after `processors`; nothing is sampled.
-        is_plain_greedy: the best logit is the best token, so that no processor needs to run.
+        is_plain_greedy: the best logit that is not suppressed is the best token, so that no processor needs to run.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+    def __init__(self, params: SamplingParams, suppressed: Tensor = NO_IDS) -> None:
+        self.params, self.suppressed = params, suppressed
         active = [processor for processor in PROCESSORS if processor.is_active(params)]
         self.processors = tuple(active)
         self.is_greedy = params.is_greedy

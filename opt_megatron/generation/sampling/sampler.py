@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .logits_processors import ProcessorChain
+from .logits_processors import ProcessorChain, suppress
 from .token_history import TokenHistory
 
 __all__ = [
@@ -42,7 +42,7 @@ def choose_tokens(logits: Sequence[Tensor], states: Sequence[SamplerState]) -> l
     """The next token of every sequence, the same as if it were alone; where none can be chosen, the error instead.
 
     Args:
-        logits: [vocabulary] for each sequence, without the vocabulary's padding rows.
+        logits: [vocabulary] for each sequence.
     """
     tokens: list[int | Exception] = []
     for row, state in zip(logits, states, strict=True):
@@ -64,7 +64,7 @@ def choose_token(logits: Tensor, state: SamplerState) -> int:
     """
     chain = state.chain
     if chain.is_plain_greedy:
-        return int(logits.argmax())
+        return int(suppress(logits, chain.suppressed).argmax())
     ids, scores = _possible_candidates(logits, chain, state.history)
     index = int(scores.argmax()) if chain.is_greedy else sample_token(scores.softmax(-1), state.generator)
     return index if ids is None else int(ids[index])
@@ -172,6 +172,7 @@ def _candidates(logits: Tensor, chain: ProcessorChain, history: TokenHistory) ->
     params, scores, ids = chain.params, logits.float(), None
     for processor in chain.processors:
         scores = processor.apply(scores, params, history)
+    scores = suppress(scores, chain.suppressed)
     if chain.is_greedy or not scores.max() > -math.inf:  # nothing is possible: the caller decides what that means
         return None, scores
     for processor in chain.sampling_processors:

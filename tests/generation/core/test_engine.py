@@ -157,19 +157,47 @@ def test_sampling_does_not_depend_on_the_rest_of_the_batch(models, alone):
     assert engine.complete([other_seed]) != engine.complete(requests[:1])
 
 
-def test_vocabulary_padding_is_never_chosen(models, alone):
-    directory, _ = models["pre-norm"]
-    ours = load_model(directory, None, alone)
-    request = Request((2, 9), SamplingParams(max_new_tokens=50, temperature=5.0, ignore_eos=True))
-    assert max(Engine(ours, alone).complete([request])[0].tokens) >= 100
-    assert max(Engine(ours, alone, num_tokens=100).complete([request])[0].tokens) < 100
-    greedy = Request((2, 9), SamplingParams(max_new_tokens=50, temperature=0, ignore_eos=True))
-    assert max(Engine(ours, alone, num_tokens=100).complete([greedy])[0].tokens) < 100
+SEARCHES = [
+    {"temperature": 5.0},
+    {"temperature": 0},
+    {"temperature": 0, "logprobs": 2, "logit_bias": {300: 100.0}},
+    {"num_beams": 3},
+    {"penalty_alpha": 0.5, "top_k": 4},
+]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_suppressed_tokens_are_never_chosen(models, ranks, tp):
+    """In a step with outputs of every kind, and in one of greedy requests alone, for which ranks give the argmax."""
+    requests = [Request((2, 9, 400), SamplingParams(max_new_tokens=30, ignore_eos=True, **s)) for s in SEARCHES]
+    for chosen in (requests, requests[1:2]):
+        suppressed: set[int] = {516, -1}  # the model has no such rows
+        for _ in range(2):
+            found = ranks(tp).run(rank_jobs.suppressing, models["pre-norm"][0], tp, suppressed, chosen)[0]
+            tokens = {token for completion in found for token in completion.tokens}
+            assert tokens and not tokens & suppressed
+            suppressed |= tokens
+
+
+def test_log_probabilities_are_normalised_over_all_rows(models, alone):
+    """As transformers', those of ids that are never generated included; no error for such an id in a prompt."""
+    directory, oracle = models["pre-norm"]
+    engine = Engine(load_model(directory, None, alone), alone, suppress_tokens=range(40, 516))
+    prompt = (2, 100, 515, 9)
+    params = SamplingParams(max_new_tokens=1, temperature=0, echo=True, logprobs=1, repetition_penalty=1.1)
+    (done,) = engine.complete([Request(prompt, params)])
+    with torch.no_grad():
+        rows = oracle(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    wanted = [rows[n, token].item() for n, token in enumerate((*prompt[1:], *done.tokens))]
+    found = [*(event.logprob for event in done.prompt_events[1:]), *done.logprobs]
+    assert found == pytest.approx(wanted, abs=1e-4) and done.tokens[0] < 40
 
 
 def test_end_of_sequence_stops_unless_ignored(models, alone):
     directory, _ = models["pre-norm"]
-    engine = Engine(load_model(directory, None, alone), alone, num_tokens=20)  # so that the end comes up soon
+    engine = Engine(
+        load_model(directory, None, alone), alone, suppress_tokens=range(20, 516)
+    )  # so that the end comes up soon
 
     def run(**options):
         params = SamplingParams(max_new_tokens=100, temperature=30.0, **options)

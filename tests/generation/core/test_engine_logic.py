@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from factory import random_model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_model import RuleModel, rule_engine
@@ -33,13 +34,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def make(models, alone):
+def make(alone, tmp_path_factory):
     """An engine whose model is a rule."""
-    model = load_model(models["pre-norm"][0], None, alone)
+    directory = save(random_model(vocab_size=VOCABULARY), tmp_path_factory.mktemp("twelve"))
+    model = load_model(directory, None, alone)
 
     def engine(rule=None, draft=None, **options):
         options |= {} if draft is None else {"draft_model": model}
-        made = Engine(model, alone, **({"num_tokens": VOCABULARY} | options))
+        made = Engine(model, alone, **options)
         return rule_engine(made, rule or RuleModel(VOCABULARY), draft)
 
     per_token = Engine(model, alone)._runners[0].cache_bytes_per_token

@@ -29,7 +29,7 @@ def model(models, alone):
 
 @pytest.fixture
 def engine(model, alone):
-    return rule_engine(Engine(model, alone, num_tokens=VOCABULARY, max_batch_size=3), RuleModel(VOCABULARY))
+    return rule_engine(Engine(model, alone, max_batch_size=3), RuleModel(VOCABULARY))
 
 
 def request(number: int, new: int = 10, **options) -> Request:
@@ -102,7 +102,7 @@ def test_cancelled_requests_end_and_leave_the_others_alone(engine):
 
 def test_what_a_cancelled_request_held_is_free_at_the_next_step(model, alone):
     per_token = Engine(model, alone)._runners[0].cache_bytes_per_token
-    engine = Engine(model, alone, num_tokens=VOCABULARY, kv_cache_memory=BLOCK_SIZE * per_token)
+    engine = Engine(model, alone, kv_cache_memory=BLOCK_SIZE * per_token)
     rule_engine(engine, RuleModel(VOCABULARY))
     queue, events = RequestQueue([request(0, new=50), request(1, new=50)]), []
     for event in engine.generate(queue):

@@ -77,7 +77,7 @@ def test_a_draft_that_is_always_right_saves_steps(model, alone):
 def test_prompt_lookup_saves_steps_where_text_repeats(model, alone):
     rule = RuleModel(12)
     rule.logits = lambda tokens: torch.eye(12)[(tokens[-1] + 1) % 12]
-    engine = rule_engine(Engine(model, alone, num_tokens=12, prompt_lookup=True), rule)
+    engine = rule_engine(Engine(model, alone, prompt_lookup=True), rule)
     (done,) = engine.complete(greedy([(3,)], 60))
     assert done.tokens == tuple((4 + n) % 12 for n in range(60))
     assert rule.steps == 13 + 10  # once around and a step more, and then five tokens a step
@@ -102,7 +102,7 @@ FILTERS = [{}, {"temperature": 0.6, "top_k": 3}, {"repetition_penalty": 1.5, "to
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_sampled_tokens_follow_the_models_own_distribution(model, alone, kind, options):
     rule, draft = RuleModel(VOCABULARY), RuleModel(VOCABULARY, blend=2.0) if kind == "draft" else None
-    made = {"num_tokens": VOCABULARY, "max_batch_size": 64, "num_speculative_tokens": 3}
+    made = {"max_batch_size": 64, "num_speculative_tokens": 3}
     made |= {"draft_model": model} if draft else {"prompt_lookup": True}
     engine = rule_engine(Engine(model, alone, **made), rule, draft)
     # Prompts share all but their last token, so that from the second one on even the first new token is proposed.
@@ -133,7 +133,7 @@ def probability(rule: RuleModel, params: SamplingParams, tokens) -> float:
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"echo": True}])
 def test_what_is_certain_does_not_depend_on_the_draft(model, alone, kind, options):
-    rule, made = RuleModel(12), {"num_tokens": 12, "max_batch_size": 4, "prefill_chunk_size": 7}
+    rule, made = RuleModel(12), {"max_batch_size": 4, "prefill_chunk_size": 7}
     requests = greedy([tuple(n * n % 11 for n in range(begin, 30)) for begin in range(0, 20, 3)], 20, **options)
     plain = rule_engine(Engine(model, alone, **made), rule).complete(requests)
     draft = RuleModel(12, blend=0.5) if kind == "draft" else None
@@ -143,7 +143,7 @@ def test_what_is_certain_does_not_depend_on_the_draft(model, alone, kind, option
 
 def test_accepted_proposals_are_fewer_steps(model, alone):
     rule, draft = RuleModel(12), RuleModel(12, blend=0.5)
-    made = {"num_tokens": 12, "draft_model": model, "num_speculative_tokens": 3}
+    made = {"draft_model": model, "num_speculative_tokens": 3}
     params = SamplingParams(max_new_tokens=120, ignore_eos=True)
     rule_engine(Engine(model, alone, **made), rule, draft).complete([Request((5, 7), params)])
     assert rule.steps < 80 and rule.computed > 120
