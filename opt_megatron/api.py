@@ -262,6 +262,6 @@ class OPT(LoadedModel):
         if self._inspector.has_hooks:
             raise UserError(f"{method} does not run hooks: leave the block, or use logits, score or hidden_states")
         try:
-            return SamplingParams(**options)
+            return SamplingParams(**self.pretrained.generation_config.with_defaults(options))
         except TypeError as error:
             raise UserError(f"{method}: {str(error).removeprefix('SamplingParams.__init__() ')}") from None

@@ -59,6 +59,7 @@ class LoadedModel:
         adapter: str | None = None,
         config: OPTConfig | None = None,
         tokenizer: str | None = None,
+        use_generation_config: bool = True,
         quantization: str | None = None,
         batch_size: int = 8,
         engine: EngineOptions | None = None,
@@ -73,6 +74,8 @@ class LoadedModel:
             adapter: a LoRA adapter of peft, a directory or a Hub repository, which is added to the weights.
             config: used instead of the checkpoint's own.
             tokenizer: where its files are; by default next to the weights. Without one, prompts are ids.
+            use_generation_config: end texts, suppress tokens and sample as the checkpoint's generation_config.json says
+                where `generate` and `stream` are not told otherwise.
             quantization: "int8" for 8-bit weights, quantised while loading.
             batch_size: sequences that `score` and `generate` run at a time.
             engine: options of the engine of `generate`, a draft model among them.
@@ -89,6 +92,7 @@ class LoadedModel:
             adapter=adapter,
             config=config,
             tokenizer=tokenizer,
+            use_generation_config=use_generation_config,
             quantization=quantization,
             batch_size=batch_size,
             engine=engine,
@@ -106,6 +110,7 @@ class LoadedModel:
         config: OPTConfig | None = None,
         tokenizer: str | None = None,
         needs_tokenizer: bool = False,
+        use_generation_config: bool = True,
         quantization: str | None = None,
         batch_size: int = 8,
         engine: EngineOptions | None = None,
@@ -128,6 +133,7 @@ class LoadedModel:
             config=config,
             tokenizer=tokenizer,
             needs_tokenizer=needs_tokenizer,
+            use_generation_config=use_generation_config,
         )
         opened = cls(pretrained, dtype=dtype, quantization=quantization, batch_size=batch_size, engine=engine)
         check_same_on_all_ranks(parallel.control_group, opened._options_and_tokenizer())
@@ -220,6 +226,7 @@ class LoadedModel:
             max_batch_size=options.max_batch_size,
             kv_cache_memory=options.kv_cache_memory,
             prefill_chunk_size=options.prefill_chunk_size,
+            eos_token_ids=self.pretrained.eos_token_ids,
             suppress_tokens=self.pretrained.suppress_tokens,
             draft_model=draft_model,
             prompt_lookup=options.prompt_lookup,

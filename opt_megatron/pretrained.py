@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from .checkpoint.load import load_model, open_on_all_ranks
 from .checkpoint.locate import locate
 from .config import OPTConfig, check_dtype
 from .errors import CheckpointError, UserError
+from .generation.generation_config import GenerationConfig, read_generation_config
 from .parallel.context import ParallelContext, check_seed, init_parallel, on_all_ranks
 from .parallel.heartbeat import LostRankPolicy
 from .parallel.launch_environment import world_size_from_environment
@@ -41,6 +42,7 @@ class Pretrained:
         checkpoint: opened; None for a model that was not read from one.
         tokenizer_error: why there is no tokenizer.
         tokenizer_directory: where its files are, if not next to the weights.
+        generation_config: what the checkpoint's generation_config.json says; without effect where it is not used.
     """
 
     name: str
@@ -50,13 +52,21 @@ class Pretrained:
     checkpoint: Checkpoint | None = None
     tokenizer_error: CheckpointError | None = None
     tokenizer_directory: Path | None = None
+    generation_config: GenerationConfig = field(default_factory=GenerationConfig)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids each of which ends a text."""
+        return self.generation_config.eos_token_ids or (self.config.eos_token_id,)
 
     @property
     def suppress_tokens(self) -> tuple[int, ...]:
-        """Ids that are never generated: those that belong to no token."""
+        """Ids that are never generated: those that belong to no token, and the generation config's."""
         if self.tokenizer is None:
-            return tuple(range(self.config.num_tokens, self.config.vocab_size))
-        return self.tokenizer.unused_ids(self.config.vocab_size)
+            unused = tuple(range(self.config.num_tokens, self.config.vocab_size))
+        else:
+            unused = self.tokenizer.unused_ids(self.config.vocab_size)
+        return unused + self.generation_config.suppress_tokens
 
     def require_tokenizer(self) -> OPTTokenizer:
         """The tokenizer.
@@ -112,6 +122,7 @@ def open_pretrained(
     config: OPTConfig | None = None,
     tokenizer: str | None = None,
     needs_tokenizer: bool = True,
+    use_generation_config: bool = True,
 ) -> Pretrained:
     """Open a checkpoint; called on every rank.
 
@@ -121,6 +132,7 @@ def open_pretrained(
         config: used instead of the checkpoint's own.
         tokenizer: where its files are; by default next to the weights.
         needs_tokenizer: a missing tokenizer is an error. It always is where `tokenizer` was given.
+        use_generation_config: read the checkpoint's generation_config.json.
 
     Raises:
         UserError: of any kind; the same one on every rank.
@@ -131,7 +143,10 @@ def open_pretrained(
 
     def read() -> Pretrained:
         own_directory = None if tokenizer is None else locate(tokenizer)
-        opened = Pretrained(name, parallel, checkpoint.config, None, checkpoint, None, own_directory)
+        generation_config = GenerationConfig()
+        if use_generation_config:
+            generation_config = read_generation_config(checkpoint.directory, checkpoint.config.vocab_size)
+        opened = Pretrained(name, parallel, checkpoint.config, None, checkpoint, None, own_directory, generation_config)
         try:
             # Of a training run, `checkpoint.path` is the newest checkpoint.
             return replace(opened, tokenizer=_read_tokenizer(own_directory or checkpoint.path, checkpoint.config))

@@ -15,7 +15,7 @@ NEVER = -math.inf
 
 
 def history(*output: int, prompt: tuple[int, ...] = PROMPT, eos: int | None = EOS) -> TokenHistory:
-    result = TokenHistory(prompt, eos)
+    result = TokenHistory(prompt, () if eos is None else (eos,))
     for token in output:
         result.append(token)
     return result

@@ -42,6 +42,11 @@ class Checkpoint:
     adapter: Adapter | None = None
     bytes_read: int = 0
 
+    @property
+    def directory(self) -> Path:
+        """Where the files beside the weights are: config, tokenizer."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def read(self, name: str, block: Block | None = None) -> Tensor:
         """A block of a canonical tensor, by default all of it; never to be written to.
 

@@ -135,7 +135,7 @@ def _write_config_and_tokenizer(
     """Write the config, which is returned, and copy the tokenizer."""
     config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
-    source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    source = checkpoint.directory
     for names, origin in ((TOKENIZER_FILES, tokenizer or source), (("generation_config.json",), source)):
         for name in names:
             if (origin / name).is_file():

@@ -69,6 +69,16 @@ class ModelOptions(ModelConfigOptions, LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationConfigOptions(Options):
+    """Whether the checkpoint says how texts are generated."""
+
+    no_generation_config: bool = option(
+        False,
+        help="leave out the checkpoint's generation_config.json: its ends of a text, suppressed tokens and defaults",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayoutOptions(Options):
     """Over how many ranks a model is divided, and when one of them counts as lost."""
 

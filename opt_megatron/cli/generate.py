@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..generation.engine_options import EngineOptions
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import Options, option
-from .arguments import ModelOptions, RuntimeOptions
+from .arguments import GenerationConfigOptions, ModelOptions, RuntimeOptions
 from .engine_options import check_engine_options, engine_options
 from .loading import open_model, print_notices, start_ranks
 from .option_groups import Groups, add_groups
 from .prompts import Prompt, read_prompts
-from .sampling import sampling_params, with_options
+from .sampling import given_options, sampling_params
 
 if TYPE_CHECKING:
     from ..api import OPT
@@ -49,7 +49,7 @@ class OutputOptions(Options):
 
 
 OPTIONS: Groups = {
-    "": (ModelOptions, RuntimeOptions),
+    "": (ModelOptions, RuntimeOptions, GenerationConfigOptions),
     "prompts (default: standard input, read like --prompt-file)": (PromptOptions,),
     "sampling and search": (SamplingParams,),
     "engine": (EngineOptions,),
@@ -70,23 +70,31 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.interactive:
         _check_interactive(args)
-    parameters = sampling_params(args)  # before torch.distributed starts: mistakes are reported at once
+    given = given_options(args)
+    SamplingParams(**given)  # before torch.distributed starts: mistakes are reported at once
     check_engine_options(args)
     parallel = start_ranks(args, OPTIONS)
     from ..parallel.context import on_all_ranks
     from .output import print_events
 
     if args.interactive:
-        _run_interactive(args, parallel, parameters)
+        _run_interactive(args, parallel, given)
         return
-    opt = open_model(args, parallel, needs_tokenizer=False, engine=engine_options(args))
+    opt = _open(args, parallel, engine_options(args), needs_tokenizer=False)
     # The leader alone has the prompts. They are checked before the weights are read.
     prompts, requests = on_all_ranks(
-        parallel, lambda: _read_requests(args, parameters, opt) if parallel.is_leader else ([], [])
+        parallel, lambda: _read_requests(args, given, opt) if parallel.is_leader else ([], [])
     )
     print_notices(args, opt)
     opt.load()
     print_events(opt.engine.generate(requests), prompts, requests, args.json, args.stream)
+
+
+def _open(args: argparse.Namespace, parallel: ParallelContext, engine: EngineOptions, *, needs_tokenizer: bool) -> OPT:
+    use_generation_config = not args.no_generation_config
+    return open_model(
+        args, parallel, needs_tokenizer=needs_tokenizer, use_generation_config=use_generation_config, engine=engine
+    )
 
 
 def _check_interactive(args: argparse.Namespace) -> None:
@@ -95,17 +103,18 @@ def _check_interactive(args: argparse.Namespace) -> None:
             raise UserError(f"--interactive and --{name.replace('_', '-')} are given; use one of them")
 
 
-def _run_interactive(args: argparse.Namespace, parallel: ParallelContext, params: SamplingParams) -> None:
+def _run_interactive(args: argparse.Namespace, parallel: ParallelContext, given: dict[str, Any]) -> None:
     from .interactive import run_interactive
 
+    params = SamplingParams(**given)
     num_rows = max(params.num_sampled, params.num_beams)  # the cache need not hold more
     engine = replace(engine_options(args), max_batch_size=min(args.max_batch_size, num_rows))
-    opt = open_model(args, parallel, engine=engine)
+    opt = _open(args, parallel, engine, needs_tokenizer=True)
     print_notices(args, opt)
-    run_interactive(opt.load(), params)
+    run_interactive(opt.load(), given)
 
 
-def _read_requests(args: argparse.Namespace, params: SamplingParams, opt: OPT) -> tuple[list[Prompt], list[Request]]:
+def _read_requests(args: argparse.Namespace, given: dict[str, Any], opt: OPT) -> tuple[list[Prompt], list[Request]]:
     """The prompts, and a request for each, which has been checked against the model."""
     from ..generation.request import check_request
 
@@ -114,7 +123,7 @@ def _read_requests(args: argparse.Namespace, params: SamplingParams, opt: OPT) -
         opt.pretrained.require_tokenizer()
     requests = []
     for number, prompt in enumerate(prompts, 1):
-        own = with_options(params, prompt.options, f"prompt {number}")
+        own = sampling_params(given, prompt.options, opt.pretrained.generation_config, f"prompt {number}")
         requests.append(opt.request(prompt.tokens or () if prompt.text is None else prompt.text, own))
         check_request(requests[-1], opt.config, f"prompt {number}")
     return prompts, requests

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,10 +15,11 @@ from ..generation.core.request_queue import RequestQueue
 from ..generation.request import TokenEvent
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import options_of
-from .sampling import with_options
+from .sampling import sampling_params
 
 if TYPE_CHECKING:
     from ..api import OPT
+    from ..generation.generation_config import GenerationConfig
 
 HELP = """\
 What you type is added to the text as it is, and the text is continued; an empty line continues it again.
@@ -82,14 +83,22 @@ class _ContinuousEngine:
 class Interaction:
     """The text, what it was before each turn, and the options.
 
+    Args:
+        given: the options of the command.
+        config: the model's, for what is not given.
+
     Attributes:
         text: typed and generated so far.
         params: of the next turn.
+
+    Raises:
+        UserError: the options ask for several continuations.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, given: dict[str, Any], config: GenerationConfig) -> None:
         self.text = ""
-        self.params = params
+        self._given, self._config = given, config
+        self.params = _checked(SamplingParams(**config.with_defaults(given)))
         self._earlier: list[str] = []
 
     def begin_turn(self, typed: str) -> None:
@@ -146,7 +155,9 @@ class Interaction:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             parsed = value
-        self.params = _checked(with_options(self.params, {name.replace("-", "_"): parsed}, "/set"))
+        changed = {name.replace("-", "_"): parsed}
+        self.params = _checked(sampling_params(self._given, changed, self._config, "/set"))
+        self._given = self._given | changed
 
     def _options(self) -> str:
         values = {name: (getattr(self.params, name), item.default) for name, item in options_of(SamplingParams).items()}
@@ -159,13 +170,16 @@ def _checked(params: SamplingParams) -> SamplingParams:
     return params
 
 
-def run_interactive(opt: OPT, params: SamplingParams) -> None:
+def run_interactive(opt: OPT, given: dict[str, Any]) -> None:
     """Read turns from standard input and continue the text, until the end of the input; called on every rank.
+
+    Args:
+        given: the sampling options of the command.
 
     Raises:
         UserError: the options ask for several continuations.
     """
-    _checked(params)
+    interaction = Interaction(given, opt.pretrained.generation_config)
     if not opt.parallel.is_leader:
         for _ in opt.engine.generate([]):  # the leader's steps
             pass
@@ -174,7 +188,7 @@ def run_interactive(opt: OPT, params: SamplingParams) -> None:
         import readline  # noqa: F401  (input() then has editing and a history)
     engine = _ContinuousEngine(opt)
     try:
-        _read_turns(opt, engine, Interaction(params))
+        _read_turns(opt, engine, interaction)
     finally:
         engine.close()
 

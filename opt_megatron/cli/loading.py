@@ -61,6 +61,7 @@ def open_model(
     parallel: ParallelContext,
     *,
     needs_tokenizer: bool = True,
+    use_generation_config: bool = False,
     batch_size: int = 8,
     engine: EngineOptions | None = None,
 ) -> OPT:
@@ -82,6 +83,7 @@ def open_model(
         config=on_all_ranks(parallel, lambda: config_argument(args)),
         tokenizer=args.tokenizer,
         needs_tokenizer=needs_tokenizer,
+        use_generation_config=use_generation_config,
         quantization=args.quantization,
         batch_size=batch_size,
         engine=engine,
@@ -89,10 +91,14 @@ def open_model(
 
 
 def print_notices(args: argparse.Namespace, opt: OPT) -> None:
-    """Say on stderr that no model was named, and what of the config was inferred from the tensors."""
+    """Say on stderr that no model was named, what of the config was inferred from the tensors, and what
+    generation_config.json does."""
     if not opt.parallel.is_leader:
         return
     if args.load is None:
         print(TOY_NOTICE, file=sys.stderr)
     if opt.pretrained.checkpoint is not None:
         print_config_notes(opt.pretrained.checkpoint.config_notes, args)
+    told = opt.pretrained.generation_config.describe(opt.config.eos_token_id)
+    if told:
+        print(f"opt-megatron: {told}", file=sys.stderr)

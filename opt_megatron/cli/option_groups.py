@@ -119,13 +119,14 @@ def complete(arguments: argparse.Namespace) -> argparse.Namespace:
     """Check the options on the command line, and add the others: the file's value, or the default.
 
     Returns:
-        the namespace, with every value in the type of its option (tuples for lists, bytes for sizes), and the home
-        directory for the ~ of paths.
+        the namespace, with every value in the type of its option (tuples for lists, bytes for sizes), the home
+        directory for the ~ of paths, and in `given` the names of the options that are not defaults.
 
     Raises:
         UserError: a value is of the wrong kind or out of its range.
     """
     from_file = vars(arguments).pop("from_file", {})
+    arguments.given = frozenset(vars(arguments)) | frozenset(from_file)
     for _, declared in declared_options(vars(arguments).pop("option_groups", {})):
         is_given = hasattr(arguments, declared.argument)
         value = getattr(arguments, declared.argument, from_file.get(declared.argument, declared.default))

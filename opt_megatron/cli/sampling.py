@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..generation.sampling.sampling_params import SamplingParams
-from ..options import from_arguments, options_of
+from ..options import options_of
+
+if TYPE_CHECKING:
+    from ..generation.generation_config import GenerationConfig
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The sampling parameters that the arguments give.
-
-    Raises:
-        UserError: a value is out of its range, or options contradict each other.
-    """
-    return from_arguments(SamplingParams, args)
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that the command line or its file of options gives, by SamplingParams' names."""
+    declared = {name: one.argument for name, one in options_of(SamplingParams).items() if one.cli}
+    return {name: getattr(args, argument) for name, argument in declared.items() if argument in args.given}
 
 
-def with_options(params: SamplingParams, options: dict[str, Any], where: str) -> SamplingParams:
-    """The parameters with a prompt's own options, under SamplingParams' names, in place of the arguments'.
+def sampling_params(
+    given: dict[str, Any], options: dict[str, Any], config: GenerationConfig, where: str
+) -> SamplingParams:
+    """The parameters of a prompt: its own options first, then those that the command was given, then the model's.
 
     Raises:
         UserError: an option is unknown, of the wrong kind, or out of its range.
@@ -31,6 +32,6 @@ def with_options(params: SamplingParams, options: dict[str, Any], where: str) ->
         if name not in known:
             raise UserError(f"{where}: there is no option {name!r}; there are {', '.join(known)}")
     try:
-        return replace(params, **options)
+        return SamplingParams(**config.with_defaults(given | options))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

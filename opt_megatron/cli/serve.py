@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import MissingPackageError, UserError, first_line
 from ..generation.engine_options import EngineOptions
 from ..options import Options, Size, option
-from .arguments import ModelOptions, RuntimeOptions
+from .arguments import GenerationConfigOptions, ModelOptions, RuntimeOptions
 from .engine_options import check_engine_options, engine_options
 from .loading import open_model, print_notices, start_ranks
 from .option_groups import Groups, add_groups
@@ -80,7 +80,7 @@ class LimitOptions(Options):
     )
 
 
-_ON_ALL_RANKS: Groups = {"": (ModelOptions, RuntimeOptions), "engine": (EngineOptions,)}
+_ON_ALL_RANKS: Groups = {"": (ModelOptions, RuntimeOptions, GenerationConfigOptions), "engine": (EngineOptions,)}
 OPTIONS: Groups = {**_ON_ALL_RANKS, "server": (ServerOptions,), "limits": (LimitOptions,)}
 
 
@@ -185,9 +185,9 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
     # On the leader this runs in the engine's thread. Its GPU is the first one, the default of every new thread.
     from ..serving.served_model import ServedModel
 
-    opt = open_model(args, parallel, engine=engine_options(args))
+    opt = open_model(args, parallel, use_generation_config=not args.no_generation_config, engine=engine_options(args))
     print_notices(args, opt)
-    served = ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args))
+    served = ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args), opt.pretrained.generation_config)
     # Collections while a large request is parsed would visit every object of the program: 0.8 s instead of 0.2 s.
     gc.freeze()
     return served

@@ -73,7 +73,7 @@ async def make_engine_requests(model: ServedModel, body: CompletionRequest | Met
 async def _make_engine_request(
     model: ServedModel, body: CompletionRequest | MetaseqRequest, prompt: TextOrIds, label: str
 ) -> EngineRequest:
-    options = body.sampling_options()
+    options = body.sampling_options() | model.generation_config.with_defaults(body.given_options())
     add_bos = isinstance(prompt, str) and (isinstance(body, MetaseqRequest) or body.add_special_tokens)
     ids = await encode(model, prompt, add_bos) if isinstance(prompt, str) else prompt
     if not ids:

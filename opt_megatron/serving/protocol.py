@@ -73,6 +73,12 @@ class SamplingBody(RequestBody):
         """The values of the sampling options, by their names in `SamplingParams`."""
         return {option: getattr(self, field) for field, option in self.sampling_fields.items()}
 
+    def given_options(self) -> dict[str, Any]:
+        """Those of `sampling_options` that the client gave, and `max_new_tokens`, whose default the API has."""
+        values = self.sampling_options()
+        given = {option for field, option in self.sampling_fields.items() if field in self.model_fields_set}
+        return {option: values[option] for option in given | {"max_new_tokens"}}
+
     @property
     def num_continuations(self) -> int:
         """The number of continuations that the engine will generate, over all prompts."""

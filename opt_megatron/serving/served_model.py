@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ..config import OPTConfig
 from ..generation.core.engine import Engine
+from ..generation.generation_config import GenerationConfig
 from ..tokenizer import BOS_TOKEN, OPTTokenizer
 from .errors import ApiError
 
@@ -19,12 +20,14 @@ class ServedModel:
 
     Attributes:
         names: accepted in the field `model` of requests; responses carry the first.
+        generation_config: has the sampling options of requests that do not give them.
     """
 
     engine: Engine
     tokenizer: OPTTokenizer
     config: OPTConfig
     names: tuple[str, ...]
+    generation_config: GenerationConfig = field(default_factory=GenerationConfig)
 
     @property
     def name(self) -> str:

@@ -37,16 +37,21 @@ def make_checkpoint_manager(options: TrainingOptions, parallel: ParallelContext)
 
 
 def _companions(options: TrainingOptions) -> dict[str, bytes]:
-    """The files that make a checkpoint loadable: config, LoRA options, tokenizer."""
+    """The files that make a checkpoint loadable: config, LoRA options, tokenizer, and how the model generates."""
     config = options.config.replace(dtype=dtype_name(options.dtype)).to_hf()
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
     if options.lora_layers:
         files[LORA_FILE] = lora_file_text(options.lora_layers, options.base_model).encode()
+    paths = []
     if options.tokenizer is not None:
-        directory = options.tokenizer.parent if options.tokenizer.is_file() else options.tokenizer
-        paths = [directory / name for name in TOKENIZER_FILES]
-        files |= {path.name: read_bounded(path) for path in paths if path.is_file()}
-    return files
+        paths += [_beside(options.tokenizer, name) for name in TOKENIZER_FILES]
+    if options.load is not None:
+        paths.append(_beside(Path(options.load), "generation_config.json"))
+    return files | {path.name: read_bounded(path) for path in paths if path.is_file()}
+
+
+def _beside(checkpoint: Path, name: str) -> Path:
+    return (checkpoint.parent if checkpoint.is_file() else checkpoint) / name
 
 
 def resume(

@@ -253,6 +253,21 @@ def test_a_prompt_may_have_its_own_options(capsys, tmp_path):
     assert [result["finish_reason"] for result in results] == ["length", "stop", "length"]
 
 
+def test_defaults_of_the_model_are_for_what_is_not_given(capsys, tmp_path):
+    directory = shutil.copytree(EMBEDDED_DIRECTORY, tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 3}')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king", "options": {"max_new_tokens": 2}}\n')
+    ask, greedy = ("--load", str(directory), "--prompt", "The king"), ("--temperature", "0", "--max-new-tokens", "3")
+    code, out, err = run(capsys, *ask)
+    assert code == 0 and "generation_config.json: where nothing else is given max_new_tokens 3, temperature 0 (" in err
+    assert out == run(capsys, "--prompt", "The king", *greedy)[1]
+    assert run(capsys, *ask, "--temperature", "3")[1] != out
+    own = run(capsys, "--load", str(directory), "--prompt-file", str(tmp_path / "prompts.jsonl"))[1]
+    assert out.startswith(own.rstrip("\n")) and own != out
+    code, without, err = run(capsys, *ask, "--no-generation-config")
+    assert len(without) > 2 * len(out) and "generation_config" not in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

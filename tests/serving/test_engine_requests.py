@@ -7,7 +7,12 @@ from types import SimpleNamespace
 import pytest
 from running_server import TOKENIZER
 
-from opt_megatron.serving.engine_requests import decode, encode, engine_error
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
+from opt_megatron.config import OPTConfig
+from opt_megatron.generation.generation_config import GenerationConfig
+from opt_megatron.serving.engine_requests import decode, encode, engine_error, make_engine_requests
+from opt_megatron.serving.protocol import CompletionRequest, MetaseqRequest
+from opt_megatron.serving.served_model import ServedModel
 
 PROMPT = "Once upon a time"
 IDS = TOKENIZER.encode(PROMPT)
@@ -47,6 +52,19 @@ def test_what_the_engine_refuses_is_400_in_the_apis_words(server, options, messa
     answer = server.complete(**{"prompt": PROMPT, "stream": stream, **options})
     assert answer.status == 400 and message in answer.json["error"]["message"]
     assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+
+
+def test_options_that_are_not_given_are_the_models():
+    config = OPTConfig.from_file(EMBEDDED_DIRECTORY / "config.json")
+    defaults = GenerationConfig(defaults={"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 3, "top_k": 7})
+    model = ServedModel(SimpleNamespace(check=lambda *_: None), TOKENIZER, config, ("story",), defaults)
+    for kind, given in (
+        (CompletionRequest, {"top_p": 1.0, "top_k": None}),
+        (MetaseqRequest, {"top_p": 1.0, "max_tokens": 16}),
+    ):
+        (made,) = asyncio.run(make_engine_requests(model, kind.model_validate({"prompt": PROMPT, **given})))
+        params = made.request.params
+        assert (params.temperature, params.top_p, params.top_k, params.max_new_tokens) == (0.5, 1.0, 7, 16)
 
 
 def test_the_engines_words_become_the_apis():

@@ -47,6 +47,7 @@ class Engine:
         kv_cache_memory: bytes that the cache of a rank may take; by default what the requests need, or
             `max_batch_size` sequences of the model's maximum length, whichever is less.
         prefill_chunk_size: tokens of prompts that are computed in a step, besides those that decode.
+        eos_token_ids: each of them ends a text; by default the config's one.
         suppress_tokens: ids that are never chosen; by default those that the config says belong to no token.
         draft_model: this rank's part of a smaller model with the same vocabulary, for speculative decoding.
         prompt_lookup: speculate with what followed the newest tokens earlier in the sequence.
@@ -64,6 +65,7 @@ class Engine:
         max_batch_size: int = 16,
         kv_cache_memory: int | None = None,
         prefill_chunk_size: int = 256,
+        eos_token_ids: Sequence[int] | None = None,
         suppress_tokens: Sequence[int] | None = None,
         draft_model: OPTModel | None = None,
         prompt_lookup: bool = False,
@@ -77,6 +79,7 @@ class Engine:
         _check_no_data_parallelism(parallel)
         self._parallel = parallel
         self._config = model.opt_config
+        self._eos_token_ids = (self._config.eos_token_id,) if eos_token_ids is None else tuple(eos_token_ids)
         self._suppressed = _suppressed_ids(self._config, suppress_tokens)
         self._max_batch_size = max_batch_size
         self._chunk_size = prefill_chunk_size
@@ -224,8 +227,7 @@ class Engine:
         return requests
 
     def _make_groups(self, request_id: int, request: Request) -> Iterator[SequenceGroup]:
-        config = self._config
-        return make_groups(request_id, request, config.eos_token_id, config.vocab_size, self._suppressed)
+        return make_groups(request_id, request, self._eos_token_ids, self._config.vocab_size, self._suppressed)
 
     def _sequence_sizes(self, request: Request) -> list[int]:
         """Tokens of the blocks of each of the request's sequences, as far as they can run together."""

@@ -110,14 +110,14 @@ class BeamSearch:
 class BeamSearchGroup(SequenceGroup):
     """A request under beam search; its events come when the search has ended."""
 
-    def __init__(self, request_id: int, request: Request, eos: int | None, suppressed: Tensor = NO_IDS) -> None:
+    def __init__(self, request_id: int, request: Request, eos: Sequence[int], suppressed: Tensor = NO_IDS) -> None:
         params = request.params
         max_length = len(request.prompt) + params.max_new_tokens - 1
         super().__init__(request_id, request, 0, params.num_beams, max_length)
         self._eos = eos
         self._chain = ProcessorChain(params, suppressed)
         self._prompt_history = TokenHistory(request.prompt, eos)
-        self._search = BeamSearch(params, [*params.stop_token_ids, *(() if eos is None else (eos,))])
+        self._search = BeamSearch(params, [*params.stop_token_ids, *eos])
         self._num_running = 1  # the first ones of `sequences`, which hold the running beams
 
     def schedule(self, budget: int) -> list[ScheduledSequence]:

@@ -37,7 +37,9 @@ class ContrastiveSearchGroup(SequenceGroup):
     output_kind = OutputKind.HIDDEN_STATES
     can_share_prefix = False  # the hidden states of the whole prompt are needed
 
-    def __init__(self, request_id: int, request: Request, eos: int | None, vocab_size: int, suppressed: Tensor) -> None:
+    def __init__(
+        self, request_id: int, request: Request, eos: Sequence[int], vocab_size: int, suppressed: Tensor
+    ) -> None:
         params = request.params
         # Candidates are computed even for the last token: one more than sampling needs.
         super().__init__(request_id, request, 0, params.top_k, len(request.prompt) + params.max_new_tokens)

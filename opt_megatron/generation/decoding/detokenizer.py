@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..request import FinishReason, Request
 from .stop_strings import StopScanner
 
@@ -10,14 +12,14 @@ class IncrementalDetokenizer:
     """Turns the tokens of one continuation into text, and detects its end.
 
     Args:
-        eos: the id that ends it, or None.
+        eos: ids that end it, besides the request's own.
     """
 
-    def __init__(self, request: Request, eos: int | None) -> None:
+    def __init__(self, request: Request, eos: Sequence[int]) -> None:
         params = request.params
         self._num_tokens = 0
         self._min_new_tokens, self._max_new_tokens = params.min_new_tokens, params.max_new_tokens
-        self._end_tokens = {*params.stop_token_ids, *(() if eos is None else (eos,))}
+        self._end_tokens = {*params.stop_token_ids, *eos}
         self._decoder = request.make_decoder()
         has_stops = bool(params.stop or params.stop_regex)
         self._scanner = StopScanner(params.stop, params.stop_regex, params.include_stop) if has_stops else None

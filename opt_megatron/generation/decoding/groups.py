@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from .sequences import SequenceGroup
 
 
 def make_groups(
-    request_id: int, request: Request, eos_token_id: int, vocab_size: int, suppressed: Tensor
+    request_id: int, request: Request, eos_token_ids: Sequence[int], vocab_size: int, suppressed: Tensor
 ) -> Iterator[SequenceGroup]:
     """The groups of a request, one after the other: what they have in common can be read off the first.
 
@@ -23,7 +23,7 @@ def make_groups(
         suppressed: [ids] int64 that are never chosen.
     """
     params = request.params
-    eos = None if params.ignore_eos else eos_token_id
+    eos = () if params.ignore_eos else eos_token_ids
     if params.num_beams > 1:
         yield BeamSearchGroup(request_id, request, eos, suppressed)
     elif params.penalty_alpha > 0:

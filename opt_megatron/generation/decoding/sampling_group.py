@@ -28,7 +28,7 @@ class SamplingGroup(SequenceGroup):
     """
 
     def __init__(
-        self, request_id: int, request: Request, eos: int | None, choice: int = 0, suppressed: Tensor = NO_IDS
+        self, request_id: int, request: Request, eos: Sequence[int], choice: int = 0, suppressed: Tensor = NO_IDS
     ) -> None:
         params = request.params
         super().__init__(request_id, request, choice, 1, len(request.prompt) + max(0, params.max_new_tokens - 1))

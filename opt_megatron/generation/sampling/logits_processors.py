@@ -216,8 +216,7 @@ def nucleus_size(params: SamplingParams, history: TokenHistory) -> float:
 
 def _end_tokens(params: SamplingParams, history: TokenHistory) -> list[int]:
     """Ids that would end the text."""
-    eos = [] if history.eos is None or params.ignore_eos else [history.eos]
-    return [*eos, *params.stop_token_ids]
+    return [*(() if params.ignore_eos else history.eos), *params.stop_token_ids]
 
 
 class LogitsProcessor(NamedTuple):
@@ -257,6 +256,13 @@ PROCESSORS = (
     LogitsProcessor(
         lambda p: bool(p.bad_word_ids),
         lambda scores, p, history: mask_bad_words(scores, p.bad_word_ids, history.tokens),
+    ),
+    # transformers: begin_suppress_tokens
+    LogitsProcessor(
+        lambda p: bool(p.begin_suppress_tokens),
+        lambda scores, p, history: (
+            scores if history.num_output_tokens else mask_tokens(scores, p.begin_suppress_tokens)
+        ),
     ),
     # transformers: min_new_tokens; nothing that ends the text
     LogitsProcessor(

@@ -233,6 +233,13 @@ class SamplingParams:
     bad_word_ids: tuple[tuple[int, ...], ...] = option(
         (), help="sequences of ids whose last one is not chosen after the others (those of bad_words)", cli=False
     )
+    begin_suppress_tokens: tuple[int, ...] = option(
+        (),
+        help="ids that are not chosen as the first new token",
+        minimum=0,
+        must="be made of ids, which are 0 or above",
+        cli=False,
+    )
     sentence_end_tokens: tuple[int, ...] = option(
         (),
         help="ids after which the factual nucleus is as large as top-p again (those of . ? !)",

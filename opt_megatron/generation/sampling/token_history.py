@@ -34,7 +34,7 @@ class TokenHistory:
 
     Args:
         prompt: ids, BOS included.
-        eos: the end-of-sequence id that `min_new_tokens` masks; None where no such token ends the text.
+        eos: the end-of-sequence ids, which `min_new_tokens` masks; none where no such token ends the text.
 
     Attributes:
         tokens: ids of the prompt and the output. A new token may be appended to the list itself.
@@ -42,7 +42,7 @@ class TokenHistory:
         eos: as given.
     """
 
-    def __init__(self, prompt: Sequence[int], eos: int | None = None) -> None:
+    def __init__(self, prompt: Sequence[int], eos: Sequence[int] = ()) -> None:
         self.tokens = list(prompt)
         self.num_prompt_tokens = len(self.tokens)
         self.eos = eos
