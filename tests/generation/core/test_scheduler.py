@@ -60,7 +60,7 @@ class Loop:
 
 def group_of(number: int, prompt, new: int = 5, client: int = 0, **options) -> SamplingGroup:
     params = SamplingParams(max_new_tokens=new, **({"temperature": 0} | options))
-    return SamplingGroup(number, Request(tuple(prompt), params, client=client), None)
+    return SamplingGroup(number, Request(tuple(prompt), params, client=client), ())
 
 
 def numbered(number: int, length: int, new: int = 5, client: int = 0, **options) -> SamplingGroup:
@@ -80,7 +80,7 @@ def test_requests_begin_in_their_order_and_never_more_than_the_batch_size():
 def test_a_beam_search_counts_with_all_its_rows():
     loop = Loop(1000, max_batch_size=4)
     search = Request((7, 8), SamplingParams(max_new_tokens=4, num_beams=3))
-    loop.add(numbered(0, 4, new=3), numbered(1, 4, new=3), BeamSearchGroup(2, search, None), numbered(3, 4))
+    loop.add(numbered(0, 4, new=3), numbered(1, 4, new=3), BeamSearchGroup(2, search, ()), numbered(3, 4))
     steps = loop.run()
     assert [{number for number, _ in step} for step in steps[:3]] == [{0, 1}] * 3  # 3 waits behind 2
     assert {number for number, _ in steps[3]} == {2, 3}
