@@ -95,7 +95,7 @@ def test_the_user_is_told_what_is_followed_and_what_is_not(tmp_path):
     ("content", "message"),
     [
         ('{"temperature": "hot"}', "temperature"),
-        ('{"top_p": 7}', "top_p is 7, but must be above 0 and at most 1"),
+        ('{"top_p": 7}', "top_p is 7, but must be from 0"),
         ('{"eos_token_id": [2, "x"]}', "eos_token_id is .*, not an id or a list of ids"),
         ("[2]", "holds a list, not an object"),
         ("{", "Expecting property name"),
