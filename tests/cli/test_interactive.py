@@ -36,7 +36,7 @@ def test_options_change_and_mistakes_change_nothing(capsys, monkeypatch):
     problems = [line.removeprefix("opt-megatron: ") for line in err.splitlines() if "toy" not in line]
     expected = [
         "there is no text yet",
-        "/set: n is 2",
+        "n is 2",
         "/set: there is no option 'temperatur'",
         "there is no command /sing",
     ]
