@@ -9,7 +9,6 @@ independently, and a lost first token.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from .api import OPT
 from .checkpoint.formats.registry import is_checkpoint
-from .errors import UserError
+from .errors import UserError, print_notice
 from .model.opt_model import OPTModel
 from .parallel.context import (
     ParallelContext,
@@ -165,7 +164,7 @@ class Predictor:
                 f"positions: lower input_max_length to {self._opt.config.max_position_embeddings - 2} or less"
             )
         if out_max_length > room and dist.get_rank() == 0:
-            print(f"opt-megatron: out_max_length {out_max_length} is cut to the {room} positions left", file=sys.stderr)
+            print_notice(f"out_max_length {out_max_length} is cut to the {room} positions left")
         return min(out_max_length, room)
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..errors import LaunchError, UserError, first_line
+from ..errors import LaunchError, UserError, first_line, printable
 from ..version import __version__
 from .option_groups import complete
 
@@ -114,7 +114,7 @@ def _report(program: str, message: str, code: int, *, is_of_this_rank: bool = Fa
         # Ranks that are connected raise an error on all. Under torchrun this one would have been ended with the leader.
         if _has_other_ranks() and "TORCHELASTIC_RUN_ID" not in os.environ:
             return code
-    print(f"{program}: error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {f'rank {rank}: ' if rank else ''}{printable(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -135,7 +135,7 @@ def exit_now(message: str, code: int) -> NoReturn:
 
     `sys.exit` would join them: those of a process group that has lost a member may never end.
     """
-    print(f"opt-megatron: error: {message}", file=sys.stderr, flush=True)
+    print(f"opt-megatron: error: {printable(message)}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

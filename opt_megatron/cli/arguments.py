@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..model.linear_methods.registry import quantization_help, quantizations
 from ..options import Options, option
 
@@ -135,7 +134,7 @@ def print_config_notes(notes: list[str], args: argparse.Namespace) -> None:
 
     for note in notes:
         if note != ACTIVATION_IS_ASSUMED or args.activation is None:
-            print(f"opt-megatron: no config.json: {note}", file=sys.stderr)
+            print_notice(f"no config.json: {note}")
 
 
 def check_picture(output: Path, force: bool) -> None:

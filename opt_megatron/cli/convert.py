@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.conversion_options import ConversionOptions
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..options import Options, from_arguments, option
 from .arguments import ModelConfigOptions, RequiredLoadOptions, config_argument, print_config_notes
 from .option_groups import Groups, add_groups
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         )
     print_config_notes(summary.config_notes, args)
     for note in summary.notes:
-        print(f"opt-megatron: {note}", file=sys.stderr)
+        print_notice(note)
     seconds = time.monotonic() - started
     files = f"{summary.num_files} file" + ("s" if summary.num_files > 1 else "")
     print(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import dtype_name
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..options import Options, option
 from .arguments import ModelOptions, RuntimeOptions
 from .loading import open_model, print_notices, start_ranks
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     opt = open_model(args, start_ranks(args, OPTIONS), batch_size=args.batch_size)
     print_notices(args, opt)
     if args.include_path is not None and opt.parallel.is_leader:
-        print(f"opt-megatron: {args.include_path}: lm-eval's YAML files can run Python (!function)", file=sys.stderr)
+        print_notice(f"{args.include_path}: lm-eval's YAML files can run Python (!function)")
     _evaluate(args, options, opt.load())
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import printable
 from ..options import Options, option
 from .arguments import ModelConfigOptions, config_argument, print_config_notes
 from .option_groups import Groups, add_groups
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     print_config_notes(checkpoint.config_notes, args)
     dtypes = Counter(dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values())
     for name, value in _facts(checkpoint, dtypes):
-        print(f"{name:12}{value}")
+        print(printable(f"{name:12}{value}"))
     for name, what in checkpoint.ranks:
         print(f"{name:16}{what}")
     _print_size_per_rank(checkpoint.config, next(iter(dtypes)))

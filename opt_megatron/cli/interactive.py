@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..generation.core.request_queue import RequestQueue
 from ..generation.request import TokenEvent
 from ..generation.sampling.sampling_params import SamplingParams
@@ -212,7 +212,7 @@ def _read_turns(opt: OPT, engine: _ContinuousEngine, interaction: Interaction) -
                 interaction.begin_turn(line)
                 _continue_text(opt, engine, interaction)
         except UserError as error:
-            print(f"opt-megatron: {error}", file=sys.stderr, flush=True)
+            print_notice(str(error))
 
 
 def _continue_text(opt: OPT, engine: _ContinuousEngine, interaction: Interaction) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..errors import print_notice
 from .arguments import config_argument, print_config_notes
 from .option_groups import Groups, comparable_options
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..parallel.heartbeat import LostRankPolicy
 
 TOY_NOTICE = (
-    "opt-megatron: no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
+    "no --load: using the embedded model 'story', a toy of 4.3 million parameters trained on fairy "
     "tales (not one of Meta's; good for trying things out)"
 )
 
@@ -96,7 +96,7 @@ def print_notices(args: argparse.Namespace, opt: OPT) -> None:
     if not opt.parallel.is_leader:
         return
     if args.load is None:
-        print(TOY_NOTICE, file=sys.stderr)
+        print_notice(TOY_NOTICE)
     if opt.pretrained.checkpoint is not None:
         print_config_notes(opt.pretrained.checkpoint.config_notes, args)
     told = opt.pretrained.generation_config.describe(opt.config.eos_token_id)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..options import Options, option
 from .arguments import JsonLinesOptions
 from .option_groups import Groups, add_groups
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             progress=bar.update,
         )
     for line in result.bad.report():
-        print(f"opt-megatron: {line}", file=sys.stderr)
+        print_notice(line)
     megabytes = result.text_bytes / 1e6
     print(f"wrote {result.prefix}.bin and .idx ({result.dtype})")
     print(

@@ -8,13 +8,12 @@ import importlib.util
 import ipaddress
 import os
 import resource
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MissingPackageError, UserError, first_line
+from ..errors import MissingPackageError, UserError, first_line, print_notice
 from ..generation.engine_options import EngineOptions
 from ..options import Options, Size, option
 from .arguments import GenerationConfigOptions, ModelOptions, RuntimeOptions
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     engines: list[AsyncEngine] = []  # the leader's, once there is one
     parallel = start_ranks(args, _ON_ALL_RANKS, lambda message: _end_engine_or_process(engines, message))
     if parallel.is_leader and "TORCHELASTIC_RUN_ID" in os.environ and args.shutdown_timeout > _TORCHRUN_WAITS:
-        _print_notice(
+        print_notice(
             f"--shutdown-timeout {args.shutdown_timeout:g} is more than there will be: torchrun kills its processes "
             "30 s after it is told to end"
         )
@@ -141,10 +140,10 @@ def _lead(
     from . import exit_now, is_lost_rank
 
     url = url_of(listener)
-    _print_notice(f"loading the model, to be served at {url}")
+    print_notice(f"loading the model, to be served at {url}")
     is_loopback = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     if key is None and not is_loopback:
-        _print_notice(f"whoever reaches {url} can use it: there is no --api-key")
+        print_notice(f"whoever reaches {url} can use it: there is no --api-key")
 
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     name = _names(args)[0]
@@ -152,7 +151,7 @@ def _lead(
         lambda: _load(args, parallel),
         limits,
         Metrics(name),
-        lambda: _print_notice(f"serving {name} ({layout}) at {url}"),
+        lambda: print_notice(f"serving {name} ({layout}) at {url}"),
     )
     engines.append(async_engine)
     allowed_hosts = args.allowed_hosts or (() if is_loopback else ("*",))
@@ -245,7 +244,3 @@ def _check_packages() -> None:
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingPackageError(", ".join(missing), "serving", "serve")
-
-
-def _print_notice(text: str) -> None:
-    print(f"opt-megatron: {text}", file=sys.stderr, flush=True)

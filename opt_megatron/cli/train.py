@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.locate import EMBEDDED_NAME
 from ..config import released_name
 from ..data.options import DataOptions, SupervisedOptions
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..model.lora_options import LORA_TARGETS, LoRAOptions
 from ..options import from_arguments
 from ..training.options import (
@@ -124,9 +124,7 @@ def _open_adapter(args: argparse.Namespace, config: OPTConfig, parallel: Paralle
     found = locate_on_all_ranks(args.adapter, parallel)
     adapter = on_all_ranks(parallel, lambda: open_adapter(found, config))
     if adapter.dropout and parallel.is_leader:
-        print(
-            f"opt-megatron: LoRA's dropout of {adapter.dropout:g}, as {found} has it, is not applied", file=sys.stderr
-        )
+        print_notice(f"LoRA's dropout of {adapter.dropout:g}, as {found} has it, is not applied")
     return adapter
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..options import Options, option
 from .arguments import JsonLinesOptions
 from .option_groups import Groups, add_groups
@@ -55,12 +55,11 @@ def run(args: argparse.Namespace) -> None:
         show_progress=sys.stderr.isatty(),
     )
     for line in result.bad.report():
-        print(f"opt-megatron: {line}", file=sys.stderr)
+        print_notice(line)
     if result.vocab_size < args.vocab_size:
-        print(
-            f"opt-megatron: the text holds no more pairs that occur twice: the vocabulary has {result.vocab_size} "
-            f"entries, not {args.vocab_size}",
-            file=sys.stderr,
+        print_notice(
+            f"the text holds no more pairs that occur twice: the vocabulary has {result.vocab_size} entries, "
+            f"not {args.vocab_size}"
         )
     print(f"wrote {args.output}: {result.vocab_size:,} tokens")
     print(f"{result.texts:,} texts, {result.text_bytes:,} bytes in {result.seconds:.1f} s")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, shorten
+from ..errors import UserError, printable, shorten
 from ..options import Options, option
 from .arguments import ModelConfigOptions, config_argument, print_config_notes
 from .option_groups import Groups, add_groups
@@ -83,9 +83,9 @@ def _compare_weights(first: Checkpoint, second: Checkpoint | None, workers: int)
     theirs = read_manifest(first.path).config if second is None else comparable_config(second.config)
     configs = config_differences(comparable_config(first.config), theirs)
     for difference in found:
-        print(f"{shorten([difference.name])} {difference.what}")
+        print(printable(f"{shorten([difference.name])} {difference.what}"))
     for sentence in configs:
-        print(sentence)
+        print(printable(sentence))
     with_what = "its manifest" if second is None else f"{second.path} ({second.format_description})"
     verdict = f"differ in {len(found)} of" if found else "are equal to the bit in all"
     values = f"{len(configs)} value" + ("s" if len(configs) > 1 else "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..files import staging_directory
 from .blend import Blend
 from .indexed_dataset import check_tokens, open_indexed
@@ -123,9 +122,8 @@ def _new_cache(root: Path, name: str, *, required: bool) -> IndexCache:
     except OSError as error:
         if required:
             raise UserError(f"--data-cache-path {root}: cannot be written: {error.strerror}") from None
-        print(
-            f"opt-megatron: {root}: cannot be written ({error.strerror}), so the indices of the data are not kept; "
-            "--data-cache-path DIR keeps them",
-            file=sys.stderr,
+        print_notice(
+            f"{root}: cannot be written ({error.strerror}), so the indices of the data are not kept; "
+            "--data-cache-path DIR keeps them"
         )
         return IndexCache(Path(tempfile.mkdtemp(prefix="opt-megatron-")), None)

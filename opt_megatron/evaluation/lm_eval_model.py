@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..api import OPT
-from ..errors import UserError
+from ..errors import UserError, print_notice
 from ..files import progress_bar
 from ..generation.request import Request
 from ..generation.sampling.sampling_params import SamplingParams
@@ -189,7 +189,7 @@ class OPTMegatronLM(TemplateLM):
 def _device(device: str | None) -> str | None:
     """lm-eval's command line passes "cuda:0" by default: without a GPU that means the CPU, as for its `hf`."""
     if device == "cuda:0" and not torch.cuda.is_available():
-        print("opt-megatron: lm-eval asks for cuda:0, and there is no CUDA GPU: running on the CPU", file=sys.stderr)
+        print_notice("lm-eval asks for cuda:0, and there is no CUDA GPU: running on the CPU")
         return "cpu"
     return device
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingPackageError, UserError, first_line, shorten
+from ..errors import MissingPackageError, UserError, first_line, print_notice, shorten
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator
@@ -112,11 +112,8 @@ def _report_other_numbers_of_shots(results: dict[str, Any], wanted: int | None) 
         f"{task} ({count})" for task, count in results["n-shot"].items() if wanted is not None and count != wanted
     ]
     if others:
-        print(
-            f"opt-megatron: --num-fewshot {wanted} was not used where the task's own file fixes another number: "
-            f"{shorten(others)}",
-            file=sys.stderr,
-            flush=True,
+        print_notice(
+            f"--num-fewshot {wanted} was not used where the task's own file fixes another number: {shorten(others)}"
         )
 
 

@@ -12,10 +12,11 @@ from typing import Any, TextIO
 
 from ..config import OPTConfig
 from ..data.jsonl import parse_object
-from ..errors import MissingPackageError
-from ..files import cannot_write, write_text_atomically
+from ..errors import MissingPackageError, printable
+from ..files import cannot_write, read_bounded, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_MOST_BYTES = 2**30  # a line takes about 250 bytes
 
 
 class MetricsLogger:
@@ -40,7 +41,7 @@ class MetricsLogger:
 
     def print_line(self, text: str) -> None:
         """Print one line, on stderr unless another stream was given."""
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
     def record(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
         """Write one entry to metrics.jsonl and TensorBoard.
@@ -81,7 +82,7 @@ def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         OSError: the file cannot be read.
     """
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in read_bounded(path, _MOST_BYTES).decode(errors="replace").split("\n"):
         try:
             entry = parse_object(line)
         except ValueError:

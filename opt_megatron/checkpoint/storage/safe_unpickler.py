@@ -2,7 +2,8 @@
 
 Python's own cannot be restricted enough: whatever `find_class` allows, it sets attributes of any object, hashes any
 key, and its C version allocates memory for any memo index. This one knows the opcodes that torch.save writes
-(protocols 2 to 5) and a few constructors, and replaces every other class or function by an inert stub.
+(protocols 2 to 5) and a few constructors, and replaces every other class or function by an inert stub. What it
+allocates is counted and limited: one byte of a pickle may be a set of 216 bytes.
 Only plain values of a pickle are hashed, compared or printed: nested tuples that share their elements take little
 memory, but walking through them may never end.
 
@@ -16,6 +17,7 @@ import argparse
 import collections
 import pickle as op
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +69,7 @@ class _Unpickler:
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
-        # How much the known functions may copy in total: a file can ask for the same long list a thousand times.
-        self._budget = 4 * len(data) + 10_000
+        self._budget = _FREE_BYTES + _BYTES_PER_BYTE * len(data)
 
     def run(self) -> Any:
         """Interpret the bytes up to STOP. The most frequent opcodes are handled here, the others by methods."""
@@ -102,6 +103,8 @@ class _Unpickler:
             elif code == _MARK:
                 self._marks.append(stack)
                 stack = self._stack = []
+                if len(self._marks) > _MOST_MARKS:
+                    raise InvalidPickleError(f"more than {_MOST_MARKS:,} containers in each other")
             elif code == _STOP:
                 return stack.pop()
             else:
@@ -109,6 +112,9 @@ class _Unpickler:
                 if handler is None:
                     raise InvalidPickleError(f"opcode {code:#x} is not one that torch.save writes")
                 self._at = at
+                self._budget -= _COSTS.get(code, _USUAL_COST)
+                if self._budget < 0:
+                    raise InvalidPickleError("what it describes takes more memory than a checkpoint of its size needs")
                 handler(self)
                 stack, at = self._stack, self._at
 
@@ -185,6 +191,7 @@ class _Unpickler:
 
     def _append(self, items: list[Any]) -> None:
         target = self._stack[-1]
+        self._budget -= _ITEM_COST * len(items)
         if type(target) is list:
             target.extend(items)
         elif not isinstance(target, Inert):
@@ -192,6 +199,7 @@ class _Unpickler:
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
+        self._budget -= _ITEM_COST * len(items)
         if type(target) in (dict, collections.OrderedDict):
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[_plain_key(key)] = value
@@ -204,6 +212,7 @@ class _Unpickler:
 
     def _add_items(self) -> None:
         items, target = self._since_mark(), self._stack[-1]
+        self._budget -= _ITEM_COST * len(items)
         if type(target) is set:
             target.update(map(_plain_key, items))
         elif not isinstance(target, Inert):
@@ -223,9 +232,9 @@ class _Unpickler:
         if isinstance(function, Inert):
             self._stack.append(Inert())
         elif type(arguments) is tuple and callable(function) and function in self._callable:
-            self._budget -= sum(len(value) for value in arguments if type(value) in (list, tuple, str, dict))
-            if self._budget < 0:
-                raise InvalidPickleError("it asks for more copies than a checkpoint needs")
+            # A file can ask for copies of the same long list a thousand times.
+            copied = (len(value) for value in arguments if type(value) in (list, tuple, str, dict))
+            self._budget -= _ITEM_COST * sum(copied)
             self._stack.append(function(*arguments))
         else:
             raise InvalidPickleError(f"a call of a {type(function).__name__}")
@@ -244,6 +253,7 @@ class _Unpickler:
         if type(target) is Record:
             target.state = state
         elif type(target) is argparse.Namespace and type(state) is dict:
+            self._budget -= _ITEM_COST * len(state)
             vars(target).update({key: value for key, value in state.items() if type(key) is str})
 
     def _persistent(self) -> None:
@@ -251,8 +261,13 @@ class _Unpickler:
 
 
 def _plain_key(key: Any) -> Any:
-    """The key itself if hashing it visits no containers, else a stub."""
-    return key if type(key) in (str, int, float, bool, bytes, type(None), Record) else Inert()
+    """The key itself if it is plain, or a record, and no other key has its hash by intention; else a stub.
+
+    Python hashes a number modulo 2^61 - 1, and texts with a secret: thousands of large numbers can have one hash.
+    """
+    if type(key) is int:
+        return key if -sys.hash_info.modulus < key < sys.hash_info.modulus else Inert()
+    return key if type(key) in (str, bool, bytes, type(None), Record) else Inert()
 
 
 def ordered_dict(items: Any = ()) -> collections.OrderedDict:
@@ -271,6 +286,16 @@ def _dictionary(items: list[Any]) -> dict[Any, Any]:
     return {_plain_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
+# What a pickle may allocate, and what opcodes are taken to allocate: at least what CPython does, with the entry of the
+# stack or the memo. Pickles of tensors by name take 15 to 20 bytes a byte.
+_FREE_BYTES = 64 * 2**20
+_BYTES_PER_BYTE = 32
+_MOST_MARKS = 10_000
+_USUAL_COST, _ITEM_COST = 100, 50
+_COSTS = {
+    **dict.fromkeys((op.EMPTY_SET[0], op.FROZENSET[0], op.EMPTY_DICT[0], op.DICT[0]), 300),
+    **dict.fromkeys((op.REDUCE[0], op.NEWOBJ[0], op.NEWOBJ_EX[0], op.BINPERSID[0]), 300),
+}
 _UINT16, _UINT32 = struct.Struct("<H"), struct.Struct("<I")
 _BINGET, _LONG_BINGET, _BINPUT, _LONG_BINPUT = op.BINGET[0], op.LONG_BINGET[0], op.BINPUT[0], op.LONG_BINPUT[0]
 _BININT1, _BININT2, _BINUNICODE, _MARK, _STOP = op.BININT1[0], op.BININT2[0], op.BINUNICODE[0], op.MARK[0], op.STOP[0]

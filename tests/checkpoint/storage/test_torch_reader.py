@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import struct
+import sys
 import zipfile
 
 import pytest
@@ -160,6 +161,30 @@ def test_bombs_neither_hang_nor_take_memory(tmp_path, attack):
         assert content is None or isinstance(content, tuple | dict | list | set | frozenset)
     except CheckpointError as error:
         assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        b"(" + b"\x8f" * 1_000_000 + b"t",  # sets
+        b"(" + b"}" * 1_000_000 + b"t",
+        b"N" + b"\x85" * 1_100_000,  # tuples in each other
+        b"N" + b"\x94" * 1_100_000,  # the memo
+        b"(" * 1_100_000,
+        b"cargparse\nNamespace\nq\x00(" + b"h\x00)R" * 1_000_000 + b"t",
+        b"}q\x00(" + b"".join(b"J" + struct.pack("<I", n) + b"N" for n in range(50_000)) + b"u"  # a state of 50,000
+        b"cargparse\nNamespace\nq\x01(" + b"h\x01)Rh\x00b" * 1000 + b"t",
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_pickle_may_not_become_many_times_its_size(tmp_path, attack):
+    with pytest.raises(CheckpointError, match=r"takes more memory than|containers in each other"):
+        TorchFile(archive(tmp_path / "f", opcodes(attack)))
+
+
+def test_integer_keys_cannot_be_chosen_to_have_one_hash(tmp_path):
+    content = saved(tmp_path / "f", {"x": {k * sys.hash_info.modulus: None for k in range(-9, 9)} | {7: "plain"}})
+    assert len({hash(key) for key in content["x"]}) == 19 and content["x"][7] == "plain"
 
 
 def test_a_tensor_cannot_reach_beyond_its_storage_or_file(tmp_path):
