@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import ipaddress
 import os
+import re
 import resource
 import traceback
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class ServerOptions(Options):
         help="take requests whose Host is this name, beside localhost and loopback addresses; * takes all; repeatable",
         metavar="NAME",
         default_text="no other on a loopback --host, else all",
+    )
+    allowed_origins: tuple[str, ...] | None = option(
+        None,
+        help="let pages of this origin, as https://example.com, send requests from browsers (CORS); * is every origin; "
+        "repeatable",
+        metavar="ORIGIN",
     )
     served_model_name: tuple[str, ...] | None = option(
         None, help="what clients call the model; repeatable", metavar="NAME"
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: of any kind; the same one on every rank.
     """
     check_engine_options(args)
+    _check_origins(args.allowed_origins or ())
     _check_packages()
     limits, key = _limits(args), _api_key(args)
     engines: list[AsyncEngine] = []  # the leader's, once there is one
@@ -155,7 +163,7 @@ def _lead(
     )
     engines.append(async_engine)
     allowed_hosts = args.allowed_hosts or (() if is_loopback else ("*",))
-    app = make_app(async_engine, key, allowed_hosts=allowed_hosts)
+    app = make_app(async_engine, key, allowed_hosts=allowed_hosts, allowed_origins=args.allowed_origins or ())
     try:
         Server(async_engine, app, args.max_connections).run([listener])
     except (UserError, SystemExit):
@@ -238,6 +246,14 @@ def _api_key(args: argparse.Namespace) -> str | None:
     if key is not None and not (key and key.isascii() and key.isprintable()):
         raise UserError(f"--api-key (or {_KEY_VARIABLE}) is empty or has other characters than ASCII's printable ones")
     return key
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UserError(
+                f"--allowed-origins is {origin!r}, but must be * or scheme, host and port alone, as https://example.com"
+            )
 
 
 def _check_packages() -> None:

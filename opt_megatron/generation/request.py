@@ -69,6 +69,8 @@ class TokenEvent:
         top_logprobs: the likeliest ids with their log-probabilities, best first.
         is_prompt: a token of the prompt, where `echo` or `prompt_logprobs` asks for them (with choice 0, before all
             others).
+        num_cached_tokens: of the prompt, those whose keys and values were copied from another sequence instead of
+            computed; in all events of a continuation.
     """
 
     request: int
@@ -79,6 +81,7 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: TopLogProbs = ()
     is_prompt: bool = False
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..version import __version__
@@ -24,17 +25,24 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def make_app(
-    async_engine: AsyncEngine, api_key: str | None = None, *, allowed_hosts: Collection[str] = ("*",)
+    async_engine: AsyncEngine,
+    api_key: str | None = None,
+    *,
+    allowed_hosts: Collection[str] = ("*",),
+    allowed_origins: Collection[str] = (),
 ) -> FastAPI:
     """The application.
 
     Args:
         api_key: that clients must send; None takes every request.
         allowed_hosts: see `AllowedHostsMiddleware`.
+        allowed_origins: of pages that may send requests, besides the server's own; `*` for all (CORS).
     """
     app = FastAPI(title="opt_megatron", version=__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     app.add_middleware(BodyLimitMiddleware, limits=async_engine.limits)
     app.add_middleware(AuthenticationMiddleware, api_key=api_key)
+    if allowed_origins:  # before the key, which a browser's preflight request does not have
+        app.add_middleware(CORSMiddleware, allow_origins=[*allowed_origins], allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(AllowedHostsMiddleware, allowed_hosts=allowed_hosts)  # the middleware added last runs first
     add_error_handlers(app)
     add_completion_routes(app, async_engine)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 
+from ..generation.step import BLOCK_SIZE
 from .admission import AdmissionQueue
 from .engine_requests import EngineRequest
 from .engine_thread import EngineThread, SchedulerStats, TimedEvent
@@ -144,6 +145,7 @@ class AsyncEngine:
     def on_model_loaded(self, model: ServedModel) -> None:
         """Take requests from now on, unless the server shuts down already."""
         self._model = model
+        self.metrics.set_cache_config(BLOCK_SIZE, model.engine.num_cache_blocks)
         if self.state is EngineState.LOADING:
             self.state = EngineState.READY
             self._on_ready()
@@ -156,6 +158,7 @@ class AsyncEngine:
                 request.start(stats.step_start)
                 self._count_started(request)
         self.metrics.kv_cache_usage.set(stats.kv_cache_usage)
+        self.metrics.count_steps(stats.counters)
         self._update_gauges()
 
     def on_events(self, events: list[TimedEvent]) -> None:

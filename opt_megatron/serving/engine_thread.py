@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from ..generation.core.request_queue import RequestQueue
+from ..generation.core.scheduler import SchedulerCounters
 from ..generation.request import Request, TokenEvent
 from .served_model import ServedModel
 
@@ -38,11 +39,13 @@ class SchedulerStats(NamedTuple):
         running: numbers of the requests that are in the batch.
         kv_cache_usage: used part of the KV cache, from 0 to 1.
         step_start: when the step began, in seconds of `time.perf_counter`.
+        counters: what the scheduler has done so far.
     """
 
     running: frozenset[int]
     kv_cache_usage: float
     step_start: float
+    counters: SchedulerCounters
 
 
 class EngineListener(Protocol):
@@ -52,7 +55,7 @@ class EngineListener(Protocol):
         """Called once, when the engine can take requests."""
 
     def on_stats(self, stats: SchedulerStats) -> None:
-        """Called when other requests run than before."""
+        """Called after every step, and when other requests run than before."""
 
     def on_events(self, events: list[TimedEvent]) -> None:
         """Called with the events since the last call."""
@@ -113,7 +116,7 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._events: deque[TimedEvent] = deque()
         self._delivery_is_scheduled = False
-        self._stats = SchedulerStats(frozenset(), 0.0, 0.0)
+        self._stats = SchedulerStats(frozenset(), 0.0, 0.0, SchedulerCounters())
         self._step_start = 0.0
         self._model: ServedModel | None = None
         self.queue = MonitoredRequestQueue(self._report_stats)
@@ -141,9 +144,9 @@ class EngineThread:
     def _report_stats(self) -> None:
         assert self._model is not None  # only its engine calls this
         engine = self._model.engine
-        running = frozenset(engine.running_requests)
-        if running != self._stats.running:
-            self._stats = SchedulerStats(running, engine.kv_cache_usage, self._step_start)
+        running, counters = frozenset(engine.running_requests), engine.counters
+        if (running, counters) != (self._stats.running, self._stats.counters):
+            self._stats = SchedulerStats(running, engine.kv_cache_usage, self._step_start, counters)
             self._call_in_loop(self._listener.on_stats, self._stats)
         self._step_start = time.perf_counter()  # requests that are queued by now can join the next step
 

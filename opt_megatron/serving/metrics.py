@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..generation.core.scheduler import SchedulerCounters
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
-# Histogram buckets in seconds.
+# Histogram buckets of numbers, and in seconds.
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_CONTINUATIONS = (1, 2, 5, 10, 20)
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20)
 _REQUEST = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -44,6 +49,41 @@ class Metrics:
             "inter_token_latency_seconds", "From a token to the next", _INTER_TOKEN
         )
         self.e2e_request_latency = self._histogram("e2e_request_latency_seconds", "Until the last token", _REQUEST)
+        self.prefill_time = self._histogram("request_prefill_time_seconds", "From a place to the first token", _REQUEST)
+        self.decode_time = self._histogram("request_decode_time_seconds", "From the first token to the last", _REQUEST)
+        self.inference_time = self._histogram("request_inference_time_seconds", "From a place to the end", _REQUEST)
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of each prompt", _TOKENS)
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens generated for each prompt", _TOKENS
+        )
+        self.params_n = self._histogram("request_params_n", "n of each prompt", _CONTINUATIONS)
+        self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of each prompt", _TOKENS)
+        self._iteration_tokens = self._histogram("iteration_tokens_total", "Tokens that a step computes", _STEP_TOKENS)
+        self._counters = SchedulerCounters()
+        self._of_scheduler = {
+            "prefix_queries": self._counter("prefix_cache_queries", "Tokens of prompts looked up in the KV cache"),
+            "prefix_hits": self._counter("prefix_cache_hits", "Tokens of prompts copied within the KV cache"),
+            "preemptions": self._counter("num_preemptions", "Sequences that gave their place to another client's"),
+        }
+
+    def set_cache_config(self, block_size: int, num_blocks: int) -> None:
+        """Show the size of the KV cache, in blocks of `block_size` tokens."""
+        values = {
+            "model_name": self._model_name,
+            "block_size": str(block_size),
+            "num_gpu_blocks": str(num_blocks),  # vLLM's name, whatever the device
+            "enable_prefix_caching": "True",
+        }
+        gauge = Gauge("vllm:cache_config_info", "Size of the KV cache; 1", tuple(values), registry=self._registry)
+        gauge.labels(**values).set(1)
+
+    def count_steps(self, counters: SchedulerCounters) -> None:
+        """Count what the scheduler has done since the last call."""
+        if counters.tokens > self._counters.tokens:
+            self._iteration_tokens.observe(counters.tokens - self._counters.tokens)
+        for name, metric in self._of_scheduler.items():
+            metric.inc(getattr(counters, name) - getattr(self._counters, name))
+        self._counters = counters
 
     def count_finished(self, reason: str) -> None:
         """Count a finished prompt; `reason` is one of `FINISH_REASONS`."""

@@ -28,15 +28,18 @@ class RequestState:
         self.client = request.client
         self.is_started = False
         self.num_continuations = request.params.num_sampled
+        self._request = request
         self._num_unfinished = request.params.n  # of the continuations that are returned
+        self._num_tokens = 0  # generated so far
         self._metrics = metrics
         self._arrival = time.perf_counter()
+        self._start = self._first_token = self._arrival
         self._last_token: dict[int, float] = {}  # choice -> when its latest token was generated
         metrics.prompt_tokens.inc(len(request.prompt))
 
     def start(self, moment: float) -> None:
         """Record that the request got a place in the batch at `moment`."""
-        self.is_started = True
+        self.is_started, self._start = True, moment
         self._metrics.queue_time.observe(max(0.0, moment - self._arrival))
 
     def record(self, timed: TimedEvent) -> bool:
@@ -54,13 +57,28 @@ class RequestState:
             self._num_unfinished -= 1
         if self._num_unfinished == 0:
             self._metrics.count_finished(_METRIC_REASONS.get(event.finish_reason, event.finish_reason))
-            self._metrics.e2e_request_latency.observe(moment - self._arrival)
+            self._record_end(moment)
         return self._num_unfinished == 0
 
+    def _record_end(self, moment: float) -> None:
+        metrics, params = self._metrics, self._request.params
+        metrics.e2e_request_latency.observe(moment - self._arrival)
+        metrics.request_prompt_tokens.observe(len(self._request.prompt))
+        metrics.request_generation_tokens.observe(self._num_tokens)
+        metrics.params_n.observe(params.n)
+        metrics.params_max_tokens.observe(params.max_new_tokens)
+        if self.is_started:
+            metrics.inference_time.observe(moment - self._start)
+        if self._last_token:
+            metrics.prefill_time.observe(self._first_token - self._start)
+            metrics.decode_time.observe(moment - self._first_token)
+
     def _record_token(self, moment: float, choice: int) -> None:
+        self._num_tokens += 1
         self._metrics.generation_tokens.inc()
         if choice in self._last_token:
             self._metrics.inter_token_latency.observe(moment - self._last_token[choice])
         elif not self._last_token:
+            self._first_token = moment
             self._metrics.time_to_first_token.observe(moment - self._arrival)
         self._last_token[choice] = moment

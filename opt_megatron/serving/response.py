@@ -52,6 +52,7 @@ class ResponseBuilder:
             for prompt_index, item in enumerate(requests)
         ]
         self._prompt_tokens = sum(len(item.request.prompt) for item in requests)
+        self._cached_tokens: dict[int, int] = {}  # by the prompt
         self._completion_tokens = 0
 
     def add_events(self, events: Sequence[PromptEvent]) -> Iterator[Choice]:
@@ -68,16 +69,20 @@ class ResponseBuilder:
                 for choice in choices:
                     choice.add_prompt_token(event)
                 continue
+            # A prompt's second continuation finds the prompt in the cache: what counts is what the first found.
+            cached = self._cached_tokens.get(prompt_index, event.num_cached_tokens)
+            self._cached_tokens[prompt_index] = min(cached, event.num_cached_tokens)
             self._completion_tokens += event.token is not None
             yield choices[event.choice].to_delta(event)
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Number of tokens so far; a prompt counts once, however many continuations it has."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
         }
 
     def to_response(self, deltas: Sequence[Choice]) -> dict[str, Any]:

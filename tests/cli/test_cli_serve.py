@@ -17,6 +17,7 @@ from opt_megatron.cli import main
         (["--request-timeout", "nan"], "--request-timeout is nan"),
         (["--max-body-size", "many"], "'many' is not a size"),
         (["--api-key", ""], "is empty"),
+        (["--allowed-origins", "page.example"], "must be * or scheme, host and port alone"),
         (["--load", "/nowhere", "--port", "0"], "there is no such directory"),
         (["--max-batch-size", "0"], "--max-batch-size is 0"),
         (["--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),

@@ -1,6 +1,7 @@
 """/openapi.json describes what the routes take and return."""
 
 import pytest
+from starlette.testclient import TestClient
 
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.options import options_of
@@ -35,3 +36,22 @@ def test_routes_name_their_bodies_and_errors(document):
         body = operation["requestBody"]
         assert body["required"] and body["content"]["application/json"]["schema"]["$ref"].endswith(f"/{name}")
         assert {"400", "429"} <= set(operation["responses"]) and "422" not in operation["responses"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "answer"),
+    [
+        (("http://page.example",), "http://page.example", "http://page.example"),
+        (("http://page.example",), "http://other.example", None),
+        (("*",), "http://other.example", "*"),
+        ((), "http://page.example", None),
+    ],
+)
+def test_pages_of_allowed_origins_may_send_requests(allowed, origin, answer):
+    engine = AsyncEngine(lambda: None, Limits(), Metrics("story"))
+    client = TestClient(make_app(engine, "key", allowed_origins=allowed))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    preflight = client.options("/v1/completions", headers={"Origin": origin} | asked)
+    assert preflight.headers.get("access-control-allow-origin") == answer
+    response = client.post("/v1/completions", headers={"Origin": origin}, json={})  # without the key
+    assert (response.status_code, response.headers.get("access-control-allow-origin")) == (401, answer)

@@ -33,7 +33,7 @@ from .kv_cache_allocator import KVCacheAllocator, round_up
 from .model_runner import ModelRunner
 from .output_processor import OutputProcessor
 from .request_queue import RequestQueue
-from .scheduler import ScheduledGroup, Scheduler
+from .scheduler import ScheduledGroup, Scheduler, SchedulerCounters
 
 _KEEP_ALIVE_SECONDS = 60.0  # without requests, after which the leader sends its followers a keep-alive message
 
@@ -195,6 +195,16 @@ class Engine:
     def running_requests(self) -> set[int]:
         """Ids of the requests that ran in the latest step; to be read in the thread that reads the events."""
         return {group.request_id for group in self._scheduler.running} if self._queue is not None else set()
+
+    @property
+    def counters(self) -> SchedulerCounters:
+        """What the scheduler has done since `generate` was called."""
+        return self._scheduler.counters if self._queue is not None else SchedulerCounters()
+
+    @property
+    def num_cache_blocks(self) -> int:
+        """How many blocks of `BLOCK_SIZE` tokens the cache may have."""
+        return self._capacity // BLOCK_SIZE
 
     @property
     def kv_cache_usage(self) -> float:

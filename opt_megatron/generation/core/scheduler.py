@@ -24,6 +24,26 @@ class ScheduledGroup(NamedTuple):
     sequences: list[ScheduledSequence]
 
 
+class SchedulerCounters(NamedTuple):
+    """What a scheduler has done so far.
+
+    Attributes:
+        tokens: that were scheduled to be computed.
+        prefix_queries: tokens of prompts whose beginning was looked for in the cache.
+        prefix_hits: those of them that were found there, and copied.
+        preemptions: groups that had to give their place to another client's.
+    """
+
+    tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+    def plus(self, **more: int) -> SchedulerCounters:
+        """The counters with more of some of them."""
+        return self._replace(**{name: getattr(self, name) + count for name, count in more.items()})
+
+
 class Scheduler:
     """Divides the batch among clients; the groups of one client are served in their order.
 
@@ -37,12 +57,14 @@ class Scheduler:
     Attributes:
         waiting: groups without blocks.
         running: groups with blocks.
+        counters: of what it has done.
     """
 
     def __init__(self, allocator: KVCacheAllocator, max_batch_size: int, prefill_chunk_size: int) -> None:
         self.allocator = allocator
         self.waiting = WaitingGroups()
         self.running: list[SequenceGroup] = []
+        self.counters = SchedulerCounters()
         self._max_batch_size = max_batch_size
         self._chunk_size = prefill_chunk_size
 
@@ -84,6 +106,7 @@ class Scheduler:
             self.running.remove(victim)
             self._free(victim)
             victim.preempt()
+            self.counters = self.counters.plus(preemptions=1)
             self.waiting.put_back(victim)
         return True
 
@@ -122,7 +145,10 @@ class Scheduler:
             sequence.blocks = blocks
         if source is not None and self._is_readable(source):
             copy(CachedSequence([], source), group.lead, 0, shared)
-            group.lead.num_cached = shared
+            group.lead.num_cached = group.num_shared_tokens = shared
+            self.counters = self.counters.plus(prefix_hits=shared)
+        if group.can_share_prefix:
+            self.counters = self.counters.plus(prefix_queries=len(group.lead.tokens))
         return True
 
     def _allocate(self, group: SequenceGroup) -> list[KVCacheBlocks]:
@@ -159,7 +185,10 @@ class Scheduler:
                 computing.append(group)
             else:
                 decoding.append(ScheduledGroup(group, group.schedule(0)))
-        return decoding + self._schedule_prompts(computing)
+        scheduled = decoding + self._schedule_prompts(computing)
+        tokens = sum(len(sequence.tokens) for _, sequences in scheduled for sequence in sequences)
+        self.counters = self.counters.plus(tokens=tokens)
+        return scheduled
 
     def _schedule_prompts(self, groups: list[SequenceGroup]) -> list[ScheduledGroup]:
         """As many tokens as a step computes: an equal share for each client, and within it the order of arrival."""

@@ -194,7 +194,9 @@ class BeamSearchGroup(SequenceGroup):
             for index, token in enumerate(beam.tokens):
                 text, reason = detokenizer.push(token)
                 is_last = index == len(beam.tokens) - 1
-                events.append(TokenEvent(self.request_id, token, text, reason or ("stop" if is_last else None), choice))
+                reason = reason or ("stop" if is_last else None)
+                cached = self.num_shared_tokens
+                events.append(TokenEvent(self.request_id, token, text, reason, choice, num_cached_tokens=cached))
                 if reason:
                     break
         return events

@@ -100,7 +100,8 @@ class SamplingGroup(SequenceGroup):
             events = self._prompt_events(begin, self.lead.num_cached, output, self._num_prompt_logprobs)
         if self.request.params.max_new_tokens == 0 and not self.lead.num_pending:
             self.is_finished = True
-            events.append(TokenEvent(self.request_id, None, "", "length", self.choice))
+            end = TokenEvent(self.request_id, None, "", "length", self.choice, num_cached_tokens=self.num_shared_tokens)
+            events.append(end)
         return events
 
     def accept_token(self, token: int, logits: Tensor | None = None) -> TokenEvent:
@@ -113,7 +114,9 @@ class SamplingGroup(SequenceGroup):
         self.lead.tokens.append(token)
         text, reason = self._detokenizer.push(token)
         self.is_finished = reason is not None
-        return TokenEvent(self.request_id, token, text, reason, self.choice, logprob, top)
+        return TokenEvent(
+            self.request_id, token, text, reason, self.choice, logprob, top, num_cached_tokens=self.num_shared_tokens
+        )
 
     def _prompt_events(self, begin: int, end: int, output: Tensor, num_logprobs: int) -> list[TokenEvent]:
         """Output i predicts the token after position begin + i; the first token has no log-probability."""

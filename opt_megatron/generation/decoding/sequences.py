@@ -64,6 +64,7 @@ class SequenceGroup(ABC):
         sequences: as many as the group may need at a time.
         lead: the first of them, which holds the prompt.
         output_kind: what its outputs must contain.
+        num_shared_tokens: of the prompt, those that were copied from another sequence's cache instead of computed.
         can_share_prefix: a prefix of the prompt may be copied from another sequence's cache.
         is_finished: the last event has been made.
     """
@@ -75,6 +76,7 @@ class SequenceGroup(ABC):
         self.request_id, self.request, self.choice, self.max_length = request_id, request, choice, max_length
         self.sequences = [CachedSequence(list(request.prompt)) for _ in range(num_sequences)]
         self.lead = self.sequences[0]
+        self.num_shared_tokens = 0
         self.is_finished = False
 
     @abstractmethod
