@@ -101,4 +101,4 @@ def print_notices(args: argparse.Namespace, opt: OPT) -> None:
         print_config_notes(opt.pretrained.checkpoint.config_notes, args)
     told = opt.pretrained.generation_config.describe(opt.config.eos_token_id)
     if told:
-        print(f"opt-megatron: {told}", file=sys.stderr)
+        print_notice(told)
