@@ -89,12 +89,12 @@ class Continuation:
         return json.dumps(shown, ensure_ascii=False)
 
     def log_probability_lines(self) -> str:
-        """A line for each token, with those that were likelier or next; nothing where --logprobs was not given."""
+        """A line for each token, with those that were likelier or next; nothing where no log-probabilities are."""
         return "".join(
             f"{_rounded(event.logprob)}  {self._shown(event.token)}"
             + "".join(f"   {_rounded(logprob)} {self._shown(token)}" for token, logprob in event.top_logprobs)
             + "\n"
-            for event in self._prompt_events * self._reports_logprobs + self._events
+            for event in self._prompt_events * self._reports_prompt_logprobs + self._events
         )
 
     def _shown(self, token: int | None) -> str:

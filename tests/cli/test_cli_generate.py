@@ -235,8 +235,11 @@ def test_several_continuations_scores_and_echo_in_json(capsys):
     lines = out.split("\n\n===")[0].splitlines()[-len(tokens) :]
     for token, score, line in zip(tokens[1:], scores[1:], lines[1:], strict=True):
         assert line.startswith(f"{score:8.3f}  {TOKENIZER.decode([token])!r}   ")
-    code, out, _ = run(capsys, "--prompt", "Once", "--max-new-tokens", "0", "--echo", "--logprobs", "0", "--json")
+    scored = ("--prompt", "Once", "--max-new-tokens", "0", "--echo", "--logprobs", "0", "--json")
+    code, out, _ = run(capsys, *scored)
     assert code == 0 and json.loads(out)["tokens"] == [] and len(json.loads(out)["prompt_logprobs"]) == 2
+    _, out, _ = run(capsys, "--prompt", "Once", "--max-new-tokens", "1", "--prompt-logprobs", "0")
+    assert out.splitlines()[-1] == f"{json.loads(run(capsys, *scored)[1])['prompt_logprobs'][1]:8.3f}  'Once'"
 
 
 def test_a_prompt_may_have_its_own_options(capsys, tmp_path):
