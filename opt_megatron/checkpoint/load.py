@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import OPTConfig, check_dtype
 from ..errors import UserError
+from ..files import ProgressLines, progress_bar
 from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from .adapter import Adapter
@@ -24,7 +25,11 @@ from .parameter_mapping import ParameterMapping, Split, component_view, even_sta
 from .storage.blocks import BLOCK_BYTES
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from ..model.opt_model import OPTModel
+
+_QUICK_SECONDS = 2.0  # a model that is loaded by then needs no progress bar
 
 
 def locate_on_all_ranks(name: str, parallel: ParallelContext, revision: str | None = None) -> Path:
@@ -113,16 +118,23 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelCon
         difference = sorted({parameter.megatron for parameter in mapping} ^ stored)
         raise RuntimeError(f"the parameter mapping and the model differ in {difference}")
     rank, ranks = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
-    with torch.no_grad():
+    total = sum(targets[parameter.megatron].nbytes for parameter in mapping)
+    with torch.no_grad(), _loading_bar(total, parallel) as bar:
         for parameter in mapping:
             target = targets[parameter.megatron]
             if target.device.type != "meta":
                 read_parameter(target, checkpoint, parameter, rank, ranks)
-                continue
-            weight = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
-            read_parameter(weight, checkpoint, parameter, rank, ranks)
-            module = model.get_submodule(parameter.megatron.removesuffix(".weight"))
-            cast(DeferredWeight, module).store_weight(weight)
+            else:
+                weight = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
+                read_parameter(weight, checkpoint, parameter, rank, ranks)
+                module = model.get_submodule(parameter.megatron.removesuffix(".weight"))
+                cast(DeferredWeight, module).store_weight(weight)
+            bar.update(target.nbytes)
+
+
+def _loading_bar(total: int, parallel: ParallelContext) -> tqdm | ProgressLines:
+    hidden = not parallel.is_leader
+    return progress_bar("loading", unit="B", unit_scale=True, total=total, delay=_QUICK_SECONDS, hidden=hidden)
 
 
 def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: ParameterMapping, rank: int, ranks: int) -> None:

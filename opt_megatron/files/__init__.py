@@ -13,11 +13,12 @@ from .atomic import (
 )
 from .lock import file_lock
 from .partial_directory import PartialDirectory
-from .progress import progress_bar
+from .progress import ProgressLines, progress_bar
 from .regular import open_regular, read_bounded, read_text, special_kind
 
 __all__ = [
     "PartialDirectory",
+    "ProgressLines",
     "atomic_file",
     "cannot_write",
     "created_directory",
