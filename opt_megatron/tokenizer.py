@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
@@ -51,12 +52,14 @@ class OPTTokenizer:
     ) -> None:
         added = added or {}
         self._vocab = vocab | {token.content: index for index, token in added.items()}
+        self._merges = merges
         # An added token that is in the vocabulary keeps its id; otherwise the library would number them.
         self._bpe = BPETokenizer(models.BPE(vocab=self._vocab, merges=merges))
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         found = [token for token in added.values() if token.content not in _NEVER_IN_TEXT]
         self._bpe.add_tokens(found)
         self.added_tokens = tuple(token.content for token in found)
+        self._found = found
         self.bos_token_id = self.eos_token_id = vocab[BOS_TOKEN]
         self.unk_token_id = vocab.get(UNKNOWN_TOKEN)
         self._special_ids = {vocab[token] for token in _SPECIAL_TOKENS if token in vocab}
@@ -93,6 +96,15 @@ class OPTTokenizer:
             raise CheckpointError(f"{directory}: {error}") from None
         except Exception as error:  # the library raises bare Exception for a vocabulary it cannot use
             raise CheckpointError(f"{directory}: the tokenizer files cannot be used: {error}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides how a text is encoded: tokens and ids, merges, and the added tokens of texts."""
+        added = [
+            (token.content, token.single_word, token.lstrip, token.rstrip, token.normalized) for token in self._found
+        ]
+        content = json.dumps([sorted(self._vocab.items()), self._merges, sorted(added)])
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     def __len__(self) -> int:
         """The highest id plus 1."""

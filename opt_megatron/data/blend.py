@@ -45,6 +45,20 @@ class Blend:
         return replace(self, weights=self.weights or tuple(float(count) for count in tokens))
 
 
+def corpora(options: DataOptions) -> list[str]:
+    """The prefixes of all corpora that the options name.
+
+    Raises:
+        UserError: an option is neither prefixes nor weights with prefixes.
+    """
+    given = {
+        "--data-path": options.data_path,
+        "--train-data-path": options.train_data_path,
+        "--valid-data-path": options.valid_data_path,
+    }
+    return [prefix for flag, words in given.items() if words for prefix in _parse_blend(flag, words)[0]]
+
+
 def read_blends(options: DataOptions, num_train_samples: int, num_valid_samples: int | None) -> list[Blend]:
     """The blend of training and, unless `num_valid_samples` is 0, that of validation.
 

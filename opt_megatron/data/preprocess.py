@@ -21,11 +21,12 @@ from ..tokenizer import OPTTokenizer
 from .document_encoder import encode_in_order
 from .indexed_writer import IndexedWriter
 from .jsonl import BadLines, check_inputs, read_chunks
+from .tokenizer_record import tokenizer_record, write_tokenizer_record
 
 
 @dataclass
 class PreprocessResult:
-    """What was written under `{prefix}.bin` and `.idx`."""
+    """What was written under `{prefix}.bin` and `.idx`, with a record of the tokenizer under `.json`."""
 
     prefix: str
     documents: int = 0
@@ -63,9 +64,9 @@ def preprocess(
     if not json_key or "/" in json_key:
         raise UserError(f"--json-key {json_key!r} cannot be part of a file name")
     check_inputs(inputs)
-    vocab_size = len(OPTTokenizer.from_directory(tokenizer_directory))
+    tokenizer = OPTTokenizer.from_directory(tokenizer_directory)
     result = PreprocessResult(f"{output_prefix}_{json_key}_document")
-    with IndexedWriter(result.prefix, vocab_size, force=force) as writer:
+    with IndexedWriter(result.prefix, len(tokenizer), force=force) as writer:
         started = time.monotonic()  # after the import of megatron-core
         result.dtype = writer.dtype
         chunks = read_chunks(inputs, progress)
@@ -79,6 +80,8 @@ def preprocess(
                 result.text_bytes += chunk.text_bytes
         if not result.documents:
             raise UserError("; ".join(["the input holds no documents", *result.bad.report()]))
+        tokenizer_record(result.prefix).unlink(missing_ok=True)  # an old one must not appear beside new files
         writer.publish()
+        write_tokenizer_record(result.prefix, tokenizer)
         result.seconds = time.monotonic() - started
     return result

@@ -6,6 +6,7 @@ import argparse
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from opt_megatron.cli import preprocess as command
 from opt_megatron.cli.option_groups import complete
 from opt_megatron.data import jsonl
 from opt_megatron.data.preprocess import preprocess
+from opt_megatron.data.tokenizer_record import check_tokenizer
 from opt_megatron.errors import UserError
 from opt_megatron.tokenizer import OPTTokenizer
 
@@ -172,3 +174,21 @@ def test_the_command_says_what_it_wrote_and_skipped(tmp_path: Path, capsys: pyte
     last = shown.out.splitlines()[-1]
     assert last.startswith("1 documents, 5 tokens, 16 bytes of text in ") and last.endswith(" MB/s")
     assert f"{path}:2: 'text' is empty" in shown.err
+
+
+def test_the_tokenizer_is_recorded_and_checked(tmp_path: Path, tokenizer: OPTTokenizer) -> None:
+    prefix = preprocess([write(tmp_path / "x.jsonl", TEXTS)], EMBEDDED_DIRECTORY, str(tmp_path / "p")).prefix
+    check_tokenizer(prefix, tokenizer)
+    other = tmp_path / "other"
+    shutil.copytree(EMBEDDED_DIRECTORY, other)
+    vocab = json.loads((other / "vocab.json").read_text())
+    names = list(vocab)
+    vocab[names[300]], vocab[names[400]] = vocab[names[400]], vocab[names[300]]
+    (other / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(UserError, match="made with another tokenizer than the run's"):
+        check_tokenizer(prefix, OPTTokenizer.from_directory(other))
+    Path(f"{prefix}.json").write_text("{}")
+    with pytest.raises(UserError, match="is not what preprocess writes"):
+        check_tokenizer(prefix, tokenizer)
+    Path(f"{prefix}.json").unlink()
+    check_tokenizer(prefix, tokenizer)  # another program's corpus
