@@ -18,6 +18,7 @@ from opt_megatron.model import spec
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
 from opt_megatron.training.checkpointing.manager import CheckpointManager, TrainingState
+from opt_megatron.training.header import header_lines
 from opt_megatron.training.loss import forward_backward
 from opt_megatron.training.lr_schedule import LRSchedule
 from opt_megatron.training.model_setup import seed_dropout, setup_model_and_optimizer
@@ -25,6 +26,7 @@ from opt_megatron.training.options import TrainerOptions
 from opt_megatron.training.train import train
 from opt_megatron.training.trainer import Trainer
 from opt_megatron.training.training_options import TrainingOptions
+from opt_megatron.training.validation import validation_loss
 
 SEQ, GLOBAL = 32, 8
 
@@ -208,3 +210,16 @@ def adapted_logits(
     with torch.no_grad():
         logits = model(torch.arange(4, 24)[None], None, None)
     return [name for name, p in model.module.named_parameters() if name.endswith("lora_b") and p.any()], logits
+
+
+def header_and_validation(
+    directory: Path, tp: int, pp: int, changes: dict[str, Any], num_samples: list[int]
+) -> tuple[list[str], list[tuple[float, int]]]:
+    """The lines before a run's first step, and the validation losses of 7 sequences, of at most so many each."""
+    settings = settings_for(directory, **changes)
+    parallel = start(tp, pp)
+    model, _ = setup_model_and_optimizer(settings, parallel)
+    data = RandomTokens(7, settings.config.vocab_size)
+    return header_lines(settings, parallel, model), [
+        validation_loss(model, data, parallel, 2, count) for count in num_samples
+    ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..data.blend import corpora
 from ..data.dataloader import SampleDataset
+from ..data.indexed_dataset import open_indexed
 from ..data.options import DataOptions, SupervisedOptions
 from ..data.pretraining_dataset import build_datasets
 from ..data.supervised_dataset import SupervisedDataset
+from ..data.tokenizer_record import check_tokenizer
 from ..errors import UserError
 from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
@@ -21,7 +24,7 @@ def setup_data(
     """The training and the validation set, with the samples of the whole run. Collective.
 
     Args:
-        print_line: called with lines on what was skipped in the data.
+        print_line: called with lines on the data, and on what was skipped.
 
     Raises:
         UserError: on every rank; the data cannot be used, or are not enough.
@@ -31,33 +34,41 @@ def setup_data(
     if options.supervised is not None:
         train_data, valid_data = _supervised_datasets(options.supervised, options, parallel, print_line)
     elif options.data is not None:
-        train_data, valid_data = _pretraining_datasets(options.data, options, parallel)
+        train_data, valid_data = _pretraining_datasets(options.data, options, parallel, print_line)
     else:
         raise UserError("give --data-path (or --train-data-path), or --supervised-data")
-    if valid_data is not None and len(valid_data) < parallel.data_parallel_size:
-        raise UserError(
-            f"the validation data make {len(valid_data)} sequences, fewer than the {parallel.data_parallel_size} "
-            "data-parallel ranks: give more, or leave --eval-interval out"
-        )
     return train_data, valid_data
 
 
 def _pretraining_datasets(
-    data: DataOptions, options: TrainingOptions, parallel: ParallelContext
+    data: DataOptions, options: TrainingOptions, parallel: ParallelContext, print_line: Callable[[str], None]
 ) -> tuple[SampleDataset, SampleDataset | None]:
     trainer = options.trainer
-    per_validation = trainer.eval_iters * trainer.micro_batch_size * parallel.data_parallel_size
-    return build_datasets(
+    on_all_ranks(parallel, lambda: _check_tokenizer(data, options) if parallel.is_leader else None)
+    datasets = build_datasets(
         data,
         parallel,
         num_train_samples=trainer.train_iters * trainer.global_batch_size,
-        num_valid_samples=(per_validation or None) if trainer.eval_interval else 0,
+        num_valid_samples=(trainer.num_eval_samples or None) if trainer.eval_interval else 0,
         seq_length=trainer.seq_length,
         seed=options.seed,
         vocab_size=options.config.vocab_size,
         eod=options.config.eos_token_id,
         pad=options.config.pad_token_id,
     )
+    if parallel.is_leader:
+        for prefix in corpora(data):
+            file = open_indexed(prefix)
+            tokens, documents = file.num_tokens(0, len(file.lengths)), len(file.lengths)
+            print_line(f"data: {prefix}: {tokens:,} tokens in {documents:,} documents")
+    return datasets
+
+
+def _check_tokenizer(data: DataOptions, options: TrainingOptions) -> None:
+    tokenizer = read_tokenizer(options)
+    if tokenizer is not None:
+        for prefix in corpora(data):
+            check_tokenizer(prefix, tokenizer)
 
 
 def _supervised_datasets(
@@ -83,9 +94,11 @@ def _supervised_datasets(
     check_same_on_all_ranks(
         parallel.control_group, {f"examples of {name}": data.identity() for name, data in named.items() if data}
     )
-    for dataset in (train_data, valid_data):
-        for line in dataset.report() if dataset is not None else ():
-            print_line(line)
+    for name, dataset in (("training", train_data), ("validation", valid_data)):
+        if dataset is not None:
+            print_line(f"data: {dataset.num_examples:,} examples for {name}")
+            for line in dataset.report():
+                print_line(line)
     return train_data, valid_data
 
 

@@ -73,7 +73,7 @@ class TrainerOptions(Options):
     )
     eval_iters: int = option(
         0,
-        help="micro-batches of each data-parallel rank in a validation",
+        help="global batches in a validation",
         minimum=0,
         must="not be negative",
         default_text="all there are",
@@ -89,6 +89,11 @@ class TrainerOptions(Options):
         must="not be negative",
         default_text="never",
     )
+
+    @property
+    def num_eval_samples(self) -> int:
+        """Sequences in a validation; 0 for all there are."""
+        return self.eval_iters * self.global_batch_size
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import prepare_training
 from .data_setup import read_tokenizer, setup_data
+from .header import header_lines
 from .metrics import MetricsLogger
 from .model_setup import setup_model_and_optimizer
 from .options import ExecutionOptions
@@ -57,10 +58,13 @@ def _setup_trainer(
     stack: contextlib.ExitStack,
 ) -> Trainer:
     print_on_leader = print_line if parallel.is_leader else lambda text: None
-    train_data, valid_data = setup_data(options, parallel, print_on_leader)
+    header: list[str] = []
+    train_data, valid_data = setup_data(options, parallel, header.append)
     model, optimizer = setup_model_and_optimizer(options, parallel)
     checkpoints = make_checkpoint_manager(options, parallel)
     state = resume(options, model, optimizer, checkpoints, parallel, print_on_leader)
+    for line in [*header, *header_lines(options, parallel, model)]:
+        print_on_leader(line)
     metrics = on_all_ranks(
         parallel, lambda: _open_metrics(options, state.iteration, stack) if parallel.is_leader else None
     )

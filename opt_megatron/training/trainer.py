@@ -195,7 +195,7 @@ class Trainer:
             self._valid_data,
             self._parallel,
             self._options.micro_batch_size,
-            self._options.eval_iters,
+            self._options.num_eval_samples,
         )
         iteration = self._state.iteration
         self._print_line(f"iteration {iteration}: validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
