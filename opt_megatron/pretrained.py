@@ -37,7 +37,7 @@ class Pretrained:
     """A model whose weights can be loaded, or have been made elsewhere.
 
     Attributes:
-        name: the name or directory that it was opened by.
+        name: the name or directory that it was opened by, and that of its adapter.
         tokenizer: None where there is none.
         checkpoint: opened; None for a model that was not read from one.
         tokenizer_error: why there is no tokenizer.
@@ -146,7 +146,10 @@ def open_pretrained(
         generation_config = GenerationConfig()
         if use_generation_config:
             generation_config = read_generation_config(checkpoint.directory, checkpoint.config.vocab_size)
-        opened = Pretrained(name, parallel, checkpoint.config, None, checkpoint, None, own_directory, generation_config)
+        full_name = name if adapter is None else f"{name} with {adapter}"
+        opened = Pretrained(
+            full_name, parallel, checkpoint.config, None, checkpoint, None, own_directory, generation_config
+        )
         try:
             # Of a training run, `checkpoint.path` is the newest checkpoint.
             return replace(opened, tokenizer=_read_tokenizer(own_directory or checkpoint.path, checkpoint.config))

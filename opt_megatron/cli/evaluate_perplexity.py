@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
             on_windows=on_windows,
         )
     if parallel.is_leader:
-        print(_as_json(args, result) if args.json else _as_text(args, result))
+        print(_as_json(args, opt.name, result) if args.json else _as_text(args, result))
 
 
 def _read(args: argparse.Namespace) -> list[str]:
@@ -105,10 +105,8 @@ def _tokenize(texts: list[str], tokenizer: OPTTokenizer, args: argparse.Namespac
     return tokenize(texts, tokenizer, add_eos=not args.no_eos)
 
 
-def _as_json(args: argparse.Namespace, result: Perplexity) -> str:
-    from ..checkpoint.locate import EMBEDDED_NAME
-
-    return json.dumps({"model": args.load or EMBEDDED_NAME, "data": args.data, **result.to_dict()})
+def _as_json(args: argparse.Namespace, name: str, result: Perplexity) -> str:
+    return json.dumps({"model": name, "data": args.data, **result.to_dict()})
 
 
 def _as_text(args: argparse.Namespace, result: Perplexity) -> str:

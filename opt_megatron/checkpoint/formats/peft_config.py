@@ -115,11 +115,12 @@ class PeftConfig:
             return False
         if self._is_all_linear:
             return True
-        is_target = self._is_named("target_modules", module)
-        layers = self.values.get("layers_to_transform")
-        if layers in (None, []) or isinstance(self.values["target_modules"], str):
-            return is_target
-        return is_target and self._layer_of(module) in (layers if isinstance(layers, list) else [layers])
+        if not self._is_named("target_modules", module):
+            return False
+        targets, layers = self.values["target_modules"], self.values.get("layers_to_transform")
+        if layers in (None, []) or isinstance(targets, str) or module in targets:
+            return True
+        return self._layer_of(module) in (layers if isinstance(layers, list) else [layers])
 
     def _is_named(self, field: str, module: str) -> bool:
         """Whether the field, one pattern or a list of names or of their last parts, names the module."""

@@ -49,6 +49,10 @@ READ = {
         {"target_modules": ["out_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
         {"layers.1.self_attn.out_proj": (4, 2.0)},
     ),
+    "whole names are of any layer": (
+        {"target_modules": [f"{D}layers.1.fc2", "fc1"], "layers_to_transform": [0]},
+        {"layers.0.fc1": (4, 2.0), "layers.1.fc2": (4, 2.0)},
+    ),
     "one layer": ({"target_modules": ["fc1"], "layers_to_transform": 0}, {"layers.0.fc1": (4, 2.0)}),
     "rank_pattern, alpha_pattern": (
         {"rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 1}, "alpha_pattern": {f"{D}{QV[0]}": 3}},
