@@ -21,7 +21,7 @@ BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(BYTES_OF_DTYPE)
 RELEASED_VOCAB_SIZE = 50272  # rows of every released OPT: 50265 tokens and 7 rows of padding
 RELEASED_NUM_TOKENS = 50265
-_MOST_LAYERS = 10_000  # a number in a damaged file must not lead to lists of a billion names
+MOST_LAYERS = 10_000  # a number in a damaged file must not lead to lists of a billion names
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class OPTConfig:
             _positive(field, getattr(self, field))
         for field in ("word_embed_proj_dim", "vocab_size", "max_position_embeddings"):
             _positive(field, getattr(self, field))
-        if self.num_layers > _MOST_LAYERS:
+        if self.num_layers > MOST_LAYERS:
             raise UserError(
-                f"num_layers is {self.num_layers}, more than the {_MOST_LAYERS} that any model is taken to have"
+                f"num_layers is {self.num_layers}, more than the {MOST_LAYERS} that any model is taken to have"
             )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(

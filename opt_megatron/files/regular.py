@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from pathlib import Path
 
 MOST_BYTES = 64 * 2**20  # of a JSON or text file; the largest tokenizer.json that is known has 33 MB
+_MOST_OPEN = 65_536
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS = {
     stat.S_IFIFO: "a named pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -29,17 +32,35 @@ def special_kind(status: os.stat_result) -> str | None:
 def open_regular(path: str | os.PathLike[str]) -> int:
     """A descriptor of a regular file, open for reading; it never waits.
 
+    Checkpoints of a thousand ranks have more files than many systems let a process open at first: the limit is raised
+    as far as the system allows.
+
     Raises:
         OSError: it cannot be opened, or is something else; `strerror` says what.
     """
     _check_kind(path, os.stat(path))  # opening a device may already do something
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _raise_limit():
+            raise
+        descriptor = os.open(path, _FLAGS)
     try:
         _check_kind(path, os.fstat(descriptor))  # a pipe may have taken the file's place since
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _raise_limit() -> bool:
+    """Raise this process's limit of open files; returns whether it is higher now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return True
 
 
 def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:

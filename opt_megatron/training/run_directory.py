@@ -14,7 +14,10 @@ from .metrics import METRICS_FILE
 from .run_file import check_run_file
 
 _LOCK_FILE = ".lock"
-_CHECKPOINT_FILES = (MANIFEST_FILE, "metadata.json", "common.pt", ".metadata")  # one is left even in a damaged one
+_CHECKPOINT_FILES = (
+    MANIFEST_FILE,
+    "config.json",
+)  # Megatron-LM writes neither; one is left even in a damaged checkpoint
 
 
 class RunDirectory:
@@ -47,7 +50,8 @@ class RunDirectory:
         for _, checkpoint in saved_checkpoints(self.path):
             if not any((checkpoint / name).exists() for name in _CHECKPOINT_FILES):
                 raise UserError(
-                    f"--save {self.path}: holds {checkpoint.name}, which no training here has written: use another one"
+                    f"--save {self.path}: holds {checkpoint.name}, which no training here has written: use another "
+                    "directory, and --load for its weights"
                 )
         metrics = self.path / METRICS_FILE
         if metrics.exists() and not _is_metrics_file(metrics):

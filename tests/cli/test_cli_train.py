@@ -262,6 +262,7 @@ def test_a_directory_of_something_else_is_left_alone(
     for name, content in {
         "a/iter_0000002/mp_rank_00/model_optim_rng.pt": "weights",
         "b/metrics.jsonl": "mine\n",
+        "c/iter_0000002/.metadata": "Megatron-LM's",
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True)

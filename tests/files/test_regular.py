@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,17 @@ def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
     assert read_text(tmp_path / "link", 100) == "é" * 50
     with pytest.raises(OSError, match="has 100 bytes, more than the 99 that such a file may have"):
         read_text(tmp_path / "x", 99)
+
+
+def test_more_files_are_opened_than_the_limit_of_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [open_regular(tmp_path / "x")]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 3, hard))
+        opened += [open_regular(tmp_path / "x") for _ in range(8)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in opened:
+            os.close(descriptor)
+    assert len(set(opened)) == 9

@@ -45,6 +45,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): getattr(torch, name) for name in DTYPES},
     ("torch", "Size"): tuple,
 }
+_LONGEST_NAME = 300
 _Places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
 
 
@@ -93,8 +94,10 @@ def read_metadata(directory: Path) -> dict[str, TensorEntry]:
 
 
 def _is_model_tensor(name: Any, value: Any) -> bool:
+    if type(name) is not str or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise ValueError("a tensor has a name that is too long or cannot be printed")
     is_tensor = type(value) is Record and value.kind == "TensorStorageMetadata"
-    return is_tensor and type(name) is str and not name.startswith("optimizer.") and "_extra_state" not in name
+    return is_tensor and not name.startswith("optimizer.") and "_extra_state" not in name
 
 
 def _places(storage_data: dict[Any, Any], wanted: dict[str, Any]) -> _Places:
@@ -126,8 +129,8 @@ def _chunk(name: str, dtype: torch.dtype, value: Any, places: _Places) -> Chunk:
     if transforms:
         names = shorten([word for word in transforms if type(word) is str])
         raise CheckpointError(f"{name} is stored with the transform {names}, which is not read here: save it without")
-    if type(file) is not str:
-        raise ValueError(f"the file of {name} has no name")
+    if type(file) is not str or not file.isprintable() or Path(file).name != file:
+        raise ValueError(f"{name} is in a file that is not of the directory, {file[:40]!r}")
     start, length = _numbers((place["offset"], place["length"]))
     if math.prod(sizes) * dtype.itemsize > length:
         raise ValueError(f"{name} has shards of {list(sizes)} in {length:,} bytes")

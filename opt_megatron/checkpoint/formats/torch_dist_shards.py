@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, shorten
+from ...config import MOST_LAYERS
+from ...errors import CheckpointError
 from ..storage.blocks import Block, contiguous_strides
 from ..storage.lazy_tensor import Concatenated, LazyTensor, RemappedTensor
 from ..storage.mmap import FileTensor, MappedFile
@@ -37,6 +38,8 @@ def sharded_tensors(directory: Path) -> dict[str, LazyTensor]:
         rest = name.removeprefix(_LAYERS)
         if rest == name or rest.split(".")[0].isdigit():
             tensors[name] = tensor
+        elif tensor.shape[0] > MOST_LAYERS:
+            raise CheckpointError(f"{directory}: {name} is of {tensor.shape[0]:,} layers; {MOST_LAYERS:,} are the most")
         else:
             tensors |= {f"{_LAYERS}{layer}.{rest}": _Layer(tensor, layer) for layer in range(tensor.shape[0])}
     return tensors
@@ -69,9 +72,6 @@ class _Files:
         Raises:
             CheckpointError: the file is missing, or does not have them.
         """
-        if Path(chunk.file).name != chunk.file:
-            name = shorten([chunk.file[:60]])
-            raise CheckpointError(f"{self.directory / METADATA_FILE}: names {name}, a file outside the directory")
         if chunk.file not in self._opened:
             self._opened[chunk.file] = MappedFile(self.directory / chunk.file)
         file = self._opened[chunk.file]
