@@ -80,11 +80,14 @@ def run_and_exit(program: str, action: Callable[[], None]) -> NoReturn:
         code = 141
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        code = _report(program, f"{name}{error.strerror or error}", 2)
-    except RuntimeError as error:
-        if not is_lost_rank(error):
+        code = _report(program, _out_of_memory(error) or f"{name}{error.strerror or error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        message = _out_of_memory(error)
+        if message is None and not is_lost_rank(error):
             raise
-        exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_without_source(error)}", 1)
+        if message is None:
+            exit_now(f"rank {_rank()} lost the connection to another rank and stops: {_without_source(error)}", 1)
+        code = _report(program, message, 2)
     sys.exit(code)
 
 
@@ -137,6 +140,12 @@ def exit_now(message: str, code: int) -> NoReturn:
     """
     print(f"opt-megatron: error: {printable(message)}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    from ..parallel.memory import out_of_memory_message
+
+    return out_of_memory_message(error)
 
 
 def _without_source(error: BaseException) -> str:

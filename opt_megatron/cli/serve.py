@@ -25,6 +25,7 @@ from .option_groups import Groups, add_groups
 if TYPE_CHECKING:
     import socket
 
+    from ..generation.core.engine import Engine
     from ..parallel.context import ParallelContext
     from ..serving.async_engine import AsyncEngine
     from ..serving.limits import Limits
@@ -141,6 +142,7 @@ def _lead(
     key: str | None,
     engines: list[AsyncEngine],
 ) -> None:
+    from ..parallel.memory import out_of_memory_message
     from ..serving.app import make_app
     from ..serving.async_engine import AsyncEngine, EngineTimeoutError
     from ..serving.metrics import Metrics
@@ -171,6 +173,9 @@ def _lead(
     except KeyboardInterrupt:
         exit_now("interrupted", 130)
     except BaseException as error:
+        message = out_of_memory_message(error)
+        if message is not None:
+            exit_now(message, 2)
         if is_lost_rank(error):
             raise
         if not isinstance(error, EngineTimeoutError):
@@ -195,9 +200,23 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
     opt = open_model(args, parallel, use_generation_config=not args.no_generation_config, engine=engine_options(args))
     print_notices(args, opt)
     served = ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args), opt.pretrained.generation_config)
+    if parallel.is_leader:
+        print_notice(_describe_cache(opt.engine, parallel))
     # Collections while a large request is parsed would visit every object of the program: 0.8 s instead of 0.2 s.
     gc.freeze()
     return served
+
+
+def _describe_cache(engine: Engine, parallel: ParallelContext) -> str:
+    from ..generation.step import BLOCK_SIZE
+    from ..parallel.memory import device_memory
+
+    free = device_memory(parallel.device).free
+    tokens, needed = engine.num_cache_blocks * BLOCK_SIZE, engine.kv_cache_bytes
+    return (
+        f"KV cache of {tokens} tokens: {needed / 1e9:.2f} GB on each rank at most, where {free / 1e9:.2f} GB are free "
+        "(--kv-cache-memory, --max-batch-size)"
+    )
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:

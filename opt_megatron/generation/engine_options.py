@@ -16,7 +16,8 @@ class EngineOptions(Options):
         None,
         help="maximum memory of a rank's KV cache, as 2GB",
         metavar="SIZE",
-        default_text="what the prompts need, in a server what --max-batch-size of the longest sequences need",
+        default_text="what the prompts need, in a server what --max-batch-size of the longest sequences need, but at "
+        "most 0.9 of the free memory",
     )
     prefill_chunk_size: int = option(256, help="prompt tokens per step", minimum=1)
     draft_model: str | None = option(

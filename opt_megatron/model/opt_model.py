@@ -14,6 +14,7 @@ from ..config import POSITION_OFFSET, OPTConfig
 from ..parallel.context import ParallelContext
 from ..parallel.core_compat import cuda_calls_stay_on_cpu
 from ..parallel.layout import check_layout
+from ..parallel.memory import require_memory
 from .attention import padding_mask_to_inputs
 from .embedding import OPTEmbedding, ProjectedOutputLayer
 from .linear import DeferredWeight, OPTOutputLayer, PackableLinear
@@ -179,14 +180,13 @@ def build_model(
         overrides: fields of TransformerConfig that differ from `transformer_config`'s (for training).
 
     Raises:
-        UserError: the model does not divide by the layout, or there is no such quantisation for the device.
+        UserError: the model does not divide by the layout or fit into memory, or there is no such quantisation for the
+            device.
     """
-    check_layout(
-        config,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.world_size,
-    )
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    check_layout(config, tp, pp, parallel.world_size)
+    itemsize = dtype.itemsize if quantization is None else 1
+    require_memory(config.num_parameters // (tp * pp) * itemsize, "the weights", parallel.device)
     core_config = transformer_config(config, parallel, dtype, **overrides)
     model = OPTModel(
         config, core_config, parallel, parallel_output=parallel_output, quantization=quantization, lora=lora

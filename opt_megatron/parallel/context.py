@@ -28,6 +28,7 @@ from .core_compat import prepare_megatron
 from .heartbeat import LostRankPolicy, watch_ranks
 from .launch_environment import launch_environment, local_rank, world_size_from_environment
 from .layout import check_layout
+from .memory import out_of_memory_message
 from .rendezvous import meet
 
 T = TypeVar("T")
@@ -220,7 +221,8 @@ def shut_down() -> None:
 
 
 def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it fails with a UserError or an OSError on any, raise a UserError on all of them.
+    """Run `action` on every rank; if it fails with a UserError or an OSError on any, or for lack of memory, raise a
+    UserError on all of them.
 
     Otherwise the ranks that succeed would wait forever for those that have raised an error.
     """
@@ -230,7 +232,12 @@ def on_all_ranks(parallel: ParallelContext, action: Callable[[], T]) -> T:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        name = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message = out_of_memory_message(error) or name
+    except (MemoryError, RuntimeError) as error:
+        message = out_of_memory_message(error)
+        if message is None:
+            raise
     for rank, text in enumerate(parallel.gather_objects(message)):
         if text is not None:
             others = f" (on rank {rank})" if rank else ""

@@ -81,6 +81,16 @@ def local_rank() -> int:
     return 0 if name is None else _integer(name, 0, _MAXIMUM)
 
 
+def local_world_size() -> int:
+    """The number of ranks on this machine, from torchrun's or Slurm's environment; 1 without a launcher.
+
+    Raises:
+        LaunchError: it is no number.
+    """
+    name = next((name for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") if name in os.environ), None)
+    return 1 if name is None else _integer(name, 1, _MAXIMUM)
+
+
 def _integer(name: str, minimum: int, maximum: int) -> int:
     value = os.environ[name]
     is_number = value.isascii() and value.isdecimal() and len(value) < 20

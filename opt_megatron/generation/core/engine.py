@@ -21,6 +21,7 @@ from ...config import OPTConfig
 from ...errors import UserError
 from ...model.opt_model import OPTModel
 from ...parallel.context import ParallelContext, on_all_ranks
+from ...parallel.memory import device_memory
 from ..decoding.drafts import Draft, DraftModel, PromptLookup
 from ..decoding.groups import make_groups
 from ..decoding.sampling_group import SamplingGroup
@@ -35,6 +36,7 @@ from .output_processor import OutputProcessor
 from .request_queue import RequestQueue
 from .scheduler import ScheduledGroup, Scheduler, SchedulerCounters
 
+_CACHE_SHARE = 0.9  # of the memory that is free; activations need the rest
 _KEEP_ALIVE_SECONDS = 60.0  # without requests, after which the leader sends its followers a keep-alive message
 
 
@@ -44,8 +46,9 @@ class Engine:
     Args:
         model: this rank's part (`load_model`); it is prepared for inference and cannot be trained any more.
         max_batch_size: sequences that run at the same time; other requests wait.
-        kv_cache_memory: bytes that the cache of a rank may take; by default what the requests need, or
-            `max_batch_size` sequences of the model's maximum length, whichever is less.
+        kv_cache_memory: bytes that the cache of a rank may take; by default what the requests need,
+            `max_batch_size` sequences of the model's maximum length, or nine tenths of the memory that is free once the
+            weights are prepared, whichever is least.
         prefill_chunk_size: tokens of prompts that are computed in a step, besides those that decode.
         eos_token_ids: each of them ends a text; by default the config's one.
         suppress_tokens: ids that are never chosen; by default those that the config says belong to no token.
@@ -90,21 +93,24 @@ class Engine:
             _check_draft_model(draft_model, model, prompt_lookup)
             self._runners.append(ModelRunner(draft_model, parallel, self._suppressed))
             self._draft = DraftModel(partial(self._executor.forward, runner=1), num_speculative_tokens)
+        self._cache_limit = "kv_cache_memory" if kv_cache_memory is not None else "the memory that is free"
+        self._cache_bytes_per_token = sum(runner.cache_bytes_per_token for runner in self._runners)
         self._capacity = self._cache_capacity(kv_cache_memory)
         self._queue: RequestQueue | None = None  # while `generate` runs
 
     def _cache_capacity(self, kv_cache_memory: int | None) -> int:
         """Tokens that the cache may hold."""
-        maximum = self._max_batch_size * round_up(self._config.max_position_embeddings, BLOCK_SIZE)
+        block = BLOCK_SIZE * self._cache_bytes_per_token
         if kv_cache_memory is None:
-            return maximum
-        per_token = sum(runner.cache_bytes_per_token for runner in self._runners)
-        if kv_cache_memory < per_token * BLOCK_SIZE:
+            kv_cache_memory = int(_CACHE_SHARE * device_memory(self._parallel.device).free)
+        num_blocks = min(self._parallel.gather_objects(kv_cache_memory // block))
+        if num_blocks == 0:
             raise UserError(
-                f"kv_cache_memory is {kv_cache_memory} bytes, but {BLOCK_SIZE} tokens, the minimum, take "
-                f"{per_token * BLOCK_SIZE} on each rank"
+                f"{self._cache_limit} is {kv_cache_memory} bytes, but {BLOCK_SIZE} tokens, the minimum, take "
+                f"{block} on each rank"
             )
-        return min(maximum, kv_cache_memory // (per_token * BLOCK_SIZE) * BLOCK_SIZE)
+        longest = round_up(self._config.max_position_embeddings, BLOCK_SIZE)
+        return min(self._max_batch_size * longest, num_blocks * BLOCK_SIZE)
 
     def generate(self, requests: Sequence[Request] | RequestQueue) -> Generator[TokenEvent, None, None]:
         """Continue all requests; called on every rank, and read to its end there.
@@ -187,7 +193,7 @@ class Engine:
             )
         if num_tokens > self._capacity:
             raise UserError(
-                f"{what} needs {num_tokens} tokens of KV cache and {self._capacity} fit into kv_cache_memory: "
+                f"{what} needs {num_tokens} tokens of KV cache and {self._capacity} fit into {self._cache_limit}: "
                 "shorten it, ask for fewer new tokens, or raise kv_cache_memory"
             )
 
@@ -205,6 +211,11 @@ class Engine:
     def num_cache_blocks(self) -> int:
         """How many blocks of `BLOCK_SIZE` tokens the cache may have."""
         return self._capacity // BLOCK_SIZE
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """The memory that the cache takes on this rank when it is full."""
+        return self._capacity * self._cache_bytes_per_token
 
     @property
     def kv_cache_usage(self) -> float:

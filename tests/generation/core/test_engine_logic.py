@@ -10,6 +10,7 @@ from rule_model import RuleModel, rule_engine
 
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
+from opt_megatron.generation.core import engine as engine_module
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.core.executor import Command, Executor
 from opt_megatron.generation.decoding.sampling_group import seed_of_choice
@@ -17,6 +18,7 @@ from opt_megatron.generation.request import Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.step import BLOCK_SIZE
 from opt_megatron.parallel.command_loop import STOP
+from opt_megatron.parallel.memory import Memory
 
 VOCABULARY = 12
 BASE = tuple(n * n % 11 for n in range(60))  # prompts begin with it, so that they share prefixes
@@ -171,6 +173,17 @@ def test_requests_wait_for_memory_and_refused_is_what_can_never_run(make):
         make(kv_cache_memory=100)
     with pytest.raises(UserError, match="prompt 1 needs 4 rows at a time; raise max_batch_size, which is 3"):
         make(max_batch_size=3).complete([request(BASE, num_beams=4)])
+
+
+def test_the_cache_takes_no_more_than_what_is_free(make, monkeypatch):
+    monkeypatch.setattr(engine_module, "device_memory", lambda device: Memory(make.memory(6), 10**12))
+    engine = make()
+    assert engine.num_cache_blocks == 5 and engine.kv_cache_bytes == make.memory(5)  # nine tenths of 6
+    with pytest.raises(UserError, match="384 tokens of KV cache and 320 fit into the memory that is free"):
+        engine.complete([request(BASE, num_beams=3)])
+    monkeypatch.setattr(engine_module, "device_memory", lambda device: Memory(100, 10**12))
+    with pytest.raises(UserError, match="the memory that is free is 90 bytes, but 64 tokens, the minimum, take"):
+        make()
 
 
 def test_ends_of_all_kinds(make):

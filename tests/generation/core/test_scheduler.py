@@ -238,7 +238,7 @@ def test_clients_get_equal_shares_and_nobody_is_preempted_for_less():
 def test_a_clients_only_group_is_not_preempted():
     loop = Loop(1000, max_batch_size=4)
     search = Request((7, 8), SamplingParams(max_new_tokens=8, num_beams=4))
-    loop.add(BeamSearchGroup(0, search, None), numbered(1, 4, client=1))
+    loop.add(BeamSearchGroup(0, search, ()), numbered(1, 4, client=1))
     assert {number for step in loop.run()[:8] for number, _ in step} == {0}
 
 
