@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -30,7 +31,7 @@ from opt_megatron.parallel.collectives import (
     tensor_parallel_collectives,
 )
 from opt_megatron.parallel.command_loop import CommandLoop
-from opt_megatron.parallel.context import ParallelContext, init_parallel, on_all_ranks
+from opt_megatron.parallel.context import ParallelContext, _check_gpus, init_parallel, on_all_ranks
 
 
 def start(tp: int, pp: int) -> ParallelContext:
@@ -126,6 +127,17 @@ def start_with_own_arguments(arguments: list[dict[str, Any]]) -> str:
     except UserError as error:
         return str(error)
     return "nothing was raised"
+
+
+def gpus_checked(uuids: list[str]) -> str:
+    """The message of the check of GPUs, where each rank has a GPU of its own identity."""
+    own = mock.Mock(uuid=uuids[start(1, 1).rank])
+    try:
+        with mock.patch.object(torch.cuda, "get_device_properties", return_value=own):
+            _check_gpus(torch.device("cuda", 0))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def open_own_checkpoint(directories: list[Path], options: list[dict[str, Any]]) -> str:
@@ -288,7 +300,7 @@ def kinds_of_collectives(tp: int, pp: int) -> tuple[str, bool]:
     return type(first).__name__, tensor_parallel_collectives(parallel) is first
 
 
-def with_a_peer_that_ends(rank: int, store: str, how: str, pipe: Any) -> None:
+def with_a_peer_that_ends(rank: int, store: str, pipe: Any) -> None:
     """A separate process, one of two ranks: rank 1 ends after the first round, and 0 reports what it sees then."""
     import torch.distributed as dist
 
@@ -296,9 +308,7 @@ def with_a_peer_that_ends(rank: int, store: str, how: str, pipe: Any) -> None:
     shared = SharedMemoryCollectives(dist.group.WORLD)
     total = shared.all_reduce(torch.ones(3))
     if rank == 1:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
         shared.all_reduce(torch.ones(3))
     except RuntimeError as error:

@@ -9,7 +9,8 @@ from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/usr/bin/env bash
-shift # --kill-on-bad-exit
+[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=6" ] || { echo "options: $*" >&2; exit 1; }
+shift 2
 for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done
 for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
 """
@@ -31,6 +32,7 @@ def test_two_machines_meet_and_one_prints(tmp_path):
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "6",
         "TP": "1",
         "PP": "2",
     }

@@ -16,6 +16,7 @@ from opt_megatron.data.options import DataOptions, SupervisedOptions
 from opt_megatron.errors import UserError
 from opt_megatron.model import spec
 from opt_megatron.parallel.context import ParallelContext, init_parallel
+from opt_megatron.training.checkpointing import integrity
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
 from opt_megatron.training.checkpointing.manager import CheckpointManager, TrainingState
 from opt_megatron.training.header import header_lines
@@ -134,23 +135,27 @@ def run_by_old_names(save: Path, settings: TrainingOptions, exit_iters: int) -> 
         whole_run(save, 1, 1, settings, exit_iters)
 
 
-def runs_that_differ(directory: Path, corpus: str, pairs: list[str]) -> dict[str, str]:
-    """The messages of `train` where rank 1 has another learning rate, other data, and another file of pairs."""
+def runs_that_differ(directory: Path, corpus: str, pairs: list[str], saved: Path) -> dict[str, str]:
+    """The messages where rank 1 has another learning rate, other data, another file of pairs, another checkpoint."""
     parallel = start(1, 1)
     base = settings_for(directory, tokenizer=directory)
     faster = replace(base.schedule, lr=base.schedule.lr * (1 + parallel.rank))
     indexed, supervised = DataOptions((corpus,)), SupervisedOptions((pairs[parallel.rank],))
     runs = {
-        "options": replace(base, data=indexed, schedule=faster),
-        "data": replace(base, data=indexed),
-        "supervised": replace(base, supervised=supervised),
+        "options": lambda: train(replace(base, data=indexed, schedule=faster), parallel),
+        "data": lambda: train(replace(base, data=indexed), parallel),
+        "supervised": lambda: train(replace(base, supervised=supervised), parallel),
+        "saved": lambda: newest_intact_checkpoint(saved, parallel),
     }
+    seen = f"content of rank {parallel.rank}"
     messages = {}
-    for name, options in runs.items():
-        others = f"30 bytes, content of rank {parallel.rank}"
-        with mock.patch.object(index_cache, "_content_facts", lambda path, text=others: text):
+    for name, run in runs.items():
+        with (
+            mock.patch.object(index_cache, "_content_facts", return_value=seen),
+            mock.patch.object(integrity, "manifest_entry", return_value=(2, seen)),
+        ):
             try:
-                train(options, parallel)
+                run()
             except UserError as error:
                 messages[name] = str(error)
     return messages

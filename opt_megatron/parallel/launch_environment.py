@@ -9,7 +9,7 @@ from ..errors import LaunchError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START_TIMEOUT = "OPT_MEGATRON_START_TIMEOUT"
-_START_SECONDS, _START_SECONDS_OF_AGENT = 25, 600  # an agent ends all ranks if one of them fails
+_START_SECONDS, _START_SECONDS_OF_AGENT = 20, 600  # an agent ends all ranks if one of them fails
 _MAXIMUM = 2**16 - 1  # of ports, and more than there are ranks or seconds
 
 
@@ -28,7 +28,7 @@ class LaunchEnvironment:
     master_addr: str
     master_port: int
     has_agent: bool
-    start_seconds: int
+    start_seconds: float
 
 
 def launch_environment() -> LaunchEnvironment | None:

@@ -74,8 +74,12 @@ def test_training(ranks, corpus, tmp_path):
     pairs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path, word in zip(pairs, ("king", "wolf"), strict=True):
         path.write_text(f'{{"src": "Once", "tgt": " the {word}"}}\n')
-    told = ranks(2).run(training_jobs.runs_that_differ, EMBEDDED_DIRECTORY, corpus, [str(path) for path in pairs])
-    for own in told:
+    saved = tmp_path / "run" / "iter_0000003"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    arguments = EMBEDDED_DIRECTORY, corpus, [str(path) for path in pairs], saved.parent
+    for own in ranks(2).run(training_jobs.runs_that_differ, *arguments):
         assert own["options"].startswith("rank 1 has lr 0.006, rank 0 0.003")
-        assert f"rank 1 has {corpus}.bin 30 bytes, content of rank 1" in own["data"]
+        assert f"rank 1 has {corpus}.bin content of rank 1, rank 0 content of rank 0" in own["data"]
         assert own["supervised"].startswith("rank 1 has examples of --supervised-data")
+        assert f"rank 1 ({saved}) has iter_0000003/manifest.json content of rank 1" in own["saved"]

@@ -2,9 +2,11 @@
 
 import pytest
 import rank_jobs
+import torch
 
 from opt_megatron.config import released_config
 from opt_megatron.errors import UserError
+from opt_megatron.parallel import context
 from opt_megatron.parallel.context import check_seed
 from opt_megatron.parallel.layout import check_layout
 
@@ -39,6 +41,25 @@ def test_processes_beyond_the_model_are_data_parallel_or_refused(monkeypatch):
 def test_seed_out_of_range(seed):
     with pytest.raises(UserError, match=str(seed)):
         check_seed(seed)
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (1, 0, 0), (2, 2, None)])
+def test_the_gpu_of_a_process(monkeypatch, visible, local_rank, index):
+    """Slurm binds a GPU to each task, which sees that one alone."""
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    if index is None:
+        with pytest.raises(UserError, match="local rank 2 has no GPU of its own: this machine has 2"):
+            context._choose_device(None)
+    else:
+        assert context._choose_device(None) == torch.device("cuda", index)
+
+
+def test_two_ranks_on_one_gpu_are_refused(ranks):
+    shared, own = ranks(2).run(rank_jobs.gpus_checked, ["a", "a"]), ranks(2).run(rank_jobs.gpus_checked, ["a", "b"])
+    assert all(text.startswith("ranks 0 and 1 compute on one GPU of ") for text in shared) and own == ["", ""]
 
 
 def test_context_has_each_ranks_position(ranks):

@@ -87,6 +87,14 @@ def test_a_step_that_never_ends_is_a_lost_rank(alone):
         assert isinstance(server.server.raised, EngineTimeoutError)
 
 
+def test_a_rank_without_a_sign_of_life_ends_an_idle_server(alone):
+    with running(alone, Limits(step_seconds=0.5)) as server:
+        server.wait_for(lambda: health(server)[0] == 200)
+        server.async_engine.lose_rank("rank 1 is lost")
+        server.thread.join(SECONDS)
+        assert str(server.server.raised) == "rank 1 is lost"
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(alone):
     def fail():
         raise UserError("there is no such model")

@@ -10,6 +10,7 @@ import xxhash
 
 from ...checkpoint.formats.megatron_ranks import iteration_directories
 from ...files import read_text
+from ...parallel.agreement import check_same_on_all_ranks
 from ...parallel.context import ParallelContext
 
 MANIFEST_FILE = "manifest.json"
@@ -28,11 +29,16 @@ def newest_intact_checkpoint(
 
     Args:
         print_line: called with a line for each newer checkpoint that is damaged.
+
+    Raises:
+        UserError: on every rank; the ranks see different checkpoints under its name.
     """
     for _, path in parallel.broadcast_object(saved_checkpoints(directory)):
         problems = parallel.gather_objects(find_damage(path, parallel.rank, parallel.world_size))
         problem = next((text for text in problems if text), None)
         if problem is None:
+            seen = {f"{path.name}/{MANIFEST_FILE}": manifest_entry(path / MANIFEST_FILE)[1]}
+            check_same_on_all_ranks(parallel.control_group, seen, str(path))
             return path
         print_line(f"{path} is passed over: {problem}")
     return None
