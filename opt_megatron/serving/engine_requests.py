@@ -21,6 +21,8 @@ from .served_model import ServedModel
 DEFAULT_MAX_TOKENS = 16
 # Up to this many characters or ids are encoded or decoded in the event loop; more would delay other requests.
 _MAX_IN_EVENT_LOOP = 10_000
+# Of one response. More would take the event loop more than half a second to write.
+_MAX_LOGPROBS = 500_000
 # One thread, because a long text takes a core, and up to 400 times its size in memory, for as long as it is encoded.
 _LONG_TEXTS = ThreadPoolExecutor(1, "long-texts")
 
@@ -62,18 +64,41 @@ async def make_engine_requests(model: ServedModel, body: CompletionRequest | Met
     Raises:
         ApiError: the model cannot continue one of the prompts, or options contradict each other.
     """
-    requests = []
+    options = body.sampling_options() | model.generation_config.with_defaults(body.given_options())
+    options["bad_word_ids"] = model.tokenizer.bad_word_ids(options.get("bad_words", ()))
+    requests: list[EngineRequest] = []
+    num_logprobs = 0
     for number, prompt in enumerate(body.prompt, 1):
         label = f"prompt {number}" if len(body.prompt) > 1 else "the prompt"
-        requests.append(await _make_engine_request(model, body, prompt, label))
+        requests.append(await _make_engine_request(model, body, options, prompt, label))
+        num_logprobs += _num_logprobs(requests[-1].request)
+        if num_logprobs > _MAX_LOGPROBS:
+            raise bad_request(
+                f"the response would have more than {_MAX_LOGPROBS} log-probabilities: ask for fewer, or split the "
+                "request",
+                "logprobs",
+            )
         await asyncio.sleep(0)  # let the event loop send other requests' tokens between two of many prompts
     return requests
 
 
+def _num_logprobs(request: Request) -> int:
+    """The largest number of log-probabilities in the response; those of the prompt are in every choice."""
+    params, of_prompt, of_output = request.params, 0, 0
+    if params.num_prompt_logprobs is not None:
+        of_prompt = len(request.prompt) * (1 + params.num_prompt_logprobs)
+    if params.logprobs is not None:
+        of_output = params.max_new_tokens * (1 + params.logprobs)
+    return params.n * (of_prompt + of_output)
+
+
 async def _make_engine_request(
-    model: ServedModel, body: CompletionRequest | MetaseqRequest, prompt: TextOrIds, label: str
+    model: ServedModel,
+    body: CompletionRequest | MetaseqRequest,
+    options: dict[str, Any],
+    prompt: TextOrIds,
+    label: str,
 ) -> EngineRequest:
-    options = body.sampling_options() | model.generation_config.with_defaults(body.given_options())
     add_bos = isinstance(prompt, str) and (isinstance(body, MetaseqRequest) or body.add_special_tokens)
     ids = await encode(model, prompt, add_bos) if isinstance(prompt, str) else prompt
     if not ids:
@@ -139,15 +164,11 @@ def _sampling_params(
     remaining = max(1, model.max_model_len - prompt_length)
     # Without a seed, equal prompts must not get equal texts. With one, each gets the text that it would get alone.
     seed = secrets.randbelow(2**63) if options["seed"] is None else options["seed"]
-    bad_word_ids = model.tokenizer.bad_word_ids(options.get("bad_words", ()))
-    # Both APIs take a best_of of 0 for n.
-    options = {**options, "seed": seed, "bad_word_ids": bad_word_ids, "best_of": options["best_of"] or None}
+    options = {**options, "seed": seed, "best_of": options["best_of"] or None}  # both APIs take 0 for n
     if isinstance(body, MetaseqRequest):
         options |= _metaseq_options(model, options, remaining)
     else:
         options |= _openai_options(options, remaining)
-        if body.use_beam_search:
-            options |= {"num_beams": body.num_sampled, "best_of": None, "temperature": 0.0}
     # The engine reports the prompt's tokens only where they are needed: not for their text alone.
     options["echo"] = options["echo"] and options["logprobs"] is not None
     return SamplingParams(**options)

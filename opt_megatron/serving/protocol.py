@@ -176,6 +176,13 @@ class CompletionRequest(SamplingBody):
     cache_salt: str = Field("", description=_UNUSED)
     metadata: dict[str, Any] = Field({}, description=_UNUSED)
 
+    def given_options(self) -> dict[str, Any]:
+        """As in the base class; a beam search also gives the options that make it one."""
+        given = super().given_options()
+        if self.use_beam_search:
+            given |= {"num_beams": self.num_sampled, "best_of": None, "temperature": 0.0}
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
         if self.stream_options is not None and not self.stream:

@@ -68,7 +68,6 @@ class ServedModel:
             "bos_token": BOS_TOKEN,
             "eos_token": BOS_TOKEN,
             "model_max_length": self.max_model_len,
-            "additional_special_tokens": list(self.tokenizer.added_tokens),
         }
 
     def token_text(self, token: int) -> str:

@@ -37,6 +37,8 @@ def test_long_prompts_are_refused_or_cut(server):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"n": 128, "max_tokens": 500, "logprobs": 7}, "more than 500000 log-probabilities"),
+        ({"prompt": [[2] * 500] * 3, "n": 16, "prompt_logprobs": 20}, "more than 500000 log-probabilities"),
         ({"min_tokens": 17}, "min_tokens is 17, but must be from 0 to max_tokens, which is 16"),
         ({"n": 3, "best_of": 2}, "best_of is 2, but must be at least n, which is 3"),
         ({"prompt": [2, 4096]}, "the prompt holds the id 4096"),

@@ -6,6 +6,7 @@ import pytest
 from body_reading import read, refused
 from pydantic import ValidationError
 
+from opt_megatron.generation.generation_config import GenerationConfig
 from opt_megatron.serving.protocol import CompletionRequest, DetokenizeRequest, MetaseqRequest, TokenizeRequest
 
 
@@ -38,6 +39,14 @@ def test_values_keep_their_meaning():
     assert (body.temperature, body.stop, body.logit_bias) == (1.0, ["x"], {7: -3.0})
     metaseq = read(MetaseqRequest, b'{"prompt": "a", "top_p": 0, "alpha_presence_src": 0.5}')
     assert (metaseq.top_p, metaseq.alpha_presence_src) == (0, 0.5)
+
+
+def test_a_beam_search_is_not_sampled_whatever_the_model_says():
+    config = GenerationConfig(defaults={"top_k": 5, "temperature": 0.7, "repetition_penalty": 1.2})
+    body = read(CompletionRequest, b'{"prompt": "a", "use_beam_search": true, "n": 2, "best_of": 3}')
+    options = config.with_defaults(body.given_options())
+    assert (options["num_beams"], options["n"], options["best_of"], options["temperature"]) == (3, 2, None, 0)
+    assert "top_k" not in options and options["repetition_penalty"] == 1.2
 
 
 def test_fields_that_change_nothing_are_taken():
