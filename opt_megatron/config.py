@@ -95,6 +95,10 @@ class OPTConfig:
         """Vocabulary rows that belong to a token; the others are padding and are never sampled."""
         return RELEASED_NUM_TOKENS if self.vocab_size == RELEASED_VOCAB_SIZE else self.vocab_size
 
+    def padded_vocab_size(self, ranks: int) -> int:
+        """Rows of the vocabulary on `ranks` tensor parallel ranks together, each of which has as many."""
+        return -(-self.vocab_size // ranks) * ranks
+
     @property
     def num_parameters(self) -> int:
         """Number of parameters, the tied output head counted once."""

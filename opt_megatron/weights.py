@@ -23,8 +23,8 @@ from .checkpoint.parameter_mapping import (
     EMBEDDING,
     ParameterMapping,
     Split,
+    block_view,
     canonical_shapes,
-    component_view,
     even_stage_parameters,
     rank_block,
 )
@@ -170,10 +170,10 @@ class Weights(Mapping[str, Tensor]):
         shape = [part.stop - part.start for part in block]
         if self._parallel.rank == source:
             weight = _float_weight(self._model, location.parameter.megatron)
-            part = self._component(location, weight).reshape(shape).clone(memory_format=torch.contiguous_format)
+            part = self._view(location, weight, block).reshape(shape).clone(memory_format=torch.contiguous_format)
         else:
             part = torch.empty(shape, dtype=self.dtype, device=self._parallel.device)
-        if self._parallel.world_size > 1:
+        if self._parallel.world_size > 1 and part.numel():
             dist.broadcast(part, src=source)
         return part
 
@@ -182,13 +182,14 @@ class Weights(Mapping[str, Tensor]):
         split = location.parameter.split
         ranks, rank = self._parallel.tensor_model_parallel_size, self._parallel.tensor_model_parallel_rank
         weight = _float_weight(self._model, location.parameter.megatron)
-        view = self._component(location, weight)
         block = rank_block(tuple(value.shape), split, rank, ranks)
+        view = self._view(location, weight, block)
         view.copy_(value[block].reshape(view.shape))
         _store(self._model, location.parameter.megatron, weight)
 
-    def _component(self, location: _Location, weight: Tensor) -> Tensor:
-        return component_view(weight, location.component, len(location.parameter.canonical), self._config.head_dim)
+    def _view(self, location: _Location, weight: Tensor, block: Block) -> Tensor:
+        count = len(location.parameter.canonical)
+        return block_view(weight, location.component, count, self._config.head_dim, block)
 
     def _check_same_on_all_ranks(self, name: str, value: Tensor) -> None:
         if self._parallel.world_size == 1:

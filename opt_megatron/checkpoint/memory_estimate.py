@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ..config import BYTES_OF_DTYPE, OPTConfig
 from ..errors import UserError
 from ..parallel.layout import tensor_parallel_sizes
-from .parameter_mapping import canonical_shapes, layers_of_stage, rank_block, stage_parameters
+from .parameter_mapping import Split, canonical_shapes, layers_of_stage, rank_block, stage_parameters
 from .storage.blocks import block_shape
 
 
@@ -78,15 +78,16 @@ def _estimate_rank(
     elements = 0
     for parameter in stage_parameters(config, layers, first=first, last=last):
         for name in parameter.canonical:
-            elements += math.prod(block_shape(rank_block(shapes[name], parameter.split, rank, tp)))
-    rows = config.vocab_size // tp
+            # The first rank's block is whole, and the others hold as much: they pad the vocabulary.
+            elements += math.prod(block_shape(rank_block(shapes[name], parameter.split, 0, tp)))
+    rows = rank_block((config.vocab_size,), Split.COLUMN, rank, tp)[0]
     heads = config.num_attention_heads // tp
     return RankMemory(
         tensor_rank=rank,
         stage=stage,
         layers=layers,
         heads=range(rank * heads, (rank + 1) * heads),
-        vocabulary_rows=range(rank * rows, (rank + 1) * rows) if first or last else None,
+        vocabulary_rows=range(rows.start, rows.stop) if first or last else None,
         weights=elements * workload.itemsize,
         kv_cache=2 * len(layers) * workload.batch * workload.context * heads * config.head_dim * workload.itemsize,
         activations=_activations(config, tp, workload, last=last),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,10 @@ class StoredTensor:
     def of_block(cls, stored_name: str, canonical: str, block: Block, dtype: torch.dtype) -> StoredTensor:
         """A tensor that is one block of a canonical one."""
         return cls(stored_name, block_shape(block), dtype, (SourceBlock(canonical, block),))
+
+    def with_rows(self, rows: int) -> StoredTensor:
+        """The same with this many rows, of which those after the block are zeros."""
+        return replace(self, shape=(rows, *self.shape[1:]))
 
     @property
     def num_bytes(self) -> int:

@@ -152,11 +152,15 @@ def even_stage_parameters(config: OPTConfig, stages: int, stage: int) -> list[Pa
 
 
 def rank_block(shape: tuple[int, ...], split: Split, rank: int, ranks: int) -> Block:
-    """The block of a canonical tensor that belongs to tensor parallel rank `rank` of `ranks`."""
+    """The block of a canonical tensor that belongs to tensor parallel rank `rank` of `ranks`.
+
+    Where the vocabulary does not divide by the ranks, the last ones have fewer rows or none, and padding after them.
+    """
     block = list(whole(shape))
     if split.value is not None:
-        size = shape[split.value] // ranks
-        block[split.value] = slice(rank * size, (rank + 1) * size)
+        total = shape[split.value]
+        size = -(-total // ranks)
+        block[split.value] = slice(min(rank * size, total), min((rank + 1) * size, total))
     return tuple(block)
 
 
@@ -168,6 +172,15 @@ def component_view(parameter: Tensor, index: int, count: int, head_dim: int) -> 
     if count == 1:
         return parameter
     return parameter.unflatten(0, (-1, count, head_dim))[:, index]
+
+
+def block_view(parameter: Tensor, index: int, count: int, head_dim: int, block: Block) -> Tensor:
+    """The view of a rank's Megatron tensor that holds this block (`rank_block`) of canonical tensor number `index`.
+
+    What follows it in an embedding is padding of the vocabulary.
+    """
+    view = component_view(parameter, index, count, head_dim)
+    return view[: block[0].stop - block[0].start] if count == 1 else view
 
 
 def _parameters(module: ModuleMapping, megatron_prefix: str, canonical_prefix: str) -> Iterator[ParameterMapping]:

@@ -185,23 +185,37 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
     On a rank that has the embedding too, it has no weight, and is prepared with the embedding's.
 
     Args:
+        num_logits: rows of the vocabulary, of all ranks; those that pad it give -inf, or are cut off once gathered.
         method: as of OPTColumnParallelLinear; the model defers the weight after it has tied it.
     """
 
-    def __init__(self, *args: Any, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_logits: int, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method = method
+        self._num_logits = num_logits
+        self._first_padding = max(0, num_logits - self.tp_group.rank() * self.output_size_per_partition)
 
     def prepare_tied(self, weight: Tensor, method: type[LinearMethod]) -> None:
         """As `prepare_inference`, with the embedding's `weight` [V, h]."""
         self._pack(weight, method)
 
+    def infer(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """[T, hidden] -> [T, vocabulary rows of this rank]"""
+        return self._mask_padding(super().infer(x, residual, relu=relu))
+
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] -> [s, b, vocabulary rows], gathered if core asks for that"""
+        runtime = kwargs.get("runtime_gather_output")
+        gather = self.gather_output if runtime is None else runtime
         if self.packed is None:
-            return super().forward(input_, *args, **kwargs)
-        logits = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])
-        gather = kwargs.get("runtime_gather_output")
-        if self.gather_output if gather is None else gather:
-            logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
-        return logits, None
+            logits, _ = super().forward(input_, *args, **kwargs)
+        else:
+            logits = self.infer(input_.flatten(0, 1)).unflatten(0, input_.shape[:2])
+            logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group) if gather else logits
+        return (logits[..., : self._num_logits] if gather else self._mask_padding(logits)), None
+
+    def _mask_padding(self, logits: Tensor) -> Tensor:
+        """This rank's logits, with -inf written into those of padding."""
+        if self._first_padding < logits.size(-1):
+            logits[..., self._first_padding :] = -torch.inf
+        return logits

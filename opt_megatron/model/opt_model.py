@@ -51,7 +51,7 @@ class OPTModel(GPTModel):
         super().__init__(
             config=core_config,
             transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, self._method, lora or {}),
-            vocab_size=opt_config.vocab_size,
+            vocab_size=opt_config.padded_vocab_size(parallel.tensor_model_parallel_size),
             max_sequence_length=opt_config.num_position_rows,
             pre_process=parallel.is_first_stage,
             post_process=parallel.is_last_stage,
@@ -93,6 +93,7 @@ class OPTModel(GPTModel):
             self.output_layer = head(
                 width,
                 self.vocab_size,
+                num_logits=self.opt_config.vocab_size,
                 config=config,
                 init_method=config.init_method,
                 bias=False,

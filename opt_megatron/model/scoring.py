@@ -144,7 +144,8 @@ def _score_batch(
     scored = [hidden[len(item.context) - 1 : len(inputs[row]), row] for row, item in items]
     targets = torch.tensor([token for _, item in items for token in item.continuation], device=parallel.device)
     rows = torch.cat(scored)
-    vocab_rows = model.opt_config.vocab_size // parallel.tensor_model_parallel_size
+    ranks = parallel.tensor_model_parallel_size
+    vocab_rows = model.opt_config.padded_vocab_size(ranks) // ranks
     first, size = parallel.tensor_model_parallel_rank * vocab_rows, max(1, _MOST_LOGITS // vocab_rows)
     parts = [
         _log_probabilities(local_logits(model, some), own, first, collectives)

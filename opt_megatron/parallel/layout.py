@@ -12,8 +12,8 @@ from ..errors import UserError
 
 
 def tensor_parallel_sizes(config: OPTConfig) -> list[int]:
-    """The sizes that divide the heads, the MLP and the vocabulary."""
-    sizes = (config.num_attention_heads, config.ffn_hidden_size, config.vocab_size)
+    """The sizes that divide the heads and the MLP. (The vocabulary is padded where it does not divide.)"""
+    sizes = (config.num_attention_heads, config.ffn_hidden_size)
     return [n for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes)]
 
 
@@ -31,7 +31,6 @@ def check_model_divides(config: OPTConfig, tensor_model_parallel_size: int, pipe
     for size, what in (
         (config.num_attention_heads, "attention heads"),
         (config.ffn_hidden_size, "ffn_hidden_size"),
-        (config.vocab_size, "vocabulary rows"),
     ):
         if size % tp:
             fitting = ", ".join(map(str, tensor_parallel_sizes(config)))

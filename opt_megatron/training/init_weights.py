@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..checkpoint.parameter_mapping import (
     EMBEDDING,
     POSITIONS,
+    block_view,
     canonical_shapes,
-    component_view,
     even_stage_parameters,
     layers_of_stage,
     rank_block,
@@ -56,7 +56,9 @@ def init_weights(
         target = parameters[mapping.megatron]
         for component, name in enumerate(mapping.canonical):
             block = rank_block(shapes[name], mapping.split, tp_rank, tp)
-            view = component_view(target, component, len(mapping.canonical), config.head_dim)
+            view = block_view(target, component, len(mapping.canonical), config.head_dim, block)
+            if len(mapping.canonical) == 1:
+                target[len(view) :].zero_()  # padding of the vocabulary
             view.copy_(initial_values(name, config, seed, std, block[0])[:, *block[1:]].reshape(view.shape))
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from ...config import OPTConfig
-from ...errors import CheckpointError, shorten
+from ...errors import CheckpointError, UserError, shorten
 from ..checkpoint import Checkpoint
 from ..conversion_options import ConversionOptions
 from ..output_files import DtypeOf, OutputFile, StoredTensor
@@ -54,8 +54,17 @@ class FlagAIFormat(OutputFormat):
         return Checkpoint(path, f"FlagAI parts, {len(parts)}", config, tensors, [])
 
     def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
-        """pytorch_model.bin, or a numbered file for each part, with the whole output head in every file."""
+        """pytorch_model.bin, or a numbered file for each part, with the whole output head in every file.
+
+        Raises:
+            UserError: the vocabulary does not divide by the parts.
+        """
         config, parts = checkpoint.config, options.tensor_model_parallel_size
+        if config.vocab_size % parts:  # FlagAI's mpu.VocabUtility: ensure_divisibility
+            raise UserError(
+                f"{parts} parts do not divide the model's {config.vocab_size} vocabulary rows, and FlagAI has no "
+                "padding of them: ask for 1 part, or another number"
+            )
         if parts == 1:
             return [OutputFile(Path("pytorch_model.bin"), "torch", _part_tensors(config, dtype_of, 0, 1))]
         return [

@@ -142,7 +142,7 @@ def megatron_args(config: OPTConfig, dtype: torch.dtype, options: ConversionOpti
         "layernorm_epsilon": LAYERNORM_EPSILON,
         "hidden_dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
-        "padded_vocab_size": config.vocab_size,
+        "padded_vocab_size": config.padded_vocab_size(options.tensor_model_parallel_size),
         "make_vocab_size_divisible_by": 1,
         "tokenizer_type": "HuggingFaceTokenizer",
         "tensor_model_parallel_size": options.tensor_model_parallel_size,

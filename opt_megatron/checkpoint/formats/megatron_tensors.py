@@ -57,7 +57,9 @@ def stored_tensor(
     blocks = [rank_block(shapes[name], parameter.split, rank, ranks) for name in parameter.canonical]
     dtype = dtype_of(parameter.canonical[0])
     if len(blocks) == 1:
-        return StoredTensor.of_block(parameter.megatron, parameter.canonical[0], blocks[0], dtype)
+        stored = StoredTensor.of_block(parameter.megatron, parameter.canonical[0], blocks[0], dtype)
+        first = rank_block(shapes[parameter.canonical[0]], parameter.split, 0, ranks)
+        return stored.with_rows(block_shape(first)[0])  # Megatron-LM pads the vocabulary
     rows, *columns = block_shape(blocks[0])
     head_size = head_dim * math.prod(columns)
     interleaved = tuple(

@@ -12,6 +12,7 @@ as Meta released 350m. (Format: facebookresearch/metaseq, metaseq/scripts.)
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,9 @@ class MetaseqFormat(OutputFormat):
         config = config or directory_config(path)  # as this project's conversions write it
         if config is None:
             config, notes = infer_config(tensors, metadata)
+        embedding = tensors.get(EMBEDDING)
+        if embedding is not None and embedding.shape[0] == _padded_vocab_size(config, len(grid)):
+            tensors[EMBEDDING] = RowRange(embedding, 0, config.vocab_size)
         return Checkpoint(path, _describe(grid, first), config, tensors, notes)
 
     def output_files(self, checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
@@ -203,6 +207,9 @@ def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int, *
     stored = [StoredTensor("decoder.version", (1,), torch.float32, (), torch.tensor([3.0]))]
     for name, shape in canonical_shapes(config).items():
         module, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        if name == EMBEDDING:
+            stored.append(_embedding(config, dtype_of(name), part, parts))
+            continue
         block = rank_block(shape, split_of(name), part, parts)
         if fused and module.endswith("q_proj"):
             stored.append(_fused_qkv(module.removesuffix("q_proj"), kind, block, dtype_of(name)))
@@ -210,6 +217,18 @@ def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int, *
             stored_name = f"decoder.{_METASEQ_NAMES.get(module, module)}.{kind}"
             stored.append(StoredTensor.of_block(stored_name, name, block, dtype_of(name)))
     return stored
+
+
+def _padded_vocab_size(config: OPTConfig, parts: int) -> int:
+    """metaseq pads its dictionary to a multiple of 8 and expects as many rows, equally many in each part."""
+    multiple = math.lcm(8, parts)
+    return -(-config.vocab_size // multiple) * multiple
+
+
+def _embedding(config: OPTConfig, dtype: torch.dtype, part: int, parts: int) -> StoredTensor:
+    rows, (total, width) = _padded_vocab_size(config, parts) // parts, canonical_shapes(config)[EMBEDDING]
+    block = (slice(min(part * rows, total), min((part + 1) * rows, total)), slice(0, width))
+    return StoredTensor.of_block("decoder.embed_tokens.weight", EMBEDDING, block, dtype).with_rows(rows)
 
 
 def _fused_qkv(attention: str, kind: str, block: Block, dtype: torch.dtype) -> StoredTensor:

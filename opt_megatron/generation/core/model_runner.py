@@ -31,7 +31,8 @@ class ModelRunner:
         self._is_leader, self._is_first_stage = parallel.is_leader, parallel.is_first_stage
         self._is_last_stage, self._logits_rank = parallel.is_last_stage, parallel.logits_rank
         self._config = model.opt_config
-        rows = self._config.vocab_size // parallel.tensor_model_parallel_size
+        ranks = parallel.tensor_model_parallel_size
+        rows = self._config.padded_vocab_size(ranks) // ranks
         self._first_row = parallel.tensor_model_parallel_rank * rows
         mine = suppressed - self._first_row
         self._suppressed = mine[(mine >= 0) & (mine < rows)].to(parallel.device)
@@ -102,7 +103,7 @@ class ModelRunner:
         local = self._model.logits(hidden)
         if kind is OutputKind.ARGMAX:
             return self._argmax(local)
-        logits = self._model.collectives.all_gather(local)
+        logits = self._model.collectives.all_gather(local)[:, : self._config.vocab_size]
         return torch.cat((logits, hidden.float()), dim=-1) if kind is OutputKind.HIDDEN_STATES else logits
 
     def _argmax(self, local: Tensor) -> Tensor:
