@@ -66,7 +66,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
     made: dict[str, tuple[Path, Any]] = {}
     for name, overrides in {
         "pre-norm": {},
-        "post-norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},  # as 350m is
+        # As 350m is, and with a vocabulary that no tensor parallel size divides.
+        "post-norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 24, "vocab_size": 517},
     }.items():
         model = random_model(**overrides)
         made[name] = save(model, tmp_path_factory.mktemp(name)), model
@@ -99,6 +100,6 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def post_norm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One as 350m is."""
-    model = random_model(num_hidden_layers=4, do_layer_norm_before=False, word_embed_proj_dim=24)
+    """One as 350m is, with a vocabulary that no tensor parallel size divides."""
+    model = random_model(num_hidden_layers=4, do_layer_norm_before=False, word_embed_proj_dim=24, vocab_size=517)
     return save(model, tmp_path_factory.mktemp("post"))

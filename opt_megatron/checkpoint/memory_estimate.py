@@ -75,11 +75,12 @@ def _estimate_rank(
     layers = layers_of_stage(config.num_layers, pp, stage)
     first, last = stage == 0, stage == pp - 1
     shapes = canonical_shapes(config)
-    elements = 0
+    held = read = 0
     for parameter in stage_parameters(config, layers, first=first, last=last):
         for name in parameter.canonical:
-            # The first rank's block is whole, and the others hold as much: they pad the vocabulary.
-            elements += math.prod(block_shape(rank_block(shapes[name], parameter.split, 0, tp)))
+            # All ranks hold as much as the first: they pad the vocabulary.
+            held += math.prod(block_shape(rank_block(shapes[name], parameter.split, 0, tp)))
+            read += math.prod(block_shape(rank_block(shapes[name], parameter.split, rank, tp)))
     rows = rank_block((config.vocab_size,), Split.COLUMN, rank, tp)[0]
     heads = config.num_attention_heads // tp
     return RankMemory(
@@ -88,10 +89,10 @@ def _estimate_rank(
         layers=layers,
         heads=range(rank * heads, (rank + 1) * heads),
         vocabulary_rows=range(rows.start, rows.stop) if first or last else None,
-        weights=elements * workload.itemsize,
+        weights=held * workload.itemsize,
         kv_cache=2 * len(layers) * workload.batch * workload.context * heads * config.head_dim * workload.itemsize,
         activations=_activations(config, tp, workload, last=last),
-        read_from_disk=elements * BYTES_OF_DTYPE[stored],
+        read_from_disk=read * BYTES_OF_DTYPE[stored],
     )
 
 

@@ -193,7 +193,8 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.method = method
         self._num_logits = num_logits
-        self._first_padding = max(0, num_logits - self.tp_group.rank() * self.output_size_per_partition)
+        first_row: int = self.tp_group.rank() * self.output_size_per_partition
+        self._first_padding: int = max(0, num_logits - first_row)
 
     def prepare_tied(self, weight: Tensor, method: type[LinearMethod]) -> None:
         """As `prepare_inference`, with the embedding's `weight` [V, h]."""

@@ -18,8 +18,7 @@ OPT_125M = released_config("opt-125m")
     [
         (None, 2, 2, 1, "tensor 2 x pipeline 2 = 4 processes are needed.*torchrun --nproc-per-node 4"),
         (None, 0, 1, 1, "0 x 1; both must be at least 1"),
-        (OPT_125M, 5, 1, 5, "5 does not divide the model's 12 attention heads: use one of 1, 2, 4"),
-        (OPT_125M, 3, 1, 3, "3 does not divide the model's 50272 vocabulary rows"),
+        (OPT_125M, 5, 1, 5, "5 does not divide the model's 12 attention heads: use one of 1, 2, 3, 4, 6, 12"),
         (OPT_125M, 1, 5, 5, "5 does not divide the model's 12 layers: use one of 1, 2, 3, 4, 6, 12"),
     ],
 )

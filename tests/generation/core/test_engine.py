@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import rank_jobs
 import torch
-from factory import oracle_greedy, prompts_for
+from factory import oracle_greedy, prompts_for, random_model, save
 
 from opt_megatron.api import OPT
 from opt_megatron.checkpoint.load import load_model
@@ -177,6 +177,19 @@ def test_suppressed_tokens_are_never_chosen(models, ranks, tp):
             tokens = {token for completion in found for token in completion.tokens}
             assert tokens and not tokens & suppressed
             suppressed |= tokens
+
+
+def test_a_rank_may_have_no_row_of_a_small_vocabulary(ranks, tmp_path):
+    """Nine rows on four ranks: 3, 3, 3 and none."""
+    oracle = random_model(vocab_size=9, num_hidden_layers=2)
+    directory, prompt = save(oracle, tmp_path), [2, 5, 8]
+    options = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
+    sampled = SamplingParams(max_new_tokens=20, temperature=2.0, ignore_eos=True, logprobs=3)
+    requests = [Request(tuple(prompt), options), Request(tuple(prompt), sampled)]
+    one = ranks(1).run(rank_jobs.generate, directory, 1, 1, requests)[0]
+    assert one[0].tokens == oracle_greedy(oracle, prompt, 20)
+    for found in ranks(4).run(rank_jobs.generate, directory, 4, 1, requests):
+        assert [completion.tokens for completion in found] == [completion.tokens for completion in one]
 
 
 def test_log_probabilities_are_normalised_over_all_rows(models, alone):

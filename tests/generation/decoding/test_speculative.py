@@ -21,9 +21,11 @@ VOCABULARY = 4
 
 
 @pytest.fixture(scope="module")
-def draft_directory(tmp_path_factory):
-    """Another model with the vocabulary of 'pre-norm'."""
-    return save(random_model(seed=8, num_hidden_layers=2), tmp_path_factory.mktemp("draft"))
+def drafts(models, tmp_path_factory):
+    """Name of a model -> the directory of another model with its vocabulary."""
+    sizes = {name: model.config.vocab_size for name, (_, model) in models.items() if name != "story"}
+    made = {name: random_model(seed=8, num_hidden_layers=2, vocab_size=size) for name, size in sizes.items()}
+    return {name: save(model, tmp_path_factory.mktemp("draft")) for name, model in made.items()}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def counted(engine: Engine, runner: int = 0) -> list:
 
 @pytest.mark.parametrize("kind", ["lookup", "another model", "itself"])
 @pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
-def test_greedy_tokens_are_the_oracles(models, alone, draft_directory, name, kind):
+def test_greedy_tokens_are_the_oracles(models, alone, drafts, name, kind):
     directory, oracle = models[name]
-    draft = None if kind == "lookup" else load_model(directory if kind == "itself" else draft_directory, None, alone)
+    draft = None if kind == "lookup" else load_model(directory if kind == "itself" else drafts[name], None, alone)
     options = {"draft_model": draft, "prompt_lookup": kind == "lookup", "max_batch_size": 3}
     engine = Engine(load_model(directory, None, alone), alone, prefill_chunk_size=8, **options)
     prompts = prompts_for(oracle)[:4]
@@ -56,9 +58,9 @@ def test_greedy_tokens_are_the_oracles(models, alone, draft_directory, name, kin
 
 @pytest.mark.parametrize("kind", ["lookup", "another model", "itself"])
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_greedy_tokens_over_ranks(models, ranks, draft_directory, tp, pp, kind):
+def test_greedy_tokens_over_ranks(models, ranks, drafts, tp, pp, kind):
     directory, oracle = models["pre-norm"]
-    draft = {"lookup": None, "another model": draft_directory, "itself": directory}[kind]
+    draft = {"lookup": None, "another model": drafts["pre-norm"], "itself": directory}[kind]
     prompts = prompts_for(oracle)[:3]
     expected = [oracle_greedy(oracle, list(prompt), 25) for prompt in prompts]
     for completions in ranks(tp * pp).run(rank_jobs.speculate, directory, draft, tp, pp, greedy(prompts, 25)):

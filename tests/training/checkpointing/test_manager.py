@@ -95,16 +95,18 @@ def test_a_run_goes_on_at_another_layout(
     assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
 
 
-def test_350ms_projections_are_saved_too(
+def test_350ms_projections_and_an_uneven_vocabulary_are_saved_too(
     ranks: Callable[[int], RankPool], settings: TrainingOptions, post_norm: Path, tmp_path: Path
 ) -> None:
     config = open_checkpoint(post_norm).config.replace(dropout=0.0)
     settings = replace(settings, config=config, load=str(post_norm), schedule=LRSchedule(1e-4, 1e-5, 0, 12))
     ranks(2).run(jobs.whole_run, tmp_path / "whole", 2, 1, settings)
     ranks(2).run(jobs.whole_run, tmp_path / "cut", 2, 1, settings, 4)
-    ranks(2).run(jobs.whole_run, tmp_path / "cut", 1, 2, settings)
+    ranks(2).run(jobs.whole_run, tmp_path / "cut", 1, 2, settings, 8)
+    ranks(2).run(jobs.whole_run, tmp_path / "cut", 2, 1, settings)
     assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
-    open_checkpoint(tmp_path / "cut")  # finds every tensor
+    # Every tensor is found, and the vocabulary is as large as without the padding of two ranks.
+    assert open_checkpoint(tmp_path / "cut").tensors["model.decoder.embed_tokens.weight"].shape[0] == 517
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
