@@ -189,12 +189,13 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
         method: as of OPTColumnParallelLinear; the model defers the weight after it has tied it.
     """
 
+    output_size_per_partition: int
+
     def __init__(self, *args: Any, num_logits: int, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method = method
         self._num_logits = num_logits
-        first_row: int = self.tp_group.rank() * self.output_size_per_partition
-        self._first_padding: int = max(0, num_logits - first_row)
+        self._first_padding = max(0, num_logits - self.tp_group.rank() * self.output_size_per_partition)
 
     def prepare_tied(self, weight: Tensor, method: type[LinearMethod]) -> None:
         """As `prepare_inference`, with the embedding's `weight` [V, h]."""
