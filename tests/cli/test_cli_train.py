@@ -147,12 +147,16 @@ def start(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(run_directory: Path, iterations: int, process: subprocess.Popen[str]) -> None:
-    """Wait until this many steps have been recorded."""
+def wait_for(run_directory: Path, iterations: int, process: subprocess.Popen[str], saves: int = 0) -> None:
+    """Wait until this many steps have been recorded, and so many checkpoints are whole."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         path = run_directory / METRICS_FILE
-        if path.exists() and path.read_text().count("\n") >= iterations:
+        if (
+            path.exists()
+            and path.read_text().count("\n") >= iterations
+            and len(saved_checkpoints(run_directory)) >= saves
+        ):
             return
         time.sleep(0.02)
     raise AssertionError(f"no {iterations} iterations: {process.communicate(timeout=10)[0][-2000:]}")
@@ -172,7 +176,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     data: Path, tmp_path: Path, uninterrupted: list[float], iterations: int
 ) -> None:
     process = start(training(data, tmp_path / "run"))
-    wait_for(tmp_path / "run", iterations, process)
+    wait_for(tmp_path / "run", iterations, process, saves=1)  # which are written in the background
     process.kill()
     process.wait(30)
     process = start(training(data, tmp_path / "run"))
