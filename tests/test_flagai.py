@@ -1,6 +1,7 @@
 """FlagAI's two scripts for OPT, each in separate processes, and the semantics of its predictor."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,6 +92,58 @@ def test_the_continuation_ends_where_the_positions_do(predictor, capfd):
         predictor.predict_generate_randomsample("word " * 600, input_max_length=600)
 
 
-def test_other_tasks_are_refused():
-    with pytest.raises(UserError, match="'seq2seq'"):
-        AutoLoader("seq2seq", model_name="opt-125m-en")
+def test_beam_search_is_transformers_and_contrastive_search_runs(models, predictor):
+    _, oracle = models["story"]
+    tokenizer = predictor._tokenizer
+    ids = torch.tensor([tokenizer.encode("The king had a daughter")])
+    found = oracle.generate(ids, num_beams=3, do_sample=False, max_new_tokens=9, early_stopping=False)[0, ids.size(1) :]
+    beams = predictor.predict_generate_beamsearch("The king had a daughter", out_max_length=9, beam_size=3)
+    assert beams == tokenizer.decode(found.tolist())
+    greedy = predictor.predict_generate_beamsearch("The king had a daughter", out_max_length=9)
+    assert greedy == predictor.predict_generate_randomsample("The king had a daughter", out_max_length=9, temperature=0)
+    contrastive = predictor.predict_generate_contrastive_search
+    assert contrastive("The king had a daughter", out_max_length=9) == greedy
+    assert contrastive("The king had a daughter", out_max_length=9, beam_size=4) not in (greedy, "")
+
+
+def test_tokens_instead_of_a_text(predictor):
+    ids = predictor._tokenizer.encode_plus("The king had a daughter", max_length=3)["input_ids"]
+    assert ids == predictor._tokenizer.encode("The king had a daughter")[:4]
+    run = predictor.predict_generate_randomsample
+    options = {"out_max_length": 9, "temperature": 0}
+    by_ids = run("ignored", prompts_tokens=[ids], **options)
+    assert by_ids == run("The king had a daughter", input_max_length=3, **options)
+    with pytest.raises(UserError, match="prompts_tokens has 2 prompts"):
+        run("ignored", prompts_tokens=[ids, ids])
+
+
+def test_the_checkpoints_directory_is_looked_at_first(tmp_path, monkeypatch, alone):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED_DIRECTORY, tmp_path / "checkpoints" / "opt-1.3b-en")
+    model = AutoLoader("seq2seq", "opt-1.3b-en", torch_dtype=torch.bfloat16, device="cpu").get_model()
+    assert model.opt_config.num_layers == 4 and model.params_dtype == torch.bfloat16
+
+
+def test_the_config_alone_gives_initial_weights(tmp_path, alone):
+    directory = tmp_path / "opt-125m-en"
+    directory.mkdir()
+    for name in ("config.json", "vocab.json", "merges.txt"):
+        shutil.copy(EMBEDDED_DIRECTORY / name, directory)
+    loader = AutoLoader("lm", "opt-125m-en", str(tmp_path), only_download_config=True)
+    weight = loader.get_model().decoder.layers[0].mlp.linear_fc1.weight
+    assert weight.std().item() == pytest.approx(0.006, rel=0.05) and loader.get_model() is loader.get_model()
+    assert Predictor(loader.get_model(), loader.get_tokenizer()).predict_generate_beamsearch("The king", 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"task_name": "cls"}, "'cls': OPT's tasks are 'lm' and 'seq2seq'"), ({"torch_dtype": "int8"}, "int8")],
+)
+def test_what_cannot_be_is_refused(options, error, alone):
+    with pytest.raises(UserError, match=error):
+        AutoLoader(**{"model_dir": str(EMBEDDED_DIRECTORY)} | options).get_model()
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="load_pretrain_param"):
+        AutoLoader("lm", model_name="opt-125m-en", load_pretrain_param=True)
