@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import xxhash
 from tokenizers import AddedToken, models, pre_tokenizers
@@ -67,7 +68,7 @@ class OPTTokenizer:
         self._bytes = {index: token.content.encode() for index, token in added.items()} | _token_bytes(vocab)
 
     @classmethod
-    def from_directory(cls, directory: Path) -> OPTTokenizer:
+    def from_directory(cls, directory: Path) -> Self:
         """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing, and the added tokens.
 
         For a file, such as a weight file, the tokenizer files beside it are read.

@@ -77,7 +77,7 @@ class ProgressLines:
             rate = f"of {{total_fmt}} ({{percentage:.0f}}%), {rate}, {{remaining}} left"
         return tqdm.format_meter(
             self._done,
-            self.total,  # type: ignore[arg-type]  (None is allowed)
+            self.total,
             seconds,
             unit=self._unit,
             unit_scale=self._unit_scale,
