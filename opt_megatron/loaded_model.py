@@ -149,6 +149,7 @@ class LoadedModel:
             **engine,
             "draft_model": "none" if engine["draft_model"] is None else "given",  # compared when it is opened
             "tokenizer": None if tokenizer is None else tokenizer.identity(),
+            "generation_config.json": self.pretrained.generation_config,
         }
 
     @classmethod

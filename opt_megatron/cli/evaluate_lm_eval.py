@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import dtype_name
 from ..errors import UserError, print_notice
 from ..options import Options, option
-from .arguments import ModelOptions, RuntimeOptions
+from .arguments import GenerationConfigOptions, ModelOptions, RuntimeOptions
 from .loading import open_model, print_notices, start_ranks
 from .option_groups import Groups, add_groups
 
@@ -52,7 +52,7 @@ class LmEvalOptions(Options):
     json: bool = option(False, help="print one JSON object instead of Markdown")
 
 
-OPTIONS: Groups = {"": (ModelOptions, RuntimeOptions, LmEvalOptions)}
+OPTIONS: Groups = {"": (ModelOptions, RuntimeOptions, GenerationConfigOptions, LmEvalOptions)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.output is not None:
         _check_output(Path(args.output), args.force)
-    opt = open_model(args, start_ranks(args, OPTIONS), batch_size=args.batch_size)
+    parallel, use_generation_config = start_ranks(args, OPTIONS), not args.no_generation_config
+    opt = open_model(args, parallel, use_generation_config=use_generation_config, batch_size=args.batch_size)
     print_notices(args, opt)
     if args.include_path is not None and opt.parallel.is_leader:
         print_notice(f"{args.include_path}: lm-eval's YAML files can run Python (!function)")

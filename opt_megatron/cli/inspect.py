@@ -70,12 +70,22 @@ def _facts(checkpoint: Checkpoint, dtypes: Counter[str]) -> list[tuple[str, obje
         ("format", checkpoint.format_description),
         ("layers", f"{config.num_layers}, {norm}"),
         ("hidden", f"{config.hidden_size}, {heads}{embedding}"),
-        ("vocabulary", f"{config.vocab_size} rows, {config.num_tokens} tokens"),
+        ("vocabulary", f"{config.vocab_size} rows, {_num_tokens(checkpoint)} tokens"),
         ("positions", config.max_position_embeddings),
         ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items())),
         ("parameters", f"{elements:,} in {len(checkpoint.tensors)} tensors, {total / 1e6:,.1f} MB"),
         ("manifest", "yes" if (checkpoint.path / MANIFEST).is_file() else "no"),
     ]
+
+
+def _num_tokens(checkpoint: Checkpoint) -> int:
+    """Rows that belong to a token of the tokenizer beside the weights, or by the config alone where there is none."""
+    from ..tokenizer import OPTTokenizer, has_tokenizer
+
+    config = checkpoint.config
+    if not has_tokenizer(checkpoint.directory):
+        return config.num_tokens
+    return config.vocab_size - len(OPTTokenizer.from_directory(checkpoint.directory).unused_ids(config.vocab_size))
 
 
 def _print_size_per_rank(config: OPTConfig, dtype: str) -> None:

@@ -182,7 +182,8 @@ class OPTMegatronLM(TemplateLM):
         names = (*_SEARCH, *(_SAMPLING if sampled else ()))
         given = {name: options[name] for name in names if options.get(name) is not None}
         stop = tuple(text for text in options["until"] if text)
-        params = SamplingParams(**{"temperature": 0.0, **given, "max_new_tokens": new, "stop": stop})
+        given = {"temperature": 0.0, **given, "max_new_tokens": new, "stop": stop}
+        params = SamplingParams(**self._evaluator.opt.pretrained.generation_config.with_defaults(given))
         return Request(prompt, params, self._tokenizer.stream)
 
 
