@@ -115,9 +115,8 @@ class _Child:
 
 def _serve_system(pipe: Connection, system: str, setup: Setup, kinds: str) -> None:
     _set_environment(setup.threads)
-    os.environ |= {"RANK": str(setup.rank), "LOCAL_RANK": str(setup.rank), "WORLD_SIZE": str(setup.ranks)}
-    if setup.ranks == 1:
-        del os.environ["WORLD_SIZE"]  # a single rank of this project needs no rendezvous address
+    if setup.ranks > 1:
+        os.environ |= {"RANK": str(setup.rank), "LOCAL_RANK": str(setup.rank), "WORLD_SIZE": str(setup.ranks)}
     module, name = kinds.split(":")
     kind = getattr(importlib.import_module(f"{__package__}.{module}"), name)[system]
 

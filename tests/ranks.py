@@ -8,12 +8,12 @@ process that has imported the jobs: importing Megatron-core takes seconds, a job
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from typing import Any
@@ -29,7 +29,7 @@ class RankPool:
     """`world_size` processes, each a rank of one torch.distributed world on gloo."""
 
     def __init__(self, world_size: int) -> None:
-        context = _forkserver()
+        context = forkserver()
         self._store = tempfile.mktemp(prefix="ranks-")
         self._processes, self._pipes = [], []
         for rank in range(world_size):
@@ -64,9 +64,9 @@ class RankPool:
             os.unlink(self._store)
 
 
-def _forkserver() -> ForkServerContext:
+def forkserver() -> ForkServerContext:
     """Processes that are forked from one which has imported the jobs, and has no threads of torch's yet."""
-    context = multiprocessing.get_context("forkserver")
+    context = get_context("forkserver")
     context.set_forkserver_preload(["rank_jobs", "torch_dist_jobs", "training_jobs"])
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what is imported there is looked for there alone

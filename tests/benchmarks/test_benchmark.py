@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ranks import forkserver
 
 from benchmarks import command, options
 from benchmarks.measure import alternate, cache_bytes, measure_bandwidth, percentile, weight_bytes
@@ -43,6 +44,12 @@ TINY_SIZES = WorkloadSizes(
     memory=(1, 8, 2),
 )
 HAS_CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
+
+
+@pytest.fixture(autouse=True)
+def children_of_the_forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children have torch and Megatron-core imported when they start; what they compute is the same."""
+    monkeypatch.setattr("benchmarks.worker.multiprocessing.get_context", lambda method: forkserver())
 
 
 def tiny_options(output: Path, **changes: object) -> BenchmarkOptions:

@@ -1,11 +1,11 @@
 """Sums and gathers through shared memory against torch.distributed's."""
 
-import multiprocessing
 import platform
 
 import pytest
 import rank_jobs
 import torch
+from ranks import forkserver
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="shared memory needs the x86 order of writes")
 
@@ -37,7 +37,7 @@ def test_what_is_chosen(ranks):
 
 
 def test_a_rank_does_not_wait_for_one_that_has_ended(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     ours, theirs = context.Pipe()
     processes = [
         context.Process(target=rank_jobs.with_a_peer_that_ends, args=(rank, str(tmp_path / "store"), theirs))
