@@ -27,8 +27,9 @@ from .rendezvous import listen
 _MESSAGE = struct.Struct("<i")
 _ALIVE = -1
 _MOST_SECONDS_BETWEEN_BEATS = 1.0
-_SECONDS_TO_CONNECT = 30.0
+_SECONDS_TO_CONNECT, _SECONDS_FOR_HELLO = 30.0, 2.0
 _TOKEN_BYTES = 16
+_HELLO_BYTES = _TOKEN_BYTES + _MESSAGE.size
 _KEY = "opt_megatron/heartbeat"
 
 
@@ -78,13 +79,22 @@ def _accept(store: dist.Store, world_size: int) -> dict[int, socket.socket]:
         store.set(_KEY, f"{token} {listener.getsockname()[1]}")
         while len(peers) < world_size - 1:
             connection, _ = listener.accept()
-            connection.settimeout(_SECONDS_TO_CONNECT)
-            hello = connection.recv(_TOKEN_BYTES + _MESSAGE.size, socket.MSG_WAITALL)
-            if hello[:_TOKEN_BYTES] == token.encode():
+            hello = _read_hello(connection)
+            if hello.startswith(token.encode()):
                 peers[_MESSAGE.unpack(hello[_TOKEN_BYTES:])[0]] = connection
             else:
                 connection.close()
     return peers
+
+
+def _read_hello(connection: socket.socket) -> bytes:
+    """Token and rank from a new connection, or an empty string if it does not send as many bytes."""
+    connection.settimeout(_SECONDS_FOR_HELLO)
+    hello = b""
+    with contextlib.suppress(OSError):
+        while len(hello) < _HELLO_BYTES and (received := connection.recv(_HELLO_BYTES - len(hello))):
+            hello += received
+    return hello if len(hello) == _HELLO_BYTES else b""
 
 
 def _connect(store: dist.Store, launch: LaunchEnvironment) -> dict[int, socket.socket]:

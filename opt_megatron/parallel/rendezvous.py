@@ -58,8 +58,7 @@ def _connect(environment: LaunchEnvironment, deadline: float, timeout: timedelta
         return next(rendezvous("env://", timeout=timeout))[0]
     address, port, is_host = environment.master_addr, environment.master_port, environment.rank == 0
     listener = _listen(port) if is_host else None
-    if listener is None:
-        _wait_for_rank_0(environment, deadline)
+    _wait_for_listener(environment, deadline)
     return _in_time(
         lambda: dist.TCPStore(
             address,
@@ -71,7 +70,8 @@ def _connect(environment: LaunchEnvironment, deadline: float, timeout: timedelta
             master_listen_fd=None if listener is None else listener.detach(),
         ),
         deadline,
-        f"what listens at MASTER_ADDR={address}, MASTER_PORT={port} is not rank 0: set another port on all ranks",
+        f"what listens at MASTER_ADDR={address}, MASTER_PORT={port} does not answer as rank 0 would: set another port "
+        "on all ranks",
     )
 
 
@@ -96,7 +96,8 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _wait_for_rank_0(environment: LaunchEnvironment, deadline: float) -> None:
+def _wait_for_listener(environment: LaunchEnvironment, deadline: float) -> None:
+    """Return when something listens where rank 0 should; torch would print a line at each try."""
     address, port = environment.master_addr, environment.master_port
     while True:
         try:

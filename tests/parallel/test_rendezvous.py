@@ -72,9 +72,11 @@ def test_a_port_that_another_program_has():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert meet(0, 2, port).startswith(f"rank 0 cannot listen on MASTER_PORT={port} (Address already in use)")
-        assert "is not rank 0: set another port" in meet(1, 2, port, seconds=SHORT)
+        assert "does not answer as rank 0 would: set another port" in meet(1, 2, port, seconds=SHORT)
 
 
 def test_a_rank_0_that_cannot_be_reached():
     assert "has not reached rank 0 at MASTER_ADDR=127.0.0.1" in meet(1, 2, free_port(), seconds=SHORT)
-    assert meet(1, 2, 29500, address="no such host") == "MASTER_ADDR='no such host' is no host that can be found"
+    for rank in range(2):
+        told = meet(rank, 2, free_port(), address="no such host")
+        assert told == "MASTER_ADDR='no such host' is no host that can be found"
