@@ -52,11 +52,7 @@ class TorchDistFormat(Format):
             CheckpointError: a file is missing or damaged, or the model is not an OPT.
         """
         directory = _iteration(path) or path
-        if not (directory / "metadata.json").is_file():
-            raise CheckpointError(
-                f"{directory}: has no metadata.json, so it is not torch_dist but a format that is not read here "
-                "(torch_dcp, fsdp_dtensor): save it with --ckpt-format torch_dist"
-            )
+        _check_files(directory)
         home = next((path for path in (directory, directory.parent) if (path / "config.json").is_file()), directory)
         arguments = _arguments(directory / "common.pt")
         check_arguments(arguments, directory)
@@ -77,13 +73,30 @@ FORMAT = TorchDistFormat()
 
 def _iteration(path: Path) -> Path | None:
     """The directory itself, the one that its tracker names, or where none is named the newest; None: not torch_dist."""
-    if (path / METADATA_FILE).is_file():
+    if _is_iteration(path):
         return path
     iterations = [directory for _, directory in iteration_directories(path)]
     if (path / TRACKER).is_file():
         with contextlib.suppress(CheckpointError):  # what it names is gone
             iterations = [iteration_directory(path)]
-    return next((directory for directory in iterations if (directory / METADATA_FILE).is_file()), None)
+    return next(filter(_is_iteration, iterations), None)
+
+
+def _is_iteration(directory: Path) -> bool:
+    return (directory / METADATA_FILE).is_file() or any(directory.glob("*.distcp"))
+
+
+def _check_files(directory: Path) -> None:
+    if not (directory / METADATA_FILE).is_file():
+        raise CheckpointError(
+            f"{directory}: holds shards (.distcp) but no {METADATA_FILE}, which says what they are: saving was "
+            "interrupted, or the hidden file was not copied with the others"
+        )
+    if not (directory / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{directory}: has no metadata.json, so it is not torch_dist but a format that is not read here "
+            "(torch_dcp, fsdp_dtensor): save it with --ckpt-format torch_dist"
+        )
 
 
 def _arguments(path: Path) -> dict[str, Any]:

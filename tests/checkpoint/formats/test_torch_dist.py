@@ -103,6 +103,7 @@ def save_common(path: Path, **arguments: object) -> None:
     ("damage", "message"),
     [
         (lambda d: (d / "metadata.json").unlink(), r"not torch_dist but .*torch_dcp.* --ckpt-format torch_dist"),
+        (lambda d: (d / ".metadata").unlink(), r"holds shards .* but no \.metadata.*hidden file was not copied"),
         (lambda d: (d / "common.pt").unlink(), "common.pt is missing"),
         (lambda d: (d / ".metadata").write_bytes(b"\x80\x04N."), "is damaged: ValueError: something else where a Meta"),
         (lambda d: (d / ".metadata").write_bytes((d / ".metadata").read_bytes()[:300]), ".metadata: is damaged"),
