@@ -46,6 +46,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
 }
 _LONGEST_NAME = 300
+_BYTES_PER_BYTE = 80  # by the interpreter's count, which is an upper bound: small objects take 45 to 55
 _Places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
 
 
@@ -77,7 +78,8 @@ def read_metadata(directory: Path) -> dict[str, TensorEntry]:
     """
     path = directory / METADATA_FILE
     try:
-        metadata = _state(unpickle(read_bounded(path, MAX_PICKLE_BYTES), _KNOWN, _no_storage), "Metadata")
+        content = read_bounded(path, MAX_PICKLE_BYTES)
+        metadata = _state(unpickle(content, _KNOWN, _no_storage, bytes_per_byte=_BYTES_PER_BYTE), "Metadata")
         wanted = {
             name: _state(value, "TensorStorageMetadata")
             for name, value in metadata["state_dict_metadata"].items()

@@ -45,22 +45,31 @@ class InvalidPickleError(ValueError):
     """The bytes are not a pickle, or use opcodes or calls that this interpreter does not know."""
 
 
-def unpickle(data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> Any:
+def unpickle(
+    data: bytes,
+    known: dict[tuple[str, str], Any],
+    persistent_load: Callable[[Any], Any],
+    *,
+    bytes_per_byte: int = 32,
+) -> Any:
     """The object that a pickle describes.
 
     Args:
         known: (module, name) -> a function that may be called, or a value.
         persistent_load: returns the object for a persistent id.
+        bytes_per_byte: how much may be allocated for a byte of the pickle; the names of tensors take 15 to 20.
 
     Raises:
         InvalidPickleError: the bytes are not a pickle, or use what is not known here.
         IndexError, struct.error, TypeError, ValueError ...: the bytes end early or contradict themselves.
     """
-    return _Unpickler(data, known, persistent_load).run()
+    return _Unpickler(data, known, persistent_load, _FREE_BYTES + bytes_per_byte * len(data)).run()
 
 
 class _Unpickler:
-    def __init__(self, data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, data: bytes, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any], budget: int
+    ) -> None:
         self._data = data
         self._at = 0
         self._known = known
@@ -69,7 +78,7 @@ class _Unpickler:
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
-        self._budget = _FREE_BYTES + _BYTES_PER_BYTE * len(data)
+        self._budget = budget
 
     def run(self) -> Any:
         """Interpret the bytes up to STOP. The most frequent opcodes are handled here, the others by methods."""
@@ -287,9 +296,8 @@ def _dictionary(items: list[Any]) -> dict[Any, Any]:
 
 
 # What a pickle may allocate, and what opcodes are taken to allocate: at least what CPython does, with the entry of the
-# stack or the memo. Pickles of tensors by name take 15 to 20 bytes a byte.
+# stack or the memo.
 _FREE_BYTES = 64 * 2**20
-_BYTES_PER_BYTE = 32
 _MOST_MARKS = 10_000
 _USUAL_COST, _ITEM_COST = 100, 50
 _COSTS = {

@@ -15,7 +15,9 @@ from checkpoint_samples import SAMPLES, TENSORS, assert_holds, assert_same, cont
 from ranks import RankPool
 from torch_dist_jobs import Saving, save_with_core
 
+from opt_megatron.checkpoint.formats.dcp_metadata import read_metadata
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
+from opt_megatron.checkpoint.storage import safe_unpickler
 from opt_megatron.errors import CheckpointError
 
 
@@ -129,3 +131,10 @@ def test_nothing_in_metadata_is_run(tmp_path: Path) -> None:
     rewrite_metadata(path, lambda metadata: metadata.state_dict_metadata.update(other=Call()))
     assert_holds(path, TENSORS)
     assert not (tmp_path / "touched").exists()
+
+
+def test_metadata_of_many_shards_is_within_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what every pickle may allocate, which counts for little where there are a hundred thousand shards."""
+    path = SAMPLES["torch-dist"](tmp_path) / "iter_0000007"
+    monkeypatch.setattr(safe_unpickler, "_FREE_BYTES", 0)
+    assert len(read_metadata(path)) == 16
