@@ -92,11 +92,15 @@ def convert(
         _write_weights(partial, checkpoint, files, workers, progress)
         for name, text in written_format.text_files(checkpoint, files).items():
             (partial.path / name).write_text(text, encoding="utf-8")
+        notes = written_format.notes(checkpoint.config, options)
         if written_format.is_whole_model:
             written = _write_config_and_tokenizer(checkpoint, tokenizer, partial.path, options)
+            notes += written_format.write_companions(partial.path, written, options)
             write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
-    return _summary(checkpoint, options, files, restarted=partial.restarted)
+    if partial.restarted:
+        notes.insert(0, "--resume: what was there came from another source or other options, so it began anew")
+    return _summary(checkpoint, options, files, notes)
 
 
 def output_files(checkpoint: Checkpoint, options: ConversionOptions, dtype_of: DtypeOf) -> list[OutputFile]:
@@ -144,15 +148,11 @@ def _write_config_and_tokenizer(
 
 
 def _summary(
-    checkpoint: Checkpoint, options: ConversionOptions, files: list[OutputFile], *, restarted: bool
+    checkpoint: Checkpoint, options: ConversionOptions, files: list[OutputFile], notes: list[str]
 ) -> ConversionSummary:
-    written_format = output_format(options.to)
-    notes = written_format.notes(checkpoint.config, options)
-    if restarted:
-        notes.insert(0, "--resume: what was there came from another source or other options, so it began anew")
     return ConversionSummary(
         source_format=checkpoint.format_description,
-        target_format=written_format.describe_output(options),
+        target_format=output_format(options.to).describe_output(options),
         num_bytes=sum(file.num_bytes for file in files),
         num_files=len(files),
         config_notes=checkpoint.config_notes,

@@ -82,13 +82,28 @@ FORMAT = FlagAIFormat()
 
 
 def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int) -> tuple[StoredTensor, ...]:
-    tensors = []
-    for name, shape in canonical_shapes(config).items():
-        block = rank_block(shape, split_of(name) if parts > 1 else Split.REPLICATED, part, parts)
+    tensors, shapes = [], canonical_shapes(config)
+    for name in _in_flagais_order(list(shapes)):
+        block = rank_block(shapes[name], split_of(name) if parts > 1 else Split.REPLICATED, part, parts)
         tensors.append(StoredTensor.of_block(name, name, block, dtype_of(name)))
-    head = whole(canonical_shapes(config)[EMBEDDING])
+    head = whole(shapes[EMBEDDING])
     tensors.append(StoredTensor.of_block("lm_head.weight", EMBEDDING, head, dtype_of(EMBEDDING)))
     return tuple(tensors)
+
+
+def _in_flagais_order(names: list[str]) -> list[str]:
+    """k and v before q, since FlagAI joins the three when it meets q (flagai/model/opt_model.py, transpose_weight).
+
+    And each bias after its own weight, from which FlagAI's script that cuts a file takes the length of its parts.
+    """
+    ordered: list[str] = []
+    for name in names:
+        attention, is_input, _ = name.partition("q_proj.weight")
+        if is_input:
+            ordered += [f"{attention}{letter}_proj.{kind}" for letter in "kvq" for kind in ("weight", "bias")]
+        elif not name.removesuffix(".weight").removesuffix(".bias").endswith(("q_proj", "k_proj", "v_proj")):
+            ordered.append(name)
+    return ordered
 
 
 def _part_files(directory: Path) -> list[Path]:

@@ -105,6 +105,14 @@ class OutputFormat(Format):
         """File name -> content of the small text files that belong to the weight files."""
         return {}
 
+    def write_companions(self, directory: Path, config: OPTConfig, options: ConversionOptions) -> list[str]:
+        """Write what the format's program opens besides; the config and the tokenizer's files are there already.
+
+        Returns:
+            Sentences about what the program will miss.
+        """
+        return []
+
     def describe_output(self, options: ConversionOptions) -> str:
         """What was written, for the last line that `convert` prints."""
         if not self.has_tensor_parts:

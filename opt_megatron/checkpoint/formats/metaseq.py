@@ -5,16 +5,16 @@
     checkpoint_1_4000.pt-model_part-{p}.pt          the same, as OPT-IML is released
     restored.pt, reshard.pt                         the whole model, with qkv fused or separate
 
+    gpt2-vocab.json, gpt2-merges.txt, dict.txt      the tokenizer
+
 A part's fused attention input is [K; V; Q]. Written are unflattened parts, or the one file of a post-norm model
 as Meta released 350m. (Format: facebookresearch/metaseq, metaseq/scripts.)
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..storage.lazy_tensor import LazyTensor, RowRange, Tied
 from ..storage.torch_reader import TorchFile
 from .format import OutputFormat
 from .infer_config import StoredMetadata, directory_config, infer_config, integer, namespace_values
+from .metaseq_content import COMPANIONS, VERSION, wrap_part, write_companions
 from .metaseq_fsdp import FLAT_PARAMETER, read_part
 from .model_parallel_parts import join_parts, missing_from_grid
 
@@ -45,7 +46,7 @@ class MetaseqFormat(OutputFormat):
 
     title = "metaseq"
     detection_rank = 50  # last: any .pt file may be metaseq's
-    file_names = r".*\.pt"
+    file_names = "|".join([r".*\.pt", *map(re.escape, COMPANIONS)])
     model_file_suffixes = (".pt",)
 
     def detect(self, directory: Path) -> bool:
@@ -93,10 +94,14 @@ class MetaseqFormat(OutputFormat):
                 Path(f"reshard-model_part-{part}.pt" if is_fused else "reshard.pt"),
                 "torch",
                 tuple(_part_tensors(config, dtype_of, part, parts, fused=is_fused)),
-                _wrap_part(config, parts),
+                wrap_part(config, dtype_of(EMBEDDING), parts, fused=is_fused),
             )
             for part in range(parts)
         ]
+
+    def write_companions(self, directory: Path, config: OPTConfig, options: ConversionOptions) -> list[str]:
+        """Write the tokenizer under metaseq's names."""
+        return write_companions(directory, _padded_vocab_size(config, options.tensor_model_parallel_size))
 
 
 FORMAT = MetaseqFormat()
@@ -204,7 +209,7 @@ def _describe(grid: list[list[Path]], first: TorchFile) -> str:
 
 def _part_tensors(config: OPTConfig, dtype_of: DtypeOf, part: int, parts: int, *, fused: bool) -> list[StoredTensor]:
     # Older loaders dropped the final norm of files without a version.
-    stored = [StoredTensor("decoder.version", (1,), torch.float32, (), torch.tensor([3.0]))]
+    stored = [StoredTensor(VERSION, (1,), torch.float32, (), torch.tensor([3.0]))]
     for name, shape in canonical_shapes(config).items():
         module, _, kind = name.removeprefix(PREFIX).rpartition(".")
         if name == EMBEDDING:
@@ -240,25 +245,3 @@ def _fused_qkv(attention: str, kind: str, block: Block, dtype: torch.dtype) -> S
         for number, letter in enumerate("kvq")
     )
     return StoredTensor(f"decoder.{attention}qkv_proj.{kind}", (3 * rows, *columns), dtype, blocks)
-
-
-def _wrap_part(config: OPTConfig, parts: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    model = argparse.Namespace(
-        arch="transformer_lm_megatron",
-        model_parallel_size=parts,
-        decoder_layers=config.num_layers,
-        decoder_embed_dim=config.hidden_size,
-        decoder_ffn_embed_dim=config.ffn_hidden_size,
-        decoder_attention_heads=config.num_attention_heads,
-        decoder_input_dim=config.word_embed_proj_dim,
-        decoder_output_dim=config.word_embed_proj_dim,
-        decoder_learned_pos=True,
-        decoder_normalize_before=config.do_layer_norm_before,
-        max_target_positions=config.max_position_embeddings,
-        activation_fn="relu",
-        share_decoder_input_output_embed=True,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-    )
-    rest = {"cfg": {"_name": None, "model": model}, "args": None, "criterion": None, "extra_state": {}}
-    return lambda tensors: rest | {"optimizer_history": [], "task_state": {}, "model": tensors}

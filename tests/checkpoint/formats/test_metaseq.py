@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from checkpoint_samples import POST, POST_TENSORS, PRE, SAMPLES, TENSORS, assert_holds
 from formats import (
     hf_config,
@@ -17,12 +16,10 @@ from formats import (
     write_metaseq_parts,
     write_metaseq_singleton,
 )
-from safetensors.torch import load_file
 
 from opt_megatron.checkpoint.conversion_options import ConversionOptions
 from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.formats.registry import open_checkpoint
-from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.config import OPTConfig
 from opt_megatron.errors import CheckpointError
 
@@ -106,20 +103,6 @@ def test_metadata_that_lies_is_refused(tmp_path):
         save(content, tmp_path / "reshard-model_part-0.pt")
         with pytest.raises(CheckpointError):
             open_checkpoint(tmp_path)
-
-
-def test_metaseq_parts_hold_what_metaseqs_scripts_read(tmp_path):
-    convert(
-        EMBEDDED_DIRECTORY, tmp_path / "m", ConversionOptions(to="metaseq", tensor_model_parallel_size=2), fsync=False
-    )
-    part = torch.load(tmp_path / "m" / "reshard-model_part-1.pt", weights_only=False)
-    assert {"cfg", "model", "extra_state", "optimizer_history"} <= part.keys()
-    assert part["cfg"]["model"].model_parallel_size == 2
-    assert part["model"]["decoder.version"].tolist() == [3.0]
-    stored = load_file(EMBEDDED_DIRECTORY / "model.safetensors")
-    layer = "model.decoder.layers.1.self_attn."
-    fused = torch.cat([stored[f"{layer}{letter}_proj.weight"].chunk(2)[1] for letter in "kvq"])
-    assert torch.equal(part["model"]["decoder.layers.1.self_attn.qkv_proj.weight"], fused)
 
 
 def test_metaseqs_files_are_read_with_the_config_next_to_them(tmp_path):
