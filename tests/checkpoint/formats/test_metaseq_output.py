@@ -103,7 +103,8 @@ def test_a_model_built_from_the_file_alone_is_the_same_function(parts):
     ids = torch.tensor(prompts_for(reference)[1])
     with torch.no_grad():
         want = reference(ids[None]).logits[0]
-    assert (metaseq_logits(states, ids) - want).abs().max() < 1e-4
+    got = metaseq_logits(states, ids)  # of 520 rows: its dictionary is padded to a multiple of 8
+    assert (got[:, : want.shape[1]] - want).abs().max() < 1e-4
 
 
 def flatten(state):
