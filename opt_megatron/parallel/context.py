@@ -264,6 +264,8 @@ def _choose_device(name: str | None) -> torch.device:
 
 def _check_gpus(device: torch.device) -> None:
     """Raise UserError on all ranks if two of them compute on one GPU, which nccl does not support."""
+    if dist.get_world_size() == 1:
+        return
     mine = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
     gpus = [mine] * dist.get_world_size()
     dist.all_gather_object(gpus, mine, group=_control_group())

@@ -64,7 +64,7 @@ class MegatronOptimizer(TrainingOptimizer):
         # As in core's `step`, which offers no place to skip a step between computing the norm and clipping.
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-        for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+        for optimizer in self._core_optimizers():
             parameters = optimizer.get_parameters()
             if self._options.clip_grad and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self._options.clip_grad, total_norm=norm)
@@ -79,9 +79,37 @@ class MegatronOptimizer(TrainingOptimizer):
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """Core's state, in the form that can be read at another layout."""
+        if is_loading and self._options.use_distributed_optimizer:
+            for optimizer in self._core_optimizers():
+                _prepare_torch_adam(optimizer)
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore core's state."""
         self._optimizer.load_state_dict(state)
+
+    def _core_optimizers(self) -> list[Any]:
+        return getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+
+
+def _prepare_torch_adam(optimizer: Any) -> None:
+    """Let core's distributed optimizer be restored around torch's Adam, its choice without Apex and TransformerEngine.
+
+    core 0.16.1 reads the number of the step from each parameter's state: a new Adam has no state yet, and the states
+    that core restores have no step in them.
+    """
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    if HAVE_APEX_OR_TE:
+        return
+    if not optimizer.optimizer.state:
+        optimizer._init_optimizer_states_with_dummy_values()
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def set_states_and_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        main_param = optimizer.optimizer.param_groups[group]["params"][order]
+        set_states(model_param, {"step": optimizer.optimizer.state[main_param]["step"], **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = set_states_and_step

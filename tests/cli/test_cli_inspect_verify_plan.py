@@ -107,7 +107,7 @@ def test_verify_compares_a_forward_pass_as_well(capsys, pair):
         (["verify", "story", "--logits"], "name a second one"),
         (["verify", "story", "--workers", "0"], "--workers is 0"),
         (["plan", "--model", "opt-13b", "--context", "0"], "must be at least 1"),
-        (["plan", "--model", "opt-13b", "--device-memory", "9" * 400], "more than any machine has"),
+        (["plan", "--model", "opt-13b", "--device-memory", "9" * 400 + "B"], "more than any machine has"),
         (["verify", "/nowhere", "story"], "no such directory"),
         (["inspect", "/nowhere"], "no such directory"),
         (["plan", "--model", "opt-9b"], "is not a released OPT size"),

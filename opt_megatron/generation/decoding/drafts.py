@@ -94,7 +94,8 @@ class DraftModel:
         outputs = self._forward(StepInput(sequences, OutputKind.ARGMAX if is_greedy else OutputKind.LOGITS))
         for group, scheduled, output in zip(groups, sequences, outputs, strict=True):
             group.lead.num_draft_cached = scheduled.position + len(scheduled.tokens)
-            token, source = (int(output[0]), None) if is_greedy else self._sample(group, output)
+            # As for the model's own logits, processors run on the CPU (generation/core/output_processor.py).
+            token, source = (int(output[0]), None) if is_greedy else self._sample(group, output.cpu())
             group.proposal.tokens.append(token)
             group.proposal.distributions.append(source)
 
