@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 from ..errors import UserError, shorten
+from .formats.format import OutputFormat
 from .formats.registry import all_formats, is_checkpoint
 
-# Names in any checkpoint's directory, besides those of its format.
+# Files of any checkpoint's directory, besides those of its format.
 _COMMON_NAMES = (
     r"config\.json|generation_config\.json|vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json"
-    r"|special_tokens_map\.json|added_tokens\.json|opt_megatron_manifest\.json|README\.md|LICENSE.*|\.gitattributes"
+    r"|special_tokens_map\.json|added_tokens\.json|opt_megatron_manifest\.json|README\.md|LICENSE[^/]*|\.gitattributes"
 )
 
 
@@ -47,6 +48,9 @@ def check_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _strange_names(directory: Path) -> list[str]:
-    """The names in a directory that belong to no format: what holds any of them is never replaced."""
-    known = re.compile("|".join([_COMMON_NAMES, *(known.file_names for known in all_formats())]))
-    return sorted(child.name for child in directory.iterdir() if not known.fullmatch(child.name))
+    """The files below a directory, as relative paths, that its format does not have: they would be lost with it."""
+    found = next((known for known in all_formats() if known.detect(directory)), None)
+    known = f"{_COMMON_NAMES}|{found.file_names}" if isinstance(found, OutputFormat) else _COMMON_NAMES
+    files = [child for child in directory.rglob("*") if child.is_symlink() or not child.is_dir()]
+    names = (file.relative_to(directory).as_posix() for file in files)
+    return sorted(name for name in names if not re.fullmatch(known, name))

@@ -12,7 +12,7 @@ import torch
 
 from ..config import OPTConfig, dtype_name
 from ..errors import CheckpointError
-from ..files import PartialDirectory, read_bounded, restore_replaced
+from ..files import PartialDirectory, read_bounded, recover_directory
 from ..parallel.layout import check_model_divides
 from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
 from .checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def convert(
         CheckpointError: the source or the tokenizer cannot be read.
     """
     target = resolve_target(target)
-    restore_replaced(target)
+    recover_directory(target)
     check_target(source.path if isinstance(source, Checkpoint) else source, target, force)
     if tokenizer is not None:
         OPTTokenizer.from_directory(tokenizer)  # a damaged one is reported before anything is written
@@ -88,7 +88,9 @@ def convert(
     dtypes = {name: options.dtype or dtype_name(tensor.dtype) for name, tensor in checkpoint.tensors.items()}
     files = output_files(checkpoint, options, lambda name: getattr(torch, dtypes[name]))
     on_start(sum(file.num_bytes for file in files))
-    with PartialDirectory(target, _fingerprint(checkpoint, options), resume=resume, fsync=fsync) as partial:
+    # Weights in memory may be others than the files of the checkpoint that they came from.
+    fingerprint = None if isinstance(source, Checkpoint) else _fingerprint(checkpoint, options)
+    with PartialDirectory(target, fingerprint, resume=resume, fsync=fsync) as partial:
         _write_weights(partial, checkpoint, files, workers, progress)
         for name, text in written_format.text_files(checkpoint, files).items():
             (partial.path / name).write_text(text, encoding="utf-8")

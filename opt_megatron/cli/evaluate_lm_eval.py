@@ -115,13 +115,16 @@ def _evaluate(args: argparse.Namespace, options: TaskOptions, opt: OPT) -> None:
 
 def _check_output(directory: Path, force: bool) -> None:
     """Raise UserError unless results can be written there, before anything is computed."""
+    from ..files import recover_directory
+
     if not directory.exists():
         parent = next(parent for parent in directory.absolute().parents if parent.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
             raise UserError(f"--output {directory}: cannot be made, as {parent} is no directory that can be written")
         return
+    recover_directory(directory)
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
-    if not directory.is_dir() or found - _FILES:
+    if not directory.is_dir() or found - _FILES or any((directory / name).is_dir() for name in found):
         raise UserError(f"--output {directory}: is there and is no directory of results; name another")
     if found and not force:
         raise UserError(f"--output {directory}: holds results already; --force replaces them")

@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import UserError, print_notice
-from ..files import staging_directory
+from ..files import publish_directory, staging_directory
 from .blend import Blend
 from .indexed_dataset import check_tokens, open_indexed
 from .options import DataOptions
@@ -61,7 +61,7 @@ class IndexCache:
     def publish(self) -> None:
         """Rename the directory to its final name, unless another run has done so first."""
         if self.final is not None and self.path != self.final and not self.final.exists():
-            self.path.rename(self.final)
+            publish_directory(self.path, self.final)
 
     def remove_unpublished(self) -> None:
         """Remove the directory if it was not published."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
 from ..errors import UserError
-from ..files import cannot_write, created_directory, file_lock, fsync_path, partial_path
+from ..files import PartialDirectory, fsync_path
 from .document_encoder import EncodedChunk
 
 
@@ -37,18 +38,14 @@ class IndexedWriter:
         from megatron.core.datasets.indexed_dataset import DType
 
         self.dtype: str = DType.optimal_dtype(vocab_size).__name__
-        self._partial = [partial_path(target) for target in self._targets]
-        self._stack = contextlib.ExitStack()
+        self._partial = PartialDirectory(Path(prefix))
 
     def __enter__(self) -> IndexedWriter:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        busy = f"{self._targets[0]}: another process is writing it just now"
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(created_directory(self._partial[0].parent))
-            stack.enter_context(file_lock(self._partial[0], busy))
-            self._builder = IndexedDatasetBuilder(str(self._partial[0]), np.dtype(self.dtype).type)
-            self._stack = stack.pop_all()
+        self._partial.__enter__()
+        self._files = [self._partial.path / target.name for target in self._targets]
+        self._builder = IndexedDatasetBuilder(str(self._files[0]), np.dtype(self.dtype).type)
         return self
 
     def add(self, chunk: EncodedChunk) -> None:
@@ -59,18 +56,16 @@ class IndexedWriter:
 
     def publish(self) -> None:
         """Write the index and rename both files to their final names, the index last."""
-        self._builder.finalize(str(self._partial[1]))
-        for partial in self._partial:
-            fsync_path(partial)
+        self._builder.finalize(str(self._files[1]))
+        for file in self._files:
+            fsync_path(file)
         self._targets[1].unlink(missing_ok=True)  # the old index must not appear beside the new .bin
-        for partial, target in zip(self._partial, self._targets, strict=True):
-            partial.rename(target)
+        for file, target in zip(self._files, self._targets, strict=True):
+            file.rename(target)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        with self._stack:
-            with contextlib.suppress(OSError):  # the disk is full, which `error` says; the file is removed
-                self._builder.data_file.close()
-            for partial in self._partial:
-                partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise cannot_write(self._targets[0], error) from error
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # the disk is full, which `error` says; the file is removed
+            self._builder.data_file.close()
+        self._partial.__exit__(kind, error, trace)

@@ -6,11 +6,9 @@ from .atomic import (
     created_directory,
     fsync_path,
     partial_path,
-    replace_directory,
-    restore_replaced,
-    staging_directory,
     write_text_atomically,
 )
+from .claimed_directory import claim_directory, is_claimed, publish_directory, recover_directory, staging_directory
 from .lock import file_lock
 from .partial_directory import PartialDirectory
 from .progress import ProgressLines, progress_bar
@@ -21,16 +19,18 @@ __all__ = [
     "ProgressLines",
     "atomic_file",
     "cannot_write",
+    "claim_directory",
     "created_directory",
     "file_lock",
     "fsync_path",
+    "is_claimed",
     "open_regular",
     "partial_path",
     "progress_bar",
     "read_bounded",
     "read_text",
-    "replace_directory",
-    "restore_replaced",
+    "publish_directory",
+    "recover_directory",
     "special_kind",
     "staging_directory",
     "write_text_atomically",

@@ -1,26 +1,22 @@
 """Files and directories that appear under their name only once they are complete.
 
-Everything is written under a temporary name in the same directory, `.NAME.partial`, and renamed at the end.
+Everything is written under a temporary name in the same directory and renamed at the end: a file under a new one, a
+directory as `.NAME.partial` (`claimed_directory.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
-import time
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
 
-_STAGING_PREFIX = ".building-"
-_STALE_SECONDS = 24 * 3600  # a staging directory of this age belongs to a process that was killed
-
 
 def partial_path(path: Path) -> Path:
-    """The temporary name under which `path` is written: `.NAME.partial` in the same directory."""
+    """The temporary name of a directory: `.NAME.partial` beside it."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -34,8 +30,9 @@ def atomic_file(path: Path, *, fsync: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written; any OSError in the block is reported this way.
     """
-    partial = partial_path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # nothing is written through a link
         yield partial
         if fsync:
             fsync_path(partial)
@@ -59,32 +56,6 @@ def write_text_atomically(path: Path, text: str, *, fsync: bool = False) -> None
         partial.write_text(text, encoding="utf-8")
 
 
-def replace_directory(source: Path, target: Path, *, fsync: bool = False) -> None:
-    """Rename the directory `source` to `target` and remove the directory that had this name.
-
-    The old directory is called `.NAME.replaced` in between; `restore_replaced` undoes that after a crash.
-    """
-    replaced = _replaced_path(target)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    source.rename(target)
-    if fsync:
-        fsync_path(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def restore_replaced(target: Path) -> None:
-    """Restore the old directory if a process was killed between the two renames of `replace_directory`."""
-    replaced = _replaced_path(target)
-    if replaced.is_dir() and not target.exists():
-        replaced.rename(target)
-
-
-def _replaced_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.replaced")
-
-
 @contextlib.contextmanager
 def created_directory(path: Path) -> Iterator[None]:
     """Create `path` and its missing parents; at the end of the block, remove those of them that are still empty."""
@@ -96,19 +67,6 @@ def created_directory(path: Path) -> Iterator[None]:
         for directory in created:
             with contextlib.suppress(OSError):  # not empty
                 directory.rmdir()
-
-
-def staging_directory(parent: Path) -> Path:
-    """Create a new directory under `parent` for this process alone, to be renamed or removed by the caller.
-
-    Staging directories that a killed process left behind more than a day ago are removed.
-    """
-    for stale in parent.glob(f"{_STAGING_PREFIX}*"):
-        if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(stale, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=parent))
-    path.chmod(0o755)  # mkdtemp makes it unreadable for other users, who may share the result
-    return path
 
 
 def fsync_path(path: Path) -> None:

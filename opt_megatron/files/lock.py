@@ -22,9 +22,9 @@ def file_lock(path: Path, busy: str) -> Iterator[None]:
 
     Raises:
         UserError: another process holds the lock.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a link.
     """
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    flags = os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

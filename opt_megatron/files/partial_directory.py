@@ -1,13 +1,14 @@
 """A directory that appears complete or not at all, and whose writing can be resumed after an interruption.
 
 It is written as `.NAME.partial` beside its final path, with a journal of what is complete, and renamed at the
-end. A process that is killed leaves the partial directory behind; the next one removes it or, when asked to resume,
-continues it.
+end. A process that is killed leaves the partial directory behind; the next one empties it or, when asked to resume,
+continues it. One that this program has not made is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -15,21 +16,32 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from ..errors import UserError
-from .atomic import cannot_write, created_directory, fsync_path, partial_path, replace_directory
+from .atomic import cannot_write, created_directory, fsync_path, partial_path
+from .claimed_directory import (
+    JOURNAL,
+    check_claimed,
+    claim_directory,
+    first_entry,
+    publish_directory,
+    read_journal,
+    recover_directory,
+)
 from .lock import file_lock
 
-_JOURNAL = "journal.jsonl"
 _BYTES_PER_FSYNC = 2**30
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PartialDirectory:
     """Use as a context manager, write into `path`, and call `publish` at the end of the block.
 
-    Without `publish`, everything is removed; after Ctrl-C it stays, so that a later run can resume.
+    Without `publish`, everything is removed. With a fingerprint it stays after Ctrl-C and where the disk is full, so
+    that a later run can resume.
 
     Args:
         target: the final path.
         fingerprint: what is written, as values that JSON can hold; a run resumes only one with an equal fingerprint.
+            None: it cannot be resumed.
         resume: continue what an interrupted run has left. Otherwise it is removed.
         fsync: wait for the disk before the journal says that something is complete, and before publishing.
 
@@ -39,7 +51,8 @@ class PartialDirectory:
         done: name -> hash of what an earlier run has completed or `record` was called for.
 
     Raises (on entering or leaving):
-        UserError: the directory cannot be written, or another process is writing it.
+        UserError: the directory cannot be written, another process is writing it, or something that this program has
+            not made has its temporary name.
     """
 
     def __init__(
@@ -49,7 +62,7 @@ class PartialDirectory:
         self.done: dict[str, str] = {}
         self.restarted = False
         self._target = target
-        self._fingerprint = json.loads(json.dumps(fingerprint or {}))
+        self._fingerprint = json.loads(json.dumps(fingerprint))
         self._resume = resume
         self._fsync = fsync
         self._stack = contextlib.ExitStack()
@@ -63,32 +76,28 @@ class PartialDirectory:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(created_directory(self._target.parent))
-                self.path.mkdir(exist_ok=True)
+                recover_directory(self._target)
+                with contextlib.suppress(FileExistsError):
+                    self.path.mkdir()
+                check_claimed(self.path)
                 # The lock is on the directory, which keeps it under its final name; the journal is removed earlier.
                 stack.enter_context(file_lock(self.path, busy))
-                self._journal = stack.enter_context((self.path / _JOURNAL).open("a+", encoding="utf-8"))
                 self._resume_or_clear()
+                self._journal = stack.enter_context((self.path / JOURNAL).open("a", encoding="utf-8"))
             except OSError as error:
-                raise self._cannot_write(error) from error
+                raise cannot_write(self._target, error) from error
             self._stack = stack.pop_all()
         return self
 
     def _resume_or_clear(self) -> None:
-        self._journal.seek(0)
-        entries = _parse_journal(self._journal.read())
-        if self._resume and entries and entries[0] == self._fingerprint:
-            self.done = {entry["name"]: entry["hash"] for entry in entries[1:]}
+        entries = read_journal(self.path)
+        if self._resume and entries and entries[0] == first_entry(self._fingerprint):
+            self.done = {entry["name"]: entry["hash"] for entry in entries if "name" in entry}
+            text = "".join(json.dumps(entry) + "\n" for entry in entries)  # without the half of a last line
+            (self.path / JOURNAL).write_text(text, encoding="utf-8")
             return
         self.restarted = self._resume and bool(entries)
-        for child in self.path.iterdir():
-            if child.name != _JOURNAL:
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-        self._journal.truncate(0)
-        self._append(self._fingerprint)
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
+        claim_directory(self.path, self._fingerprint)
 
     def record(self, name: str, digest: str, num_bytes: int) -> None:
         """Note in the journal that the data of one tensor is complete in all files.
@@ -105,7 +114,8 @@ class PartialDirectory:
         if self._fsync:
             self._fsync_files()
         for entry in self._pending:
-            self._append(entry)
+            self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
         self._pending, self._pending_bytes = [], 0
 
     def _fsync_files(self) -> None:
@@ -116,37 +126,26 @@ class PartialDirectory:
         """Rename the directory to its final name.
 
         Args:
-            replace: remove the directory that has this name. Otherwise only an empty one is removed.
+            replace: remove the directory that has this name. Otherwise only an empty one is replaced.
         """
-        (self.path / _JOURNAL).unlink()
         if self._fsync:
             self._fsync_files()
             fsync_path(self.path)
-        if self._target.exists() and not replace:
-            self._target.rmdir()
-        replace_directory(self.path, self._target, fsync=self._fsync)
+        publish_directory(self.path, self._target, replace=replace, fsync=self._fsync)
         self._published = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        is_kept = self._fingerprint is not None and (is_full or isinstance(error, KeyboardInterrupt))
         with self._stack:
-            if isinstance(error, KeyboardInterrupt):
-                self._write_pending()
+            if is_kept:
+                with contextlib.suppress(OSError):  # a full disk: these tensors are written again
+                    self._write_pending()
             elif not self._published:
                 shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError):
-            raise self._cannot_write(error) from error
-
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(f"{cannot_write(self._target, error)}; nothing was left there")
-
-
-def _parse_journal(text: str) -> list[dict[str, Any]]:
-    entries = []
-    for line in text.splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # the process was killed in the middle of this line
-            break
-    return entries
+            kept = f"what is finished stays in {self.path}: make room, and go on with --resume"
+            left = kept if is_kept else "nothing was left there"
+            raise UserError(f"{cannot_write(self._target, error)}; {left}") from error

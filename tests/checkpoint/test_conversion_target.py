@@ -1,15 +1,15 @@
 """The target of a conversion: nothing else is overwritten, and it is complete or absent."""
 
 import os
+import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from checkpoint_samples import assert_same, contents, megatron
 from formats import hf_config, random_tensors, write_flagai
 
+from opt_megatron.checkpoint.conversion_options import ConversionOptions
 from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.errors import CheckpointError, UserError
@@ -27,7 +27,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
 def test_force_never_removes_what_is_no_checkpoint(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "x.pt").touch()
-    with pytest.raises(UserError, match=r"holds thesis\.txt .* left alone"):
+    with pytest.raises(UserError, match=r"holds thesis\.txt, x\.pt and is no checkpoint alone.* left alone"):
         convert(EMBEDDED_DIRECTORY, tmp_path, megatron(1), force=True)
     copy = tmp_path / "copy"
     shutil.copytree(EMBEDDED_DIRECTORY, copy)
@@ -48,17 +48,47 @@ def test_damage_found_half_way_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("to", ["megatron", "hf", "metaseq", "flagai"])
+@pytest.mark.parametrize("name", ["my.pt", "release/thesis.txt", "release/a/my.pt", "x/config.json", "x"])
+def test_force_sees_what_is_not_the_formats_at_any_depth(tmp_path, to, name):
+    options = ConversionOptions(to)
+    convert(EMBEDDED_DIRECTORY, tmp_path / "c", options, fsync=False)
+    convert(EMBEDDED_DIRECTORY, tmp_path / "c", options, fsync=False, force=True)
+    (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == "x":
+        (tmp_path / "c" / name).symlink_to(tmp_path)
+    else:
+        (tmp_path / "c" / name).write_text("years of work")
+    with pytest.raises(UserError, match=f"holds {name} and is no checkpoint alone"):
+        convert(EMBEDDED_DIRECTORY, tmp_path / "c", options, fsync=False, force=True)
+    assert os.path.lexists(tmp_path / "c" / name)
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_users_directory_under_the_temporary_name_is_refused(tmp_path, link):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "thesis.txt").write_text("years of work")
+    partial = tmp_path / ".c.partial"
+    partial.symlink_to("victim") if link else (tmp_path / "victim").rename(partial)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"\.c\.partial: is .* not made by this program"):
+            convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1), resume=resume)
+    assert os.listdir(partial) == ["thesis.txt"]
+
+
+def test_what_a_full_disk_has_interrupted_is_resumed(tmp_path):
     """A limit on file size simulates a full disk: writing fails in the same way at the same point."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000));"
-        "from opt_megatron.cli import main; main(['convert', '--load', 'story', '--save', sys.argv[1]])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
-    assert done.stderr.startswith("opt-megatron: error: ") and "cannot be written: File too large" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: File too large; what is finished stays in .*--resume"):
+            convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1), fsync=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == [".c.partial"]
+    summary = convert(EMBEDDED_DIRECTORY, tmp_path / "c", megatron(1), fsync=False, resume=True)
+    assert os.listdir(tmp_path) == ["c"] and not any("anew" in note for note in summary.notes)
+    assert_same(contents(tmp_path / "c"), contents(EMBEDDED_DIRECTORY))
 
 
 def test_two_conversions_to_one_target_do_not_mix(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Conversions that are interrupted at any moment, and continued."""
 
+import multiprocessing
+import os
 import random
 import shutil
-import subprocess
 import sys
-import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from checkpoint_samples import assert_same, contents, megatron
@@ -13,53 +15,62 @@ from formats import hf_config, random_tensors, write_hf
 from opt_megatron.checkpoint.convert import convert
 from opt_megatron.checkpoint.manifest import read_manifest
 
-
-def start_conversion(target) -> subprocess.Popen:
-    command = [sys.executable, "-m", "opt_megatron", "convert", "--load", str(target.parent / "source")]
-    command += ["--save", str(target), "--tensor-model-parallel-size", "2", "--no-fsync"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")  # audit events
 
 
-@pytest.fixture(scope="module")
-def larger_source(tmp_path_factory):
-    """A model of 160 MB, large enough that a process can be killed while it is being converted."""
-    place = tmp_path_factory.mktemp("larger")
-    config = hf_config(
-        vocab_size=16384,
-        hidden_size=512,
-        num_attention_heads=8,
-        num_hidden_layers=20,
-        ffn_dim=2048,
-        word_embed_proj_dim=512,
-    )
-    return write_hf(place / "source", config, random_tensors(config))
+def run_in_a_fork(action: Callable[[], None], last: int | None = None) -> int:
+    """Run the action in another process, which ends before its call number `last` that may change a file.
+
+    Returns:
+        the number of these calls that the action made.
+    """
+    counts = multiprocessing.get_context("fork").Value("i", 0)
+
+    def count() -> None:
+        counts.value += 1
+        if counts.value == last:
+            os._exit(9)  # as a kill does: nothing is cleaned up
+
+    def pwrite(*arguments: Any) -> int:
+        count()
+        return real_pwrite(*arguments)
+
+    real_pwrite, process = os.pwrite, os.fork()
+    if process:
+        os.waitpid(process, 0)
+        return counts.value
+    try:
+        sys.addaudithook(lambda event, _: count() if event in CHANGES else None)
+        os.pwrite = pwrite
+        action()
+    finally:
+        os._exit(0)
 
 
-def test_killed_at_any_moment_the_target_is_absent_or_whole(larger_source):
-    place = larger_source.parent
-    expected = contents(larger_source)
-    assert start_conversion(place / "whole").wait() == 0
-    moments, seen = random.Random(7), set()
-    for number in range(20):
-        target = place / f"killed{number}"
-        process = start_conversion(target)
-        # Most of the time goes into starting Python and torch; wait for the moment at which writing begins.
-        partial_directory = place / f".{target.name}.partial"
-        while process.poll() is None and not partial_directory.exists():
-            time.sleep(0.001)
-        time.sleep(0.3 * moments.random() if number else 0)
-        process.kill()
-        process.communicate()
-        partial = partial_directory.exists()
-        seen.add("partial" if partial else "whole" if target.exists() else "absent")
+def test_killed_at_any_moment_the_target_is_absent_or_whole(tmp_path):
+    config = hf_config()
+    expected = random_tensors(config)
+    source, target, partial = write_hf(tmp_path / "source", config, expected), tmp_path / "c", tmp_path / ".c.partial"
+
+    def run(**options: bool) -> None:
+        convert(source, target, megatron(2), workers=1, fsync=False, force=True, **options)
+
+    calls = run_in_a_fork(run)
+    assert_same(contents(target), expected)
+    shutil.rmtree(target)
+    seen = set()
+    # The last calls publish the directory.
+    for number, last in enumerate(sorted({0, *random.Random(7).sample(range(calls), 25), *range(calls - 12, calls)})):
+        run_in_a_fork(run, last + 1)
+        seen.add("partial" if partial.exists() else "whole" if target.exists() else "absent")
         if target.exists():
-            assert not partial
+            assert not partial.exists()
             assert_same(contents(target), expected)
-        convert(larger_source, target, megatron(2), force=True, resume=bool(number % 2), fsync=False)
+        run(resume=bool(number % 2))
         assert_same(contents(target), expected)
+        assert {path.name for path in tmp_path.iterdir()} == {"source", "c"}
         shutil.rmtree(target)
-    assert "partial" in seen  # some were killed in the middle of writing
-    assert {path.name for path in place.iterdir()} == {"source", "whole"}
+    assert seen == {"absent", "partial", "whole"}
 
 
 def test_resume_goes_on_from_what_is_complete(tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,6 @@ from opt_megatron.errors import UserError
 from opt_megatron.files import (
     atomic_file,
     created_directory,
-    replace_directory,
-    restore_replaced,
-    staging_directory,
     write_text_atomically,
 )
 
@@ -45,16 +40,13 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_text_atomically(tmp_path / "file" / "x", "text")
 
 
-def test_a_directory_is_replaced_and_restored_after_a_crash(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    for directory, text in ((source, "new"), (target, "old")):
-        directory.mkdir()
-        (directory / "x").write_text(text)
-    replace_directory(source, target, fsync=True)
-    assert (target / "x").read_text() == "new" and list(tmp_path.iterdir()) == [target]
-    target.rename(tmp_path / ".target.replaced")  # as a process leaves it that is killed between the two renames
-    restore_replaced(target)
-    assert (target / "x").read_text() == "new" and list(tmp_path.iterdir()) == [target]
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("old")
+    for name in ("x", ".x.partial"):
+        (tmp_path / name).symlink_to("victim")
+    write_text_atomically(tmp_path / "x", "new")
+    assert (tmp_path / "victim").read_text() == "old" and (tmp_path / "x").read_text() == "new"
+    assert not (tmp_path / "x").is_symlink() and (tmp_path / ".x.partial").is_symlink()
 
 
 def test_created_directories_are_removed_while_they_are_empty(tmp_path: Path) -> None:
@@ -68,13 +60,3 @@ def test_created_directories_are_removed_while_they_are_empty(tmp_path: Path) ->
     with created_directory(tmp_path / "empty"):
         pass
     assert (tmp_path / "empty").is_dir()
-
-
-def test_staging_directories_are_distinct_and_stale_ones_removed(tmp_path: Path) -> None:
-    first = staging_directory(tmp_path)
-    second = staging_directory(tmp_path)
-    assert first != second and first.is_dir() and first.stat().st_mode & 0o055 == 0o055
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(first, (two_days_ago, two_days_ago))
-    staging_directory(tmp_path)
-    assert not first.exists() and second.exists()

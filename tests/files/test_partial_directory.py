@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,22 @@ def test_an_interrupted_run_is_resumed_if_its_fingerprint_is_the_same(tmp_path: 
     with PartialDirectory(tmp_path / "x", {"source": "b"}, resume=True) as partial:
         assert (partial.done, partial.restarted) == ({}, True)
         assert not (partial.path / "file").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_is_finished_stays_where_the_disk_is_full(tmp_path: Path, number: int) -> None:
+    message = rf"{os.strerror(number)}; what is finished stays in .*\.x\.partial: make room, and go on with --resume"
+    with pytest.raises(UserError, match=message), PartialDirectory(tmp_path / "x", {}) as partial:
+        partial.record("tensor", "hash", 7)
+        raise OSError(number, os.strerror(number))
+    with (tmp_path / ".x.partial" / "journal.jsonl").open("a") as journal:
+        journal.write('{"name": "half of a li')
+    with PartialDirectory(tmp_path / "x", {}, resume=True) as partial:
+        partial.record("another", "hash", 7)
+        assert partial.done.keys() == {"tensor", "another"}
+        with pytest.raises(UserError, match="another process is writing it"), PartialDirectory(tmp_path / "x"):
+            pass
+        partial.publish()
+    with pytest.raises(UserError, match="nothing was left"), PartialDirectory(tmp_path / "y") as partial:
+        raise OSError(number, os.strerror(number))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

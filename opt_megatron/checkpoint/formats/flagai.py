@@ -30,7 +30,7 @@ class FlagAIFormat(OutputFormat):
 
     title = "FlagAI"
     detection_rank = 30  # before Hugging Face's, whose pytorch_model.bin may be there too
-    file_names = r"pytorch_model.*\.bin"
+    file_names = r"pytorch_model[^/]*\.bin"
 
     def detect(self, directory: Path) -> bool:
         """Whether the directory holds numbered parts."""

@@ -35,7 +35,7 @@ class HuggingFaceFormat(OutputFormat):
 
     title = "Hugging Face"
     detection_rank = 40
-    file_names = r".*\.safetensors|.*\.index\.json|pytorch_model.*\.bin"
+    file_names = r"model[^/]*\.safetensors|[^/]*\.index\.json|pytorch_model[^/]*\.bin"
     model_file_suffixes = (".safetensors", ".bin")
     has_tensor_parts = False
 

@@ -46,7 +46,7 @@ class MegatronFormat(OutputFormat):
 
     title = "Megatron"
     detection_rank = 20  # Hugging Face's files may be there too
-    file_names = r"latest_checkpointed_iteration\.txt|release|iter_\d+"
+    file_names = r"latest_checkpointed_iteration\.txt|((release|iter_\d+)/)?mp_rank_\d+(_\d+)?/model_optim_rng\.pt"
     has_pipeline_stages = True
     position_offsets = (0, POSITION_OFFSET)
 

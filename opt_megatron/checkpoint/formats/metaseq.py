@@ -46,7 +46,7 @@ class MetaseqFormat(OutputFormat):
 
     title = "metaseq"
     detection_rank = 50  # last: any .pt file may be metaseq's
-    file_names = "|".join([r".*\.pt", *map(re.escape, COMPANIONS)])
+    file_names = "|".join([r"(checkpoint|reshard|restored|consolidated)[^/]*\.pt", *map(re.escape, COMPANIONS)])
     model_file_suffixes = (".pt",)
 
     def detect(self, directory: Path) -> bool:

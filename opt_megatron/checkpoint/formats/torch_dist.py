@@ -36,7 +36,6 @@ class TorchDistFormat(Format):
 
     title = "torch_dist"
     detection_rank = 10  # before Megatron's: the directory of a run has Megatron-LM's tracker file too
-    file_names = r"iter_\d+"
 
     def detect(self, directory: Path) -> bool:
         """Whether the directory is an iteration's, or holds one."""

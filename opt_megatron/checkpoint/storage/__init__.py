@@ -1,1 +1,1 @@
-"""Tensor storage: lazy tensors over memory-mapped safetensors and torch.save files, and writing the latter."""
+"""Tensor storage: lazy tensors over safetensors and torch.save files, and writing the latter."""

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.formats.megatron_ranks import TRACKER, iteration_name
 from ...errors import CheckpointError
-from ...files import cannot_write, partial_path, replace_directory, write_text_atomically
+from ...files import (
+    cannot_write,
+    claim_directory,
+    is_claimed,
+    partial_path,
+    publish_directory,
+    recover_directory,
+    write_text_atomically,
+)
+from ...files.claimed_directory import JOURNAL
 from ...parallel.context import ParallelContext, on_all_ranks
 from ...parallel.core_compat import own_async_writer, prepare_training
 from ..optimizer import TrainingOptimizer
@@ -114,8 +123,7 @@ class CheckpointManager:
     def _create_partial(self, partial: Path) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            claim_directory(partial)
             for name, content in self._companions.items():
                 (partial / name).write_bytes(content)
         except OSError as error:
@@ -123,8 +131,10 @@ class CheckpointManager:
 
     def remove_unfinished(self) -> None:
         """Remove the directories that a killed run left behind while it was writing them."""
-        for path in self.directory.glob(".iter_*") if self._parallel.is_leader else ():
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob(".iter_*.partial") if self._parallel.is_leader else ():
+            recover_directory(path.with_name(path.name[1:].removesuffix(".partial")))
+            if is_claimed(path):
+                shutil.rmtree(path, ignore_errors=True)
 
     @property
     def is_ready_here(self) -> bool:
@@ -156,11 +166,11 @@ class CheckpointManager:
         target, partial = self.directory / iteration_name(pending.iteration), pending.partial
         try:
             for path in sorted(partial.iterdir()):
-                if path.name not in manifest:
+                if path.name not in manifest and path.name != JOURNAL:
                     manifest[path.name] = manifest_entry(path)
             write_text_atomically(partial / MANIFEST_FILE, json.dumps(manifest, indent=1), fsync=True)
             # A directory of this name is left from a run that has been resumed from an earlier step.
-            replace_directory(partial, target, fsync=True)
+            publish_directory(partial, target, replace=True, fsync=True)
             write_text_atomically(self.directory / TRACKER, str(pending.iteration), fsync=True)
         except OSError as error:
             raise cannot_write(target, error) from None
