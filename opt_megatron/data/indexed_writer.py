@@ -43,9 +43,11 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        self._partial.__enter__()
-        self._files = [self._partial.path / target.name for target in self._targets]
-        self._builder = IndexedDatasetBuilder(str(self._files[0]), np.dtype(self.dtype).type)
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(self._partial)
+            self._files = [partial.path / target.name for target in self._targets]
+            self._builder = IndexedDatasetBuilder(str(self._files[0]), np.dtype(self.dtype).type)
+            self._stack = stack.pop_all()
         return self
 
     def add(self, chunk: EncodedChunk) -> None:
@@ -68,4 +70,4 @@ class IndexedWriter:
     ) -> None:
         with contextlib.suppress(OSError):  # the disk is full, which `error` says; the file is removed
             self._builder.data_file.close()
-        self._partial.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)

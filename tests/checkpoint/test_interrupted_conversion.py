@@ -60,7 +60,7 @@ def test_killed_at_any_moment_the_target_is_absent_or_whole(tmp_path):
     shutil.rmtree(target)
     seen = set()
     # The last calls publish the directory.
-    for number, last in enumerate(sorted({0, *random.Random(7).sample(range(calls), 25), *range(calls - 12, calls)})):
+    for number, last in enumerate(sorted({0, *random.Random(7).sample(range(calls), 12), *range(calls - 10, calls)})):
         run_in_a_fork(run, last + 1)
         seen.add("partial" if partial.exists() else "whole" if target.exists() else "absent")
         if target.exists():
