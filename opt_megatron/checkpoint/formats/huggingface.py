@@ -21,7 +21,7 @@ from ..output_files import DtypeOf, OutputFile, StoredTensor
 from ..parameter_mapping import EMBEDDING, PREFIX, canonical_shapes
 from ..storage.blocks import whole
 from ..storage.lazy_tensor import LazyTensor, Tied
-from ..storage.mmap import map_safetensors
+from ..storage.tensor_file import open_safetensors
 from ..storage.torch_reader import TorchFile
 from .format import OutputFormat
 from .infer_config import StoredMetadata, directory_config, infer_config
@@ -55,7 +55,7 @@ class HuggingFaceFormat(OutputFormat):
         directory, files = (path.parent, [path]) if path.is_file() else (path, _weight_files(path))
         stored: dict[str, LazyTensor] = {}
         for file in files:
-            tensors = map_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
+            tensors = open_safetensors(file) if file.suffix == ".safetensors" else pickled_tensors(file)
             twice = sorted(tensors.keys() & stored.keys())
             if twice:
                 raise CheckpointError(f"{file}: {shorten(twice)} is in another shard too")

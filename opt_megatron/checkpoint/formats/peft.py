@@ -27,7 +27,7 @@ from ..parameter_mapping import canonical_shapes
 from ..storage.blocks import whole
 from ..storage.lazy_tensor import LazyTensor
 from ..storage.lora_weight import LoRAFactors
-from ..storage.mmap import map_safetensors
+from ..storage.tensor_file import open_safetensors
 from .format import OutputFormat
 from .huggingface import pickled_tensors
 from .peft_config import CONFIG_FILE, PeftConfig, config_of_adapter
@@ -134,7 +134,7 @@ def _keys(name: str) -> tuple[str, str]:
 
 def _stored_tensors(path: Path) -> dict[str, LazyTensor]:
     if (path / WEIGHTS_FILE).is_file():
-        return map_safetensors(path / WEIGHTS_FILE)
+        return open_safetensors(path / WEIGHTS_FILE)
     if (path / _OLD_WEIGHTS_FILE).is_file():
         return pickled_tensors(path / _OLD_WEIGHTS_FILE)
     raise CheckpointError(f"{path}: there is neither {WEIGHTS_FILE} nor {_OLD_WEIGHTS_FILE}")

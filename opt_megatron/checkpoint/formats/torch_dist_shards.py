@@ -18,7 +18,7 @@ from ...config import MOST_LAYERS
 from ...errors import CheckpointError
 from ..storage.blocks import Block, contiguous_strides
 from ..storage.lazy_tensor import Concatenated, LazyTensor, RemappedTensor
-from ..storage.mmap import FileTensor, MappedFile
+from ..storage.tensor_file import FileTensor, TensorFile
 from ..storage.torch_reader import FileSpan, TorchFile
 from .dcp_metadata import METADATA_FILE, Chunk, TensorEntry, read_metadata
 
@@ -64,7 +64,7 @@ class _Files:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._opened: dict[str, MappedFile] = {}
+        self._opened: dict[str, TensorFile] = {}
 
     def span(self, chunk: Chunk) -> FileSpan:
         """The bytes of a chunk.
@@ -73,7 +73,7 @@ class _Files:
             CheckpointError: the file is missing, or does not have them.
         """
         if chunk.file not in self._opened:
-            self._opened[chunk.file] = MappedFile(self.directory / chunk.file)
+            self._opened[chunk.file] = TensorFile(self.directory / chunk.file)
         file = self._opened[chunk.file]
         file.check_range(chunk.start, chunk.length)
         return FileSpan(file, chunk.start, chunk.length)

@@ -18,8 +18,8 @@ import torch
 
 from ...errors import CheckpointError, shorten
 from .lazy_tensor import LazyTensor, without_module_prefix
-from .mmap import FileTensor, MappedFile, Storage
 from .safe_unpickler import latin1_bytes, ordered_dict, unpickle
+from .tensor_file import FileTensor, Storage, TensorFile
 
 MAX_PICKLE_BYTES = 64 * 2**20  # the skeleton of a 175B checkpoint is under one MiB
 # torch.serialization.MAGIC_NUMBER, pickled: so begins a file of torch before 1.6, which is no archive.
@@ -42,7 +42,7 @@ _STORAGES = {
 class FileSpan:
     """A span of a file that is itself a file of torch.save; torch.distributed.checkpoint's files consist of them."""
 
-    file: MappedFile
+    file: TensorFile
     start: int
     length: int
 
@@ -93,7 +93,7 @@ class TorchFile:
 
     def __init__(self, path: Path, span: FileSpan | None = None) -> None:
         self.path = path
-        self._file = MappedFile(path) if span is None else span.file
+        self._file = TensorFile(path) if span is None else span.file
         try:
             with _SpanFile(span or FileSpan(self._file, 0, self._file.size)) as source:
                 if not zipfile.is_zipfile(source):
@@ -138,7 +138,7 @@ class StorageRecord(Storage):
     checkpoint of 175B has 100,000 records.
     """
 
-    def __init__(self, file: MappedFile, header_offset: int, num_elements: int, dtype: torch.dtype) -> None:
+    def __init__(self, file: TensorFile, header_offset: int, num_elements: int, dtype: torch.dtype) -> None:
         super().__init__(file, -1, num_elements, dtype)
         self._header_offset = header_offset
 
@@ -154,7 +154,7 @@ class StorageRecord(Storage):
 class _Records:
     """The archive's records by name; none of them is ever extracted to the disk."""
 
-    def __init__(self, archive: zipfile.ZipFile, file: MappedFile, start: int) -> None:
+    def __init__(self, archive: zipfile.ZipFile, file: TensorFile, start: int) -> None:
         self._archive = archive
         self._file = file
         self._start = start  # of the archive in the file
@@ -208,7 +208,7 @@ class _Records:
         return self._archive.read(entry)
 
 
-def _not_an_archive(path: Path, file: MappedFile) -> CheckpointError:
+def _not_an_archive(path: Path, file: TensorFile) -> CheckpointError:
     if file.start(len(_OLD_FORMAT)) == _OLD_FORMAT:
         return CheckpointError(
             f"{path}: has torch's format from before 1.6, which is not read here; save it again with a newer torch: "

@@ -19,7 +19,7 @@ import torch
 
 from .blocks import contiguous_strides
 
-_ALIGNMENT = 64  # of every record's data, so that it can be mapped and viewed
+_ALIGNMENT = 64  # of every record's data, so that it can be viewed where it is read
 _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,

@@ -96,7 +96,7 @@ def test_files_that_are_no_weights_are_called_what_they_are(tmp_path, monkeypatc
     file.write_bytes(content[: len(content) // 2])
     assert re.search("truncated|damaged or incomplete", message())
     monkeypatch.setattr(
-        "opt_megatron.checkpoint.storage.mmap.open_regular",
+        "opt_megatron.checkpoint.storage.tensor_file.open_regular",
         mock.Mock(side_effect=PermissionError(13, "Permission denied")),
     )
     assert message().endswith("cannot be read: Permission denied")

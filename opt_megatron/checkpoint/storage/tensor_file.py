@@ -31,7 +31,7 @@ _MOST_HEADER_BYTES = 16 * 2**20  # opt-175b's 1,541 tensors take 200 kB
 _SMALL_GAP = 4096  # bytes that are read and thrown away rather than passed over by another system call
 
 
-class MappedFile:
+class TensorFile:
     """A regular file that is open for reading.
 
     Attributes:
@@ -103,7 +103,7 @@ class MappedFile:
 class Storage:
     """Elements of one dtype that lie one after another in a file, from byte `start` on."""
 
-    file: MappedFile
+    file: TensorFile
     start: int
     num_elements: int
     dtype: torch.dtype
@@ -150,7 +150,7 @@ class FileTensor(LazyTensor):
         return self.storage.values(start, stop).as_strided(sizes, self.stride)
 
 
-def map_safetensors(path: Path) -> dict[str, LazyTensor]:
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file by name, not yet read.
 
     The library checks the header (names, dtypes, that offsets cover the file without overlap). The data is
@@ -159,7 +159,7 @@ def map_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: the file is damaged or incomplete, or a tensor has a dtype that OPT is not stored in.
     """
-    file = MappedFile(path)
+    file = TensorFile(path)
     try:
         length = int.from_bytes(file.start(8), "little")
         if length > _MOST_HEADER_BYTES:
@@ -175,7 +175,7 @@ def map_safetensors(path: Path) -> dict[str, LazyTensor]:
     return without_module_prefix({name: _safetensors_tensor(file, name, header[name], 8 + length) for name in names})
 
 
-def _safetensors_tensor(file: MappedFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
+def _safetensors_tensor(file: TensorFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
     dtype, shape = _SAFETENSORS_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
     if dtype is None:
         kinds = ", ".join(_SAFETENSORS_DTYPES)
