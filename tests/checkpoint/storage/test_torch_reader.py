@@ -236,13 +236,13 @@ def test_a_tensor_whose_storage_is_repeated_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("permuted", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_blocks_of_strided_tensors_and_no_more(tmp_path, monkeypatch, offset, permuted):
     """Rows with large gaps between them are read one by one, others in one piece."""
-    from opt_megatron.checkpoint.storage import mmap
+    from opt_megatron.checkpoint.storage import tensor_file
 
     base = torch.arange(20_000.0)[offset:].as_strided((4, 3, 1500), (4500, 1500, 1)).permute(permuted)
     tensor = saved(tmp_path / "f", {"a": base})["a"]
     for block in ((slice(1, 3), slice(0, 2), slice(2, 3)), (slice(0, 1), slice(1, 3), slice(0, 0)), whole(base.shape)):
         for gap in (0, 4096, 10**6):
-            monkeypatch.setattr(mmap, "_SMALL_GAP", gap)
+            monkeypatch.setattr(tensor_file, "_SMALL_GAP", gap)
             assert torch.equal(tensor.read(block), base[block])
 
 
