@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from ..errors import UserError
+from ..files import open_input
 
 T = TypeVar("T")
 _CHUNK_BYTES = 2**20
+_MOST_LINE_BYTES = 2**27
+_MOST_TEXT_BYTES = 2**30
 _REPORTED_LINES = 5
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it
 
@@ -44,7 +47,7 @@ def check_inputs(paths: Sequence[str]) -> None:
         if Path(path).is_dir():
             raise UserError(f"{path}: is a directory; give the files in it")
         try:
-            with open(path, "rb"):
+            with open_input(path):
                 pass
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -61,7 +64,7 @@ def read_chunks(paths: Sequence[str], progress: Callable[[int], Any] = lambda _:
         UserError: a `.gz` file is damaged or not compressed.
     """
     for path in paths:
-        with open(path, "rb") as raw, _decompressed(path, raw) as file:
+        with open_input(path) as raw, _decompressed(path, raw) as file:
             line, position = 1, 0
             while lines := _read_lines(path, file):
                 if line == 1:
@@ -77,8 +80,15 @@ def _decompressed(path: str, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _read_lines(path: str, file: IO[bytes]) -> list[bytes]:
+    """The next lines, at least one and about a mebibyte; none at the end."""
+    lines, size = [], 0
     try:
-        return file.readlines(_CHUNK_BYTES)
+        while size < _CHUNK_BYTES and (line := file.readline(_MOST_LINE_BYTES + 1)):
+            if len(line) > _MOST_LINE_BYTES:
+                raise UserError(f"{path}: has a line of more than {_MOST_LINE_BYTES:,} bytes: are these JSON lines?")
+            lines.append(line)
+            size += len(line)
+        return lines
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked: {error}") from None
 
@@ -90,12 +100,15 @@ def read_text_file(path: Path) -> str:
         ValueError: it cannot be read, unpacked or decoded; the message says which.
     """
     try:
-        with open(path, "rb") as raw, _decompressed(str(path), raw) as file:
-            return decode_text(file.read())
+        with open_input(path) as raw, _decompressed(str(path), raw) as file:
+            content = file.read(_MOST_TEXT_BYTES + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"cannot be unpacked: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
+    if len(content) > _MOST_TEXT_BYTES:
+        raise ValueError(f"has more than the {_MOST_TEXT_BYTES:,} bytes that are read as one text")
+    return decode_text(content)
 
 
 def decode_text(content: bytes) -> str:

@@ -12,7 +12,7 @@ from .claimed_directory import claim_directory, is_claimed, publish_directory, r
 from .lock import file_lock
 from .partial_directory import PartialDirectory
 from .progress import ProgressLines, progress_bar
-from .regular import open_regular, read_bounded, read_text, special_kind
+from .regular import open_input, open_regular, read_bounded, read_text, special_kind
 
 __all__ = [
     "PartialDirectory",
@@ -24,6 +24,7 @@ __all__ = [
     "file_lock",
     "fsync_path",
     "is_claimed",
+    "open_input",
     "open_regular",
     "partial_path",
     "progress_bar",

@@ -10,10 +10,12 @@ import os
 import resource
 import stat
 from pathlib import Path
+from typing import IO
 
 MOST_BYTES = 64 * 2**20  # of a JSON or text file; the largest tokenizer.json that is known has 33 MB
 _MOST_OPEN = 65_536
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_OWN_DESCRIPTORS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 _KINDS = {
     stat.S_IFIFO: "a named pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -61,6 +63,19 @@ def _raise_limit() -> bool:
         return False
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return True
+
+
+def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file that a user has named, open for reading: a regular one, or what this process has open already.
+
+    The latter is /dev/stdin, and /dev/fd/63, as a shell's `<(command)` names a pipe.
+
+    Raises:
+        OSError: as for `open_regular`.
+    """
+    if os.fspath(path).startswith(_OWN_DESCRIPTORS):
+        return open(path, "rb")
+    return os.fdopen(open_regular(path), "rb")
 
 
 def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:

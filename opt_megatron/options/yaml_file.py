@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, first_line
+from ..files import open_input
 from .declaration import Option
 from .kinds import shown
 
@@ -43,10 +44,13 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = self.DEFAULT_SCALAR_TAG  # a text: numbers can be chosen so that their hashes are the same
+                if key.value in keys:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -125,7 +129,7 @@ def _like(key: str, known: Mapping[str, Option]) -> str:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from ..data.jsonl import parse_object
 from ..errors import UserError
-from ..files import cannot_write, created_directory, file_lock
+from ..files import cannot_write, created_directory, file_lock, open_input
 from .checkpointing.integrity import MANIFEST_FILE, saved_checkpoints
 from .metrics import METRICS_FILE
 from .run_file import check_run_file
@@ -69,7 +69,7 @@ class RunDirectory:
 
 
 def _is_metrics_file(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_input(path) as file:
         line = file.readline(100_000)
     try:
         return not line or {"kind", "iteration"} <= parse_object(line).keys()

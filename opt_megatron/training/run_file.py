@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_text_atomically
+from ..files import open_input, write_text_atomically
 
 RUN_FILE = "run.yaml"
 HEADER = "Options of this run, written by opt-megatron train."
@@ -15,8 +15,8 @@ def check_run_file(directory: Path) -> None:
     """Raise UserError if the directory holds a run.yaml that no run has written."""
     path = directory / RUN_FILE
     if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            if HEADER not in file.readline(1000):
+        with open_input(path) as file:
+            if HEADER not in file.readline(1000).decode(errors="replace"):
                 raise UserError(f"--save {directory}: holds a {RUN_FILE} of something else: use another directory")
 
 

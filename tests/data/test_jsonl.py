@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from opt_megatron.data import jsonl
 from opt_megatron.data.jsonl import (
     BadLines,
     decode_text,
@@ -70,3 +72,26 @@ def test_bad_lines_are_counted_and_with_strict_an_error(tmp_path: Path) -> None:
 def test_texts_lose_white_space_at_their_end_alone() -> None:
     for line in ('{"text": " a \\n"}', b' {"text": " a "}\r\n'):
         assert get_text(parse_object(line), "text") == " a"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_line_or_text_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "_MOST_TEXT_BYTES", 1000)
+    path = tmp_path / ("x.gz" if compressed else "x")
+    content = b"a" * 1000 + b"b\n"
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    with pytest.raises(UserError, match="has a line of more than 1,000 bytes"):
+        list(jsonl.read_chunks([str(path)]))
+    with pytest.raises(ValueError, match="has more than the 1,000 bytes"):
+        jsonl.read_text_file(path)
+
+
+@pytest.mark.timeout(10)
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match="x: cannot be read: is a named pipe"):
+        jsonl.check_inputs([str(tmp_path / "x")])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opt_megatron.files import open_regular, read_text
+from opt_megatron.files import open_input, open_regular, read_text
 
 
 @pytest.mark.timeout(10)
@@ -19,6 +19,19 @@ def test_special_files_are_refused_without_waiting(tmp_path: Path) -> None:
     for path, kind in {**cases, Path("/dev/zero"): "a device"}.items():
         with pytest.raises(OSError, match=f"is {kind}.*, not a regular file"):
             open_regular(path)
+
+
+@pytest.mark.timeout(10)
+def test_a_pipe_that_is_open_already_is_an_input(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"text")
+    os.close(writer)
+    with open_input(f"/dev/fd/{reader}") as file:
+        assert file.read() == b"text"
+    os.close(reader)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="is a named pipe"):
+        open_input(tmp_path / "fifo")
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_what_is_read(tmp_path: Path, text: str, expected: dict[str, Any]) -> No
         ("train_itres: 3", "there is no option 'train_itres'; did you mean train_iters?"),
         ("zzz: 3", "there is no option 'zzz'; see --help"),
         ("data_path: [0.3, a]", 'quote a number that is a text, as in "0.3"'),
-        ("1: 3", "there is no option 1"),
+        ("1: 3", "there is no option '1'"),
         ("lr: high", "lr is 'high', but must be a number"),
         ("lr: 0", "lr is 0, but must be above 0"),
         ("lr: .nan", "lr is nan, but must be above 0"),
