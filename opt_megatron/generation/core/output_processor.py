@@ -100,9 +100,9 @@ class OutputProcessor:
         """What a group would have got alone: a step's output is of the most demanding group's kind."""
         if kind is OutputKind.HIDDEN_STATES:
             return outputs
-        logits = [output[:, : self._vocab_size].cpu() for output in outputs]
+        logits = [output[:, : self._vocab_size] for output in outputs]
         if kind is OutputKind.LOGITS:
-            return tuple(logits)
+            return tuple(rows.cpu() for rows in logits)
         logits = [suppress(rows, self._suppressed) for rows in logits]
         return tuple(torch.stack((rows.argmax(-1).double(), rows.amax(-1).double()), dim=-1) for rows in logits)
 
