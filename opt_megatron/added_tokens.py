@@ -39,7 +39,7 @@ def read_added_tokens(directory: Path, vocab: dict[str, int]) -> dict[int, Added
         added = _legacy_tokens(directory, {token.content for token in special})
     ids = vocab | {token.content: index for index, token in added.items()}
     for token in special:
-        added.setdefault(ids.setdefault(token.content, max(ids.values()) + 1), token)
+        added.setdefault(ids.setdefault(token.content, max(ids.values()) + 1), token).special = True
     _check_ids(added, vocab)
     return added
 

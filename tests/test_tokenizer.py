@@ -125,6 +125,11 @@ def test_added_tokens_in_the_older_files(tmp_path):
     assert ids[:4] == [2, 4098, 4100, 4101] and 2 not in ids[1:]  # <new> got the next id; </s> is text
     assert tokenizer.decode(ids) == "naïve</s>" and tokenizer.token_bytes(4100) == b"<sep>"
     assert tokenizer.unused_ids(4102) == (4096, 4097, 4099)
+    listed = {"4099": {"content": "<sep>", "special": False}, "4098": {"content": "x y"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed, "sep_token": "<sep>"}))
+    tokenizer = OPTTokenizer.from_directory(tmp_path)  # added_tokens.json does not count any more
+    assert tokenizer.encode("x y<sep>", add_bos=False) == [4098, 4099] and tokenizer.decode([4098, 4099]) == "x y"
+    (tmp_path / "tokenizer_config.json").unlink()
     for tokens, message in (({"<sep>": 2}, "'</s>' has it"), ({"Ġking": 5000}, "the id 5000, but it has the id"),
                             ({"": 5000}, "has no text"), (["x"], "holds a list")):  # fmt: skip
         (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
