@@ -7,13 +7,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.54", "prometheus-client>=0.20"]
-BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.50"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.54,<0.55", "h11>=0.14,<1", "prometheus-client>=0.20"]
+BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.56"]
 EVAL = ["lm-eval>=0.4.13"]
 PLOT = ["matplotlib>=3.8"]
 TRAIN = ["tensorboard>=2.16", *PLOT]
 DOCS = ["sphinx>=8", "myst-nb>=1.2", "pydata-sphinx-theme>=0.16"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.50", "openai>=1.50", "selenium>=4.20"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.56", "openai>=1.50", "selenium>=4.20"]
 TEST += ["peft>=0.21", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", *SERVE, *TRAIN, *DOCS]
 DEV = ["pre-commit>=3.8", *TEST]
 

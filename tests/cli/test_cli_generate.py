@@ -111,7 +111,7 @@ def test_stop_string_and_seed(capsys):
         (["--prompt-tokens", "two"], "not a list of whole numbers"),
         (["--prompt-file", "/nowhere"], "No such file"),
         (["--load", "", "--prompt", "x"], "is a shell variable unset"),
-        (["--prompt-file", ""], "Is a directory|No such file"),
+        (["--prompt-file", ""], "is a directory|No such file"),
         (["--prompt", "\udcff"], "prompt 1 is not UTF-8"),
         ([], "there is no prompt|holds no prompt|cannot be read"),
     ],

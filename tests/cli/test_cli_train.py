@@ -171,14 +171,14 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return losses_of(save)
 
 
-@pytest.mark.parametrize("iterations", [7, 16])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    data: Path, tmp_path: Path, uninterrupted: list[float], iterations: int
+def test_a_run_that_is_killed_twice_goes_on_as_if_nothing_had_been(
+    data: Path, tmp_path: Path, uninterrupted: list[float]
 ) -> None:
-    process = start(training(data, tmp_path / "run"))
-    wait_for(tmp_path / "run", iterations, process, saves=1)  # which are written in the background
-    process.kill()
-    process.wait(30)
+    for saves, iterations in ((1, 7), (2, 16)):  # checkpoints are written in the background
+        process = start(training(data, tmp_path / "run"))
+        wait_for(tmp_path / "run", iterations, process, saves)
+        process.kill()
+        process.wait(30)
     process = start(training(data, tmp_path / "run"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -84,6 +84,7 @@ def test_other_bodies_are_refused_in_a_sentence(body, message):
 @pytest.mark.parametrize("path", ["/v1/completions", "/completions", "/tokenize", "/detokenize"])
 def test_hostile_bodies_are_400_with_a_sentence(server, path):
     for body, _ in HOSTILE:
+        body = body.replace(b'"prompt": "a",', b'"prompt": "a", "max_tokens": 1,')  # what is accepted ends soon
         answer = server.request("POST", path, body)
         if answer.status != 200:  # what one route does not know may be nothing to another
             assert answer.status == 400 and answer.json["error"]["message"], body
