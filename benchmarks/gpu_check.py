@@ -48,7 +48,7 @@ from opt_megatron.generation.core.kv_cache_allocator import round_up
 from opt_megatron.generation.core.model_runner import ModelRunner
 from opt_megatron.generation.request import Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
-from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
+from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence, StepInput
 from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
 from opt_megatron.model.scoring import Item, score
 from opt_megatron.parallel.context import ParallelContext, init_parallel
@@ -202,7 +202,7 @@ def cached_logits(check: Check, model: Any, tokens: Tokens, prefill: int, chunk:
     begins = [*range(0, prefill, chunk), *range(prefill, len(tokens))]
     pieces = itertools.pairwise([*begins, len(tokens)])
     rows = [ScheduledSequence(blocks, begin, tuple(tokens[begin:end]), end - begin) for begin, end in pieces]
-    steps = [runner.forward(StepInput((row,), OutputKind.LOGITS)) for row in rows]
+    steps = [runner.forward(StepInput((row,))).rows for row in rows]
     return torch.cat(steps)[:, : model.opt_config.num_tokens]
 
 

@@ -232,4 +232,5 @@ class LoadedModel:
             draft_model=draft_model,
             prompt_lookup=options.prompt_lookup,
             num_speculative_tokens=options.num_speculative_tokens,
+            cuda_graphs=options.cuda_graphs,
         )

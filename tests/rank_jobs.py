@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ from opt_megatron.api import OPT
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.errors import UserError
 from opt_megatron.generation.core import engine as engine_module
+from opt_megatron.generation.core import model_runner
+from opt_megatron.generation.core.cuda_graphs import CudaGraphs
+from opt_megatron.generation.core.decode_step import DecodeStep
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.core.kv_cache_allocator import round_up
 from opt_megatron.generation.core.model_runner import ModelRunner
+from opt_megatron.generation.core.paged_kv_cache import PagedKVCache
 from opt_megatron.generation.core.request_queue import RequestQueue
 from opt_megatron.generation.request import Completion, Request
 from opt_megatron.generation.sampling.logits_processors import NO_IDS
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
-from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
+from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence, StepInput
 from opt_megatron.parallel.collectives import (
     DistributedCollectives,
     SharedMemoryCollectives,
@@ -46,6 +51,47 @@ def generate(
     parallel = start(tp, pp)
     model = load_model(directory, None, parallel, quantization=quantization)
     return Engine(model, parallel, max_batch_size=8).complete(requests)
+
+
+def generate_with_tokens_kept(
+    directory: Path, tp: int, pp: int, requests: list[Request], max_batch_size: int = 8
+) -> tuple[list[Completion], list[Completion]]:
+    """The requests completed as on a GPU, and as on a CPU."""
+    parallel = start(tp, pp)
+    expected = Engine(load_model(directory, None, parallel), parallel, max_batch_size=max_batch_size).complete(requests)
+    with (
+        mock.patch.object(model_runner, "keeps_tokens", lambda device: True),
+        mock.patch.object(model_runner, "make_kv_cache", PagedKVCache),
+        mock.patch.object(model_runner, "DecodeStep", _GraphedDecodeStep if pp == 1 else model_runner.DecodeStep),
+    ):
+        engine = Engine(load_model(directory, None, parallel), parallel, max_batch_size=max_batch_size)
+        return engine.complete(requests), expected
+
+
+class _GraphedDecodeStep(DecodeStep):
+    """One whose graphs call the function again instead of replaying it."""
+
+    def __init__(self, *parts: Any) -> None:
+        graphs = CudaGraphs()
+        graphs._capture = _Replayed.capture
+        super().__init__(*parts[:-1], graphs)
+
+    def forward(self, step: StepInput) -> torch.Tensor:
+        return super().forward(step).clone()  # the next step overwrites it; a GPU copies it before
+
+
+class _Replayed:
+    def __init__(self, function: Callable[[], torch.Tensor], output: torch.Tensor) -> None:
+        self._function, self._output = function, output
+
+    @classmethod
+    def capture(cls, function: Callable[[], torch.Tensor]) -> tuple[_Replayed, torch.Tensor]:
+        output = torch.empty(1024, dtype=torch.int64)
+        return cls(function, output), output
+
+    def replay(self) -> None:
+        tokens = self._function()
+        self._output[: len(tokens)] = tokens
 
 
 def speculate(directory: Path, draft: Path | None, tp: int, pp: int, requests: list[Request]) -> list[Completion]:
@@ -75,7 +121,7 @@ def cached_logits(
     runner.allocate(blocks.start + blocks.size)
     parts = [ScheduledSequence(blocks, 0, tuple(tokens[:prefill]), 1)]
     parts += [ScheduledSequence(blocks, n, (tokens[n],), 1) for n in range(prefill, len(tokens))]
-    outputs = [runner.forward(StepInput((part,), OutputKind.LOGITS)) for part in parts]
+    outputs = [runner.forward(StepInput((part,))).rows for part in parts]
     return torch.cat(outputs) if parallel.is_leader else None
 
 

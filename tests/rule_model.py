@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from opt_megatron.generation.core.engine import Engine
-from opt_megatron.generation.sampling.logits_processors import ProcessorChain
+from opt_megatron.generation.sampling.batch_sampler import GREEDY, SamplingRow, SamplingTensors, sample_rows
+from opt_megatron.generation.sampling.logits_processors import NO_IDS, ProcessorChain
+from opt_megatron.generation.sampling.random_numbers import RandomNumbers
 from opt_megatron.generation.sampling.sampler import SamplerState, choose_token
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.sampling.token_history import TokenHistory
-from opt_megatron.generation.step import KVCacheBlocks, OutputKind, StepInput
+from opt_megatron.generation.step import NEWEST, KVCacheBlocks, OutputKind, StepInput, StepOutput, sampling_numbers
 
 HIDDEN_SIZE = 6
 
@@ -30,14 +32,17 @@ class RuleModel:
         vocabulary: tokens.
         seed: of the rule.
         blend: how much of the logits is another seed's rule; makes a draft that is like the model.
+        keeps_tokens: of `Runner`.
 
     Attributes:
         steps: made so far; computed: tokens in all of them; sequences: of the largest.
     """
 
-    def __init__(self, vocabulary: int, seed: int = 0, blend: float = 0.0) -> None:
+    def __init__(self, vocabulary: int, seed: int = 0, blend: float = 0.0, keeps_tokens: bool = False) -> None:
         self.vocabulary, self._seed, self._blend = vocabulary, seed, blend
         self.cells: list[int | None] = []
+        self.keeps_tokens = keeps_tokens
+        self._newest: dict[int, int] = {}  # token of each sequence's first cell
         self.steps = self.computed = self.sequences = 0
         self.logits = functools.cache(self._logits)
 
@@ -49,26 +54,38 @@ class RuleModel:
         copied = self.cells[source.start + begin : source.start + end]
         self.cells[target.start + begin : target.start + end] = copied
 
-    def forward(self, step: StepInput) -> Tensor:
+    def forward(self, step: StepInput) -> StepOutput:
         assert step.sequences
         self.steps += 1
         self.sequences = max(self.sequences, len(step.sequences))
-        outputs = []
+        chosen: list[int] = []
+        rows: list[Tensor] = []
         for sequence in step.sequences:
             assert sequence.tokens and sequence.num_logits <= len(sequence.tokens)
             self.computed += len(sequence.tokens)
             start, end = sequence.blocks.start, sequence.position + len(sequence.tokens)
             assert end <= sequence.blocks.size
-            self.cells[start + sequence.position : start + end] = sequence.tokens
+            known = [self._newest[start] if token == NEWEST else token for token in sequence.tokens]
+            self.cells[start + sequence.position : start + end] = known
             for seen in range(end - sequence.num_logits + 1, end + 1):
-                outputs.append(self._output(tuple(self.cells[start : start + seen]), step.output_kind))
-        return torch.stack(outputs) if outputs else torch.empty(0, 1)
+                tokens = tuple(self.cells[start : start + seen])
+                if sequence.sampling is None:
+                    rows.append(self._row(tokens, step.output_kind))
+                else:
+                    chosen.append(self._choose(tokens, sequence.sampling))
+                    self._newest[start] = chosen[-1]
+        return StepOutput(torch.tensor(chosen, dtype=torch.int64), torch.stack(rows) if rows else torch.empty(0, 1))
 
-    def _output(self, tokens: tuple[int, ...], kind: OutputKind) -> Tensor:
+    def _row(self, tokens: tuple[int, ...], kind: OutputKind) -> Tensor:
         logits = self.logits(tokens)
-        if kind is OutputKind.ARGMAX:
-            return torch.stack((logits.argmax().double(), logits.amax().double()))
         return torch.cat((logits, self.hidden(tokens))) if kind is OutputKind.HIDDEN_STATES else logits
+
+    def _choose(self, tokens: tuple[int, ...], row: SamplingRow) -> int:
+        if row == GREEDY:
+            return int(self.logits(tokens).argmax())
+        options = SamplingTensors.of(torch.tensor(sampling_numbers(row))[:, None], self.vocabulary)
+        numbers = options.numbers(torch.tensor([len(tokens)]))
+        return int(sample_rows(self.logits(tokens)[None], options, numbers, NO_IDS))
 
     def _logits(self, tokens: tuple[int, ...]) -> Tensor:
         own = 2 * _noise(self.vocabulary, tokens, self._seed)
@@ -78,11 +95,11 @@ class RuleModel:
         """The hidden state [H] of the last of `tokens`."""
         return _noise(HIDDEN_SIZE, tokens, self._seed + 2)
 
-    def continued(self, prompt: Sequence[int], params: SamplingParams, seed: int | None = None) -> tuple[int, ...]:
+    def continued(self, prompt: Sequence[int], params: SamplingParams, choice: int = 0) -> tuple[int, ...]:
         """What the engine has to generate, one token after another and without a cache; never ends early."""
         history = TokenHistory(prompt)
-        generator = torch.Generator().manual_seed(params.seed if seed is None else seed)
-        state = SamplerState(ProcessorChain(params), history, generator)
+        numbers = RandomNumbers(params.seed, choice)
+        state = SamplerState(ProcessorChain(params), history, numbers)
         for _ in range(params.max_new_tokens):
             logits = self.logits(tuple(history.tokens))
             history.append(choose_token(logits, state))
@@ -101,6 +118,7 @@ def rule_engine(engine: Engine, rule: RuleModel, draft: RuleModel | None = None)
     """Put rules in the places of the engine's models."""
     assert len(engine._runners) == (1 if draft is None else 2)
     engine._runners[:] = [rule] if draft is None else [rule, draft]
+    engine._runs_ahead = rule.keeps_tokens and engine._draft is None
     return engine
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 
 from opt_megatron.generation.sampling.logits_processors import ProcessorChain
+from opt_megatron.generation.sampling.random_numbers import RandomNumbers
 from opt_megatron.generation.sampling.sampler import SamplerState, choose_token, distribution, filtered_scores
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.generation.sampling.token_history import TokenHistory
@@ -37,5 +38,5 @@ def probabilities(logits: torch.Tensor, params: SamplingParams, known: TokenHist
     return distribution(logits, ProcessorChain(params), known)
 
 
-def choose(logits: torch.Tensor, params: SamplingParams, known: TokenHistory, random: torch.Generator) -> int:
-    return choose_token(logits, SamplerState(ProcessorChain(params), known, random))
+def choose(logits: torch.Tensor, params: SamplingParams, known: TokenHistory, seed: int = 0) -> int:
+    return choose_token(logits, SamplerState(ProcessorChain(params), known, RandomNumbers(seed)))

@@ -26,7 +26,7 @@ LAYERS = (
     {"cli"},
     {"__init__", "__main__"},
 )
-GENERATION_LAYERS = ({"engine_options", "sampling", "step"}, {"generation_config", "request"}, {"decoding"}, {"core"})
+GENERATION_LAYERS = ({"engine_options", "sampling"}, {"generation_config", "request", "step"}, {"decoding"}, {"core"})
 # Modules that import neither torch nor Megatron-core, so that --help and the checks of arguments are instant.
 WITHOUT_TORCH = ("cli", "options", "config", "checkpoint.conversion_options", "checkpoint.formats.registry",
                  "checkpoint.memory_estimate", "generation.sampling.sampling_params", "model.linear_methods.registry",

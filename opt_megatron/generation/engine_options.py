@@ -27,4 +27,9 @@ class EngineOptions(Options):
         is_path=True,
     )
     prompt_lookup: bool = option(False, help="propose what followed the newest tokens earlier (speculation)")
+    cuda_graphs: str = option(
+        "auto",
+        help="on a GPU, record the kernels of a decode step and launch them together (auto: with one pipeline stage)",
+        choices=("auto", "off"),
+    )
     num_speculative_tokens: int = option(4, help="tokens proposed at a time", minimum=1)

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opt_megatron.generation.sampling.batch_sampler import SamplingRow
 from opt_megatron.generation.step import KVCacheBlocks, OutputKind, ScheduledSequence, StepInput
 
 SEQUENCES = st.builds(
@@ -11,6 +12,16 @@ SEQUENCES = st.builds(
     st.integers(0, 2047),
     st.lists(st.integers(0, 60000), min_size=1, max_size=5).map(tuple),
     st.integers(0, 5),
+    st.none()
+    | st.builds(
+        SamplingRow,
+        st.floats(0, allow_infinity=False),
+        st.integers(0, 2**31),
+        st.floats(0, 1),
+        st.floats(0, 1),
+        st.integers(-(2**63), 2**63 - 1),
+        st.integers(0, 128),
+    ),
 )
 
 

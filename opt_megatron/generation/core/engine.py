@@ -28,9 +28,10 @@ from ..decoding.sampling_group import SamplingGroup
 from ..decoding.sequences import SequenceGroup
 from ..engine_options import EngineOptions
 from ..request import Completion, CompletionBuilder, Request, TokenEvent, check_request
-from ..step import BLOCK_SIZE, OutputKind, StepInput
+from ..step import BLOCK_SIZE, StepInput
 from .executor import Executor, Runner
 from .kv_cache_allocator import KVCacheAllocator, round_up
+from .launched_step import LaunchedStep
 from .model_runner import ModelRunner
 from .output_processor import OutputProcessor
 from .request_queue import RequestQueue
@@ -55,6 +56,8 @@ class Engine:
         draft_model: this rank's part of a smaller model with the same vocabulary, for speculative decoding.
         prompt_lookup: speculate with what followed the newest tokens earlier in the sequence.
         num_speculative_tokens: proposed at a time.
+        cuda_graphs: "auto" records the kernels of decode steps on a GPU, and launches them together, where there is one
+            pipeline stage; "off" does not.
 
     Raises:
         UserError: there are more processes than tensor x pipeline ranks, or an option is out of its range.
@@ -73,11 +76,13 @@ class Engine:
         draft_model: OPTModel | None = None,
         prompt_lookup: bool = False,
         num_speculative_tokens: int = 4,
+        cuda_graphs: str = "auto",
     ) -> None:
         EngineOptions(  # checks the ranges
             max_batch_size=max_batch_size,
             prefill_chunk_size=prefill_chunk_size,
             num_speculative_tokens=num_speculative_tokens,
+            cuda_graphs=cuda_graphs,
         )
         _check_no_data_parallelism(parallel)
         self._parallel = parallel
@@ -86,13 +91,16 @@ class Engine:
         self._suppressed = _suppressed_ids(self._config, suppress_tokens)
         self._max_batch_size = max_batch_size
         self._chunk_size = prefill_chunk_size
-        self._runners: list[Runner] = [ModelRunner(model, parallel, self._suppressed)]
+        uses_graphs = cuda_graphs == "auto"
+        self._runners: list[Runner] = [ModelRunner(model, parallel, self._suppressed, uses_cuda_graphs=uses_graphs)]
         self._executor = Executor(parallel, self._runners)
         self._draft: Draft | None = PromptLookup(num_speculative_tokens) if prompt_lookup else None
         if draft_model is not None:
             _check_draft_model(draft_model, model, prompt_lookup)
             self._runners.append(ModelRunner(draft_model, parallel, self._suppressed))
             self._draft = DraftModel(partial(self._executor.forward, runner=1), num_speculative_tokens)
+        # Speculation needs the tokens, and of sampled ones the distributions.
+        self._runs_ahead = self._runners[0].keeps_tokens and self._draft is None
         self._cache_limit = "kv_cache_memory" if kv_cache_memory is not None else "the memory that is free"
         self._cache_bytes_per_token = sum(runner.cache_bytes_per_token for runner in self._runners)
         self._capacity = self._cache_capacity(kv_cache_memory)
@@ -241,14 +249,20 @@ class Engine:
             self._scheduler,
             self._executor.copy,
             self._config.vocab_size,
-            self._suppressed,
             isolates_errors=self._checks_arrivals,
         )
         self._queue = requests
         return requests
 
     def _make_groups(self, request_id: int, request: Request) -> Iterator[SequenceGroup]:
-        return make_groups(request_id, request, self._eos_token_ids, self._config.vocab_size, self._suppressed)
+        return make_groups(
+            request_id,
+            request,
+            self._eos_token_ids,
+            self._config.vocab_size,
+            self._suppressed,
+            samples_in_step=self._runs_ahead,
+        )
 
     def _sequence_sizes(self, request: Request) -> list[int]:
         """Tokens of the blocks of each of the request's sequences, as far as they can run together."""
@@ -257,19 +271,29 @@ class Engine:
         return [round_up(group.max_length, BLOCK_SIZE)] * min(count, self._max_batch_size)
 
     def _run(self, queue: RequestQueue) -> Iterator[TokenEvent]:
-        """One step after the other until all requests have ended."""
+        """One step after the other until all requests have ended.
+
+        Where the runner keeps the tokens, a step is started before the tokens of the one before it are read.
+        """
         scheduler = self._scheduler
+        running: LaunchedStep | None = None
         while True:
             yield from self._process_arrivals(queue)
             scheduler.admit(self._executor.copy)
-            if scheduler.running:
-                yield from self._step(scheduler.schedule())
-                scheduler.release_finished()
-            elif queue.is_exhausted:
-                assert not scheduler.waiting  # a request that was accepted fits when it is alone
-                return
-            elif not queue.wait(_KEEP_ALIVE_SECONDS):
-                self._executor.commands.keep_alive()
+            started = self._start(scheduler.schedule()) if scheduler.running else None
+            if running is not None:
+                yield from self._outputs.process(running)
+            elif started is None:
+                if queue.is_exhausted:
+                    assert not scheduler.waiting  # a request that was accepted fits when it is alone
+                    return
+                if not queue.wait(_KEEP_ALIVE_SECONDS):
+                    self._executor.commands.keep_alive()
+            running = started
+            if running is not None and not running.is_read_later:
+                yield from self._outputs.process(running)
+                running = None
+            scheduler.release_finished()
 
     def _process_arrivals(self, queue: RequestQueue) -> Iterator[TokenEvent]:
         arrived, cancelled = queue.drain()
@@ -286,15 +310,23 @@ class Engine:
         for request_id in cancelled:
             yield from self._outputs.cancel_request(request_id)
 
-    def _step(self, scheduled: list[ScheduledGroup]) -> Iterator[TokenEvent]:
+    def _start(self, scheduled: list[ScheduledGroup]) -> LaunchedStep | None:
+        """Start a step; None if there is nothing to compute."""
         if self._draft is not None:
             scheduled = _with_proposals(scheduled, self._draft)
-        kind = OutputKind.ARGMAX
-        for group, sequences in scheduled:
-            if group.output_kind > kind and any(sequence.num_logits for sequence in sequences):
-                kind = group.output_kind
-        step = StepInput(tuple([sequence for _, sequences in scheduled for sequence in sequences]), kind)
-        return self._outputs.process(scheduled, self._executor.forward(step), kind)
+        if not scheduled:
+            return None
+        kind = max([group.output_kind for group, _, _ in scheduled])
+        step = StepInput(tuple([sequence for part in scheduled for sequence in part.sequences]), kind)
+        output = self._executor.forward(step)
+        for group, sequences, _ in scheduled:
+            group.mark_computed(sequences)
+        choosing = [group for group, _, _ in scheduled if isinstance(group, SamplingGroup) and group.sampling]
+        is_read_later = self._runs_ahead and len(choosing) == len(scheduled)
+        if is_read_later:
+            for group in choosing:
+                group.expect_token()
+        return LaunchedStep(scheduled, output, is_read_later=is_read_later)
 
 
 def _suppressed_ids(config: OPTConfig, suppress_tokens: Sequence[int] | None) -> Tensor:
@@ -307,13 +339,11 @@ def _with_proposals(scheduled: list[ScheduledGroup], draft: Draft) -> list[Sched
     """Let the draft propose tokens for the groups that decode, and schedule these too."""
     proposing = [
         group
-        for group, _ in scheduled
+        for group, _, _ in scheduled
         if isinstance(group, SamplingGroup) and group.max_proposed_tokens > 0 and not group.is_restoring
     ]
     draft.propose(proposing)
-    return [
-        ScheduledGroup(group, group.schedule(0) if group in proposing else sequences) for group, sequences in scheduled
-    ]
+    return [part._replace(sequences=part.group.schedule(0)) if part.group in proposing else part for part in scheduled]
 
 
 def _check_draft_model(draft_model: OPTModel, model: OPTModel, prompt_lookup: bool) -> None:

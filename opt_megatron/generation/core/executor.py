@@ -5,16 +5,18 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Protocol
 
-from torch import Tensor
-
 from ...parallel.command_loop import CommandLoop
 from ...parallel.context import ParallelContext
 from ..decoding.sequences import CachedSequence
-from ..step import KVCacheBlocks, StepInput
+from ..step import KVCacheBlocks, StepInput, StepOutput
 
 
 class Runner(Protocol):
     """One model on this rank, with its cache (`ModelRunner`); tests use other implementations."""
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Chosen tokens stay on the devices, so that a step may be started before those of the last are read."""
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -23,12 +25,8 @@ class Runner(Protocol):
     def allocate(self, num_tokens: int) -> None:
         """Allocate a cache of at least `num_tokens` tokens."""
 
-    def forward(self, step: StepInput) -> Tensor:
-        """Run one step. R = tokens that the leader gets an output for.
-
-        Returns:
-            On the leader [R, 2] ids and logits, [R, V] logits, or [R, V + H] (see OutputKind); empty on other ranks.
-        """
+    def forward(self, step: StepInput) -> StepOutput:
+        """Run one step; the output is the leader's, and has no meaning on other ranks."""
 
     def copy(self, source: KVCacheBlocks, target: KVCacheBlocks, begin: int, end: int) -> None:
         """Copy the tokens [begin, end) of one sequence's blocks to another's."""
@@ -39,7 +37,8 @@ class Command(IntEnum):
 
     ALLOCATE = 0  # tokens of the cache, for each runner
     FORWARD = 1  # which runner, and a StepInput
-    COPY = 2  # which runner, source and target blocks (start, size), begin, end
+    ADVANCE = 2  # which runner: the step after its last one, for the same sequences
+    COPY = 3  # which runner, source and target blocks (start, size), begin, end
 
 
 class Executor:
@@ -55,6 +54,7 @@ class Executor:
     def __init__(self, parallel: ParallelContext, runners: list[Runner]) -> None:
         self.commands = CommandLoop(parallel, self.execute)
         self._runners = runners
+        self._last: dict[int, StepInput] = {}  # of each runner
 
     def allocate(self, num_tokens: int) -> None:
         """Allocate caches of at least `num_tokens` tokens."""
@@ -62,10 +62,15 @@ class Executor:
         for runner in self._runners:
             runner.allocate(num_tokens)
 
-    def forward(self, step: StepInput, runner: int = 0) -> Tensor:
-        """Run a step of one of the models."""
+    def forward(self, step: StepInput, runner: int = 0) -> StepOutput:
+        """Run a step of one of the models. It is described to the followers only if the sequences have changed."""
         if self.commands.has_followers:
-            self.commands.send(Command.FORWARD, [runner, *step.to_numbers()])
+            last = self._last.get(runner)
+            if last is not None and last.is_decoding and last.advanced() == step:
+                self.commands.send(Command.ADVANCE, [runner])
+            else:
+                self.commands.send(Command.FORWARD, [runner, *step.to_numbers()])
+            self._last[runner] = step
         return self._runners[runner].forward(step)
 
     def copy(self, source: CachedSequence, target: CachedSequence, begin: int, end: int) -> None:
@@ -80,7 +85,13 @@ class Executor:
             for runner, num_tokens in zip(self._runners, numbers, strict=True):
                 runner.allocate(num_tokens)
         elif command == Command.FORWARD:
-            self._runners[numbers[0]].forward(StepInput.from_numbers(numbers[1:]))
+            self._follow(numbers[0], StepInput.from_numbers(numbers[1:]))
+        elif command == Command.ADVANCE:
+            self._follow(numbers[0], self._last[numbers[0]].advanced())
         else:
             runner_index, *blocks, begin, end = numbers
             self._runners[runner_index].copy(KVCacheBlocks(*blocks[:2]), KVCacheBlocks(*blocks[2:]), begin, end)
+
+    def _follow(self, runner: int, step: StepInput) -> None:
+        self._last[runner] = step
+        self._runners[runner].forward(step)

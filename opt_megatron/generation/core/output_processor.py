@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ...errors import UserError
@@ -14,10 +13,10 @@ from ..decoding.best_of import BestOf
 from ..decoding.sampling_group import SamplingGroup
 from ..decoding.sequences import CopyCache, SequenceGroup
 from ..request import Request, TokenEvent
-from ..sampling.logits_processors import suppress
-from ..sampling.sampler import choose_tokens
+from ..sampling.sampler import choose_tokens, no_token_possible
 from ..step import OutputKind
-from .scheduler import ScheduledGroup, Scheduler
+from .launched_step import LaunchedStep
+from .scheduler import Scheduler
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -27,15 +26,12 @@ class OutputProcessor:
 
     Args:
         vocab_size: width of the logits.
-        suppressed: [ids] int64 that are never chosen.
         isolates_errors: a request that cannot go on ends with "refused" or "failed"; otherwise its error is raised.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, copy: CopyCache, vocab_size: int, suppressed: Tensor, *, isolates_errors: bool
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, copy: CopyCache, vocab_size: int, *, isolates_errors: bool) -> None:
         self._scheduler, self._copy = scheduler, copy
-        self._vocab_size, self._suppressed = vocab_size, suppressed
+        self._vocab_size = vocab_size
         self._isolates_errors = isolates_errors
         self.best_of: dict[int, BestOf] = {}  # of the unfinished requests that use it
 
@@ -50,61 +46,44 @@ class OutputProcessor:
         events = [event for group in groups for event in group.cancel()]
         return best_of.cancel(request_id) if best_of else events
 
-    def process(self, scheduled: list[ScheduledGroup], output: Tensor, kind: OutputKind) -> Iterator[TokenEvent]:
+    def process(self, step: LaunchedStep) -> Iterator[TokenEvent]:
         """The events of a step.
-
-        Args:
-            output: of all groups, one row for each token whose logits were asked for.
-            kind: of the output, which may contain more than a group needs.
 
         Raises:
             UserError: a group cannot go on, and errors are not isolated.
         """
-        outputs = output.split([sequence.num_logits for group in scheduled for sequence in group.sequences])
-        begin = 0
         choosing: list[tuple[SamplingGroup, Tensor]] = []
-        for group, sequences in scheduled:
-            mine = outputs[begin : begin + len(sequences)]
-            begin += len(sequences)
-            if group.is_finished:  # its request has ended through an error in this very step
+        for (group, sequences, is_restored), outputs in zip(step.scheduled, step.read(), strict=True):
+            # Restored caches have no outputs. A group that has ended did so through an error of its request in this
+            # very step, or with a token that was read after this step had been started.
+            if is_restored or group.is_finished:
                 continue
-            if group.is_restoring:
-                group.update_restored(sequences)
-                continue
-            if kind is not OutputKind.ARGMAX:
-                mine = self._reduce(mine, group.output_kind)
+            if group.output_kind is OutputKind.LOGITS:  # others in the step may need what follows them
+                outputs = [output[..., : self._vocab_size] for output in outputs]
             if not isinstance(group, SamplingGroup) or group.proposal.tokens:
-                yield from self._run(group, partial(group.process_outputs, sequences, mine, self._copy))
+                yield from self._run(group, partial(group.process_outputs, sequences, outputs, self._copy))
                 continue
-            yield from self._run(group, partial(group.update_cached, sequences[0], mine[0]))
-            if not group.lead.num_pending and not group.is_finished:
-                choosing.append((group, mine[0][-1]))
+            yield from self._run(group, partial(group.prompt_events, sequences[0], outputs[0]))
+            if not group.is_finished and group.is_computed(sequences[0]):
+                choosing.append((group, outputs[0][-1]))
         yield from self._choose(choosing)
 
     def _choose(self, choosing: list[tuple[SamplingGroup, Tensor]]) -> Iterator[TokenEvent]:
-        """Choose the next tokens of groups without proposals."""
-        sampled = [(group, row) for group, row in choosing if group.output_kind is not OutputKind.ARGMAX]
-        tokens = iter(choose_tokens([row for _, row in sampled], [group.sampler_state for group, _ in sampled]))
-        for group, row in choosing:
-            token = int(row[0]) if group.output_kind is OutputKind.ARGMAX else next(tokens)
+        """Accept the next tokens of groups without proposals: those chosen in the step, or chosen here."""
+        sampled = [(group, logits) for group, logits in choosing if group.sampling is None]
+        tokens = iter(choose_tokens([logits for _, logits in sampled], [group.sampler_state for group, _ in sampled]))
+        for group, output in choosing:
+            token = next(tokens) if group.sampling is None else int(output)
             if not group.is_finished:
-                yield from self._run(group, partial(self._accept, group, token, row))
+                yield from self._run(group, partial(self._accept, group, token, output))
 
     @staticmethod
-    def _accept(group: SamplingGroup, token: int | Exception, logits: Tensor) -> list[TokenEvent]:
+    def _accept(group: SamplingGroup, token: int | Exception, output: Tensor) -> list[TokenEvent]:
         if isinstance(token, Exception):
             raise token
-        return [group.accept_token(token, logits)]
-
-    def _reduce(self, outputs: tuple[Tensor, ...], kind: OutputKind) -> tuple[Tensor, ...]:
-        """What a group would have got alone: a step's output is of the most demanding group's kind."""
-        if kind is OutputKind.HIDDEN_STATES:
-            return outputs
-        logits = [output[:, : self._vocab_size] for output in outputs]
-        if kind is OutputKind.LOGITS:
-            return tuple(rows.cpu() for rows in logits)
-        logits = [suppress(rows, self._suppressed) for rows in logits]
-        return tuple(torch.stack((rows.argmax(-1).double(), rows.amax(-1).double()), dim=-1) for rows in logits)
+        if token < 0:
+            raise no_token_possible()
+        return [group.accept_token(token, output if group.sampling is None else None)]
 
     def _run(self, group: SequenceGroup, action: Callable[[], list[TokenEvent]]) -> list[TokenEvent]:
         """The events of a group's action; if it raises an error, the group's request ends, and no other.

@@ -18,10 +18,15 @@ _MIN_SHARED_PREFIX = 16
 
 
 class ScheduledGroup(NamedTuple):
-    """A group's part of a step."""
+    """A group's part of a step.
+
+    Attributes:
+        is_restored: the sequences' caches are computed again, without outputs.
+    """
 
     group: SequenceGroup
     sequences: list[ScheduledSequence]
+    is_restored: bool = False
 
 
 class SchedulerCounters(NamedTuple):
@@ -178,15 +183,15 @@ class Scheduler:
         return self.allocator.is_evictable(blocks) or any(group.lead.blocks == blocks for group in self.running)
 
     def schedule(self) -> list[ScheduledGroup]:
-        """The next step: all groups that decode, then pieces of prompts."""
+        """The next step: all groups that decode, then pieces of prompts; those that compute nothing are left out."""
         decoding, computing = [], []
         for group in self.running:
             if group.lead.is_prefilling or group.is_restoring:
                 computing.append(group)
             else:
                 decoding.append(ScheduledGroup(group, group.schedule(0)))
-        scheduled = decoding + self._schedule_prompts(computing)
-        tokens = sum(len(sequence.tokens) for _, sequences in scheduled for sequence in sequences)
+        scheduled = [part for part in decoding + self._schedule_prompts(computing) if part.sequences]
+        tokens = sum(len(sequence.tokens) for part in scheduled for sequence in part.sequences)
         self.counters = self.counters.plus(tokens=tokens)
         return scheduled
 
@@ -202,10 +207,11 @@ class Scheduler:
             share = -(-budget // (len(clients) - index))
             for group in own:
                 if share > 0:
-                    sequences = group.schedule_restoring(share) if group.is_restoring else group.schedule(share)
+                    is_restored = group.is_restoring
+                    sequences = group.schedule_restoring(share) if is_restored else group.schedule(share)
                     computed = sum(len(sequence.tokens) for sequence in sequences)
                     share, budget = share - computed, budget - computed
-                    scheduled.append(ScheduledGroup(group, sequences))
+                    scheduled.append(ScheduledGroup(group, sequences, is_restored))
         return scheduled
 
     def release_finished(self) -> None:

@@ -132,11 +132,9 @@ class BeamSearchGroup(SequenceGroup):
     ) -> list[TokenEvent]:
         """Advance the search by one step."""
         running = self.sequences[: len(scheduled)]
-        for sequence, part in zip(running, scheduled, strict=True):
-            sequence.num_cached += len(part.tokens)
         if self.lead.num_pending:
             return []
-        rows = torch.cat(list(outputs)).cpu().log_softmax(-1)
+        rows = torch.cat(list(outputs)).log_softmax(-1)
         scores = torch.stack([self._filtered(row, sequence) for row, sequence in zip(rows, running, strict=True)])
         candidates = self._search.advance(scores)
         if not self._search.is_done:

@@ -64,10 +64,8 @@ class ContrastiveSearchGroup(SequenceGroup):
         self, scheduled: Sequence[ScheduledSequence], outputs: Sequence[Tensor], copy: CopyCache
     ) -> list[TokenEvent]:
         """Choose the best candidate, and find the next ones."""
-        output = torch.cat(list(outputs)).cpu()
+        output = torch.cat(list(outputs))
         logits, hidden = output[:, : self._vocab_size], normalize(output[:, self._vocab_size :], dim=-1)
-        for sequence, part in zip(self.sequences, scheduled, strict=False):  # of a prompt only the lead
-            sequence.num_cached += len(part.tokens)
         if self._logits is None:
             self._context = torch.cat((self._context, hidden)) if len(self._context) else hidden
             if not self.lead.num_pending:

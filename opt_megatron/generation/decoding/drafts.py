@@ -7,8 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..sampling.random_numbers import Purpose
 from ..sampling.sampler import distribution, sample_token
-from ..step import OutputKind, ScheduledSequence, StepInput
+from ..step import ScheduledSequence, StepInput, StepOutput
 from .sampling_group import SamplingGroup
 from .speculative import Proposal
 
@@ -73,7 +74,7 @@ class DraftModel:
         num_tokens: proposed at a time.
     """
 
-    def __init__(self, forward: Callable[[StepInput], Tensor], num_tokens: int) -> None:
+    def __init__(self, forward: Callable[[StepInput], StepOutput], num_tokens: int) -> None:
         self._forward = forward
         self._num_tokens = num_tokens
 
@@ -89,27 +90,27 @@ class DraftModel:
             self._propose_one(active)
 
     def _propose_one(self, groups: list[SamplingGroup]) -> None:
-        is_greedy = all(group.output_kind is OutputKind.ARGMAX for group in groups)
         sequences = tuple(self._schedule(group) for group in groups)
-        outputs = self._forward(StepInput(sequences, OutputKind.ARGMAX if is_greedy else OutputKind.LOGITS))
-        for group, scheduled, output in zip(groups, sequences, outputs, strict=True):
+        output = self._forward(StepInput(sequences))
+        tokens, rows = iter(output.tokens.tolist()), iter(output.rows.cpu())
+        for group, scheduled in zip(groups, sequences, strict=True):
             group.lead.num_draft_cached = scheduled.position + len(scheduled.tokens)
-            # As for the model's own logits, processors run on the CPU (generation/core/output_processor.py).
-            token, source = (int(output[0]), None) if is_greedy else self._sample(group, output.cpu())
+            token, source = self._sample(group, next(rows)) if group.sampling is None else (next(tokens), None)
             group.proposal.tokens.append(token)
             group.proposal.distributions.append(source)
 
     @staticmethod
     def _sample(group: SamplingGroup, logits: Tensor) -> tuple[int, Tensor]:
-        chain, history, generator = group.sampler_state
+        chain, history, numbers = group.sampler_state
         history = history.copy()
         for proposed in group.proposal.tokens:
             history.append(proposed)
         source = distribution(logits, chain, history)
-        return sample_token(source, generator), source
+        return sample_token(source, numbers.at(len(history.tokens), Purpose.DRAFT)), source
 
     @staticmethod
     def _schedule(group: SamplingGroup) -> ScheduledSequence:
         lead = group.lead
         tokens = [*lead.tokens, *group.proposal.tokens]
-        return ScheduledSequence(lead.blocks, lead.num_draft_cached, tuple(tokens[lead.num_draft_cached :]), 1)
+        pending = tuple(tokens[lead.num_draft_cached :])
+        return ScheduledSequence(lead.blocks, lead.num_draft_cached, pending, 1, group.sampling)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..request import Request, TextDecoder, TokenEvent, TopLogProbs
+from ..sampling.batch_sampler import SamplingRow, row_of
 from ..sampling.logits_processors import NO_IDS, ProcessorChain
+from ..sampling.random_numbers import RandomNumbers
 from ..sampling.sampler import SamplerState, distribution, sample_token, top_log_probabilities
 from ..sampling.token_history import TokenHistory
-from ..step import OutputKind, ScheduledSequence
+from ..step import ScheduledSequence
 from .detokenizer import IncrementalDetokenizer
 from .sequences import CopyCache, SequenceGroup
 from .speculative import Proposal, verify_token
@@ -20,22 +21,33 @@ from .speculative import Proposal, verify_token
 class SamplingGroup(SequenceGroup):
     """One greedy or sampled continuation.
 
+    Args:
+        samples_in_step: sampled tokens, as always greedy ones, are chosen in the step itself if the options allow it.
+
     Attributes:
         history: the sequence's tokens, the same list as `lead.tokens`.
         sampler_state: what the choice of the next token depends on besides the logits.
+        sampling: how the step itself chooses the tokens; None where the leader does, from their logits.
         proposal: tokens that a draft proposes for the next step.
         logprob_sum: of the output's tokens, where log-probabilities are computed.
     """
 
     def __init__(
-        self, request_id: int, request: Request, eos: Sequence[int], choice: int = 0, suppressed: Tensor = NO_IDS
+        self,
+        request_id: int,
+        request: Request,
+        eos: Sequence[int],
+        choice: int = 0,
+        suppressed: Tensor = NO_IDS,
+        *,
+        samples_in_step: bool = False,
     ) -> None:
         params = request.params
         super().__init__(request_id, request, choice, 1, len(request.prompt) + max(0, params.max_new_tokens - 1))
         self.history = TokenHistory(request.prompt, eos)
         self.lead.tokens = self.history.tokens
-        generator = torch.Generator().manual_seed(seed_of_choice(params.seed, choice))
-        self.sampler_state = SamplerState(ProcessorChain(params, suppressed), self.history, generator)
+        numbers = RandomNumbers(params.seed, choice)
+        self.sampler_state = SamplerState(ProcessorChain(params, suppressed), self.history, numbers)
         self.proposal = Proposal()
         self.logprob_sum = 0.0
         # How many alternatives to report with every token; None for no log-probabilities at all.
@@ -43,12 +55,18 @@ class SamplingGroup(SequenceGroup):
         self._num_prompt_logprobs = params.num_prompt_logprobs if choice == 0 else None
         # Every token of a prompt that is reported must give its log-probability.
         self.can_share_prefix = self._num_prompt_logprobs is None
-        if self.sampler_state.chain.is_plain_greedy and self._num_logprobs is self._num_prompt_logprobs is None:
-            self.output_kind = OutputKind.ARGMAX
+        self.sampling: SamplingRow | None = None
+        if self._num_logprobs is self._num_prompt_logprobs is None:
+            self.sampling = self._row(samples_in_step)
         self._detokenizer = IncrementalDetokenizer(request, eos)
         self._prompt_decoder: TextDecoder | None = None
         if self._num_prompt_logprobs is not None and request.decoder is not None:
             self._prompt_decoder = request.decoder(skip_special_tokens=params.skip_special_tokens)
+
+    def _row(self, samples_in_step: bool) -> SamplingRow | None:
+        chain = self.sampler_state.chain
+        can_choose = samples_in_step or chain.is_plain_greedy
+        return row_of(chain, self.request.params.seed, self.choice) if can_choose else None
 
     @property
     def max_proposed_tokens(self) -> int:
@@ -62,46 +80,67 @@ class SamplingGroup(SequenceGroup):
         """A piece of the prompt, or the newest token and those proposed to follow it."""
         lead = self.lead
         pending = lead.num_pending
+        if pending == 1 and lead.num_unread and self._num_chosen == self.request.params.max_new_tokens:
+            return []  # the last token is chosen, and still to be read
         if pending == 1:
             proposed = self.proposal.tokens
-            return [lead.schedule(1, 1 + len(proposed), proposed)]
+            return [lead.schedule(1, 1 + len(proposed), proposed, self.sampling)]
         count = min(pending, budget)
         if count == 0:
             return []
         reports_prompt = self._num_prompt_logprobs is not None
-        return [lead.schedule(count, count if reports_prompt else int(count == pending))]
+        return [lead.schedule(count, count if reports_prompt else int(count == pending), sampling=self.sampling)]
+
+    @property
+    def _num_chosen(self) -> int:
+        return len(self.lead.tokens) + self.lead.num_unread - len(self.request.prompt)
+
+    def mark_computed(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Count the tokens of a step that has been started as cached, but for proposals, which may be rejected."""
+        super().mark_computed(scheduled)
+        self.lead.num_cached -= len(self.proposal.tokens)
+
+    def expect_token(self) -> None:
+        """The step that was marked as computed goes on while its token, if it chooses one, is not read."""
+        if not self.lead.num_pending and self.request.params.max_new_tokens:
+            self.lead.num_unread += 1
 
     def process_outputs(
         self, scheduled: Sequence[ScheduledSequence], outputs: Sequence[Tensor], copy: CopyCache
     ) -> list[TokenEvent]:
         """Verify proposals and choose the next token. (Without proposals, the engine's `OutputProcessor` calls
-        `update_cached` and chooses the tokens of all groups together.)"""
+        `prompt_events` and chooses the tokens of all groups together.)"""
         (sequence,), (output,) = scheduled, outputs
-        events = self.update_cached(sequence, output)
-        if self.lead.num_pending or self.is_finished:
+        events = self.prompt_events(sequence, output)
+        if self.is_finished or not self.is_computed(sequence):
             return events
         rows = output[-1 - len(self.proposal.tokens) :]
-        events += self._accept_greedy(rows) if self.output_kind is OutputKind.ARGMAX else self._accept_sampled(rows)
+        events += self._accept_sampled(rows) if self.sampling is None else self._accept_chosen(rows)
         # The newest token and the accepted proposals were computed: all tokens but the last are cached.
         self.lead.num_cached = len(self.lead.tokens) - 1
         self.lead.num_draft_cached = min(self.lead.num_draft_cached, self.lead.num_cached)
         self.proposal = Proposal()
         return events
 
-    def update_cached(self, scheduled: ScheduledSequence, output: Tensor) -> list[TokenEvent]:
-        """Count the computed tokens as cached; returns the events of the prompt's tokens, and of an end without tokens.
+    def is_computed(self, scheduled: ScheduledSequence) -> bool:
+        """Whether the step computed all tokens that are known, so that its last output is of the next one."""
+        return scheduled.position + len(scheduled.tokens) >= len(self.lead.tokens)
 
-        If nothing is pending then, and the group is not finished, the next token is to be chosen.
+    def prompt_events(self, scheduled: ScheduledSequence, output: Tensor) -> list[TokenEvent]:
+        """The events of the prompt's tokens, and of an end without tokens.
+
+        If the group is not finished then, and `is_computed`, the next token is to be chosen.
         """
-        begin = self.lead.num_cached
-        self.lead.num_cached += len(scheduled.tokens) - len(self.proposal.tokens)
         events: list[TokenEvent] = []
-        if self._num_prompt_logprobs is not None and begin < len(self.request.prompt):
-            events = self._prompt_events(begin, self.lead.num_cached, output, self._num_prompt_logprobs)
-        if self.request.params.max_new_tokens == 0 and not self.lead.num_pending:
+        if self._num_prompt_logprobs is not None and scheduled.position < len(self.request.prompt):
+            end = scheduled.position + len(scheduled.tokens)
+            events = self._prompt_events(scheduled.position, end, output, self._num_prompt_logprobs)
+        if self.request.params.max_new_tokens == 0 and self.is_computed(scheduled):
             self.is_finished = True
-            end = TokenEvent(self.request_id, None, "", "length", self.choice, num_cached_tokens=self.num_shared_tokens)
-            events.append(end)
+            end_event = TokenEvent(
+                self.request_id, None, "", "length", self.choice, num_cached_tokens=self.num_shared_tokens
+            )
+            events.append(end_event)
         return events
 
     def accept_token(self, token: int, logits: Tensor | None = None) -> TokenEvent:
@@ -112,6 +151,7 @@ class SamplingGroup(SequenceGroup):
             ((logprob, top),) = top_log_probabilities(logits[None], [token], self._num_logprobs)
             self.logprob_sum += logprob
         self.lead.tokens.append(token)
+        self.lead.num_unread = max(0, self.lead.num_unread - 1)
         text, reason = self._detokenizer.push(token)
         self.is_finished = reason is not None
         return TokenEvent(
@@ -130,10 +170,10 @@ class SamplingGroup(SequenceGroup):
         text = self._prompt_decoder.push(token) if self._prompt_decoder else ""
         return TokenEvent(self.request_id, token, text, None, 0, logprob, top, is_prompt=True)
 
-    def _accept_greedy(self, rows: Tensor) -> list[TokenEvent]:
-        """A proposal is accepted as long as it is what the model itself would have chosen."""
+    def _accept_chosen(self, tokens: Tensor) -> list[TokenEvent]:
+        """Greedy search: a proposal is accepted as long as it is what the model itself would have chosen."""
         events, proposed = [], self.proposal.tokens
-        for index, token in enumerate(rows[:, 0].long().tolist()):
+        for index, token in enumerate(tokens.tolist()):
             events.append(self.accept_token(token))
             if self.is_finished or index == len(proposed) or proposed[index] != token:
                 break
@@ -141,21 +181,16 @@ class SamplingGroup(SequenceGroup):
 
     def _accept_sampled(self, rows: Tensor) -> list[TokenEvent]:
         """Speculative sampling, with any processors."""
-        events, proposal, (chain, history, generator) = [], self.proposal, self.sampler_state
+        events, proposal, (chain, history, numbers) = [], self.proposal, self.sampler_state
         for index, row in enumerate(rows):
             target = distribution(row, chain, history)
+            position = len(history.tokens)
             if index == len(proposal.tokens):
-                token, is_accepted = sample_token(target, generator), False
+                token, is_accepted = sample_token(target, numbers.at(position)), False
             else:
-                token, is_accepted = verify_token(
-                    target, proposal.tokens[index], proposal.distributions[index], generator
-                )
+                proposed, source = proposal.tokens[index], proposal.distributions[index]
+                token, is_accepted = verify_token(target, proposed, source, numbers, position)
             events.append(self.accept_token(token, row))
             if self.is_finished or not is_accepted:
                 break
         return events
-
-
-def seed_of_choice(seed: int, choice: int) -> int:
-    """A seed for each of a request's continuations; the first one's is the request's own."""
-    return (seed + choice * 0x9E3779B97F4A7C15) % 2**63  # 2**64 divided by the golden ratio: spreads over all bits

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..request import Request, TokenEvent
-from ..step import NO_BLOCKS, KVCacheBlocks, OutputKind, ScheduledSequence
+from ..sampling.batch_sampler import SamplingRow
+from ..step import NEWEST, NO_BLOCKS, KVCacheBlocks, OutputKind, ScheduledSequence
 
 
 @dataclass(eq=False)
@@ -23,7 +24,8 @@ class CachedSequence:
 
     Attributes:
         blocks: empty until the sequence's group is admitted.
-        num_cached: tokens in the model's cache.
+        num_cached: tokens in the model's cache, those of a step that is running included.
+        num_unread: tokens that follow `tokens`, are chosen in steps that are running, and are still to be read.
         num_to_restore: tokens that were in the cache when the group was preempted.
         num_draft_cached: tokens in the draft model's cache, where the sequence has the same blocks.
     """
@@ -33,21 +35,24 @@ class CachedSequence:
     num_cached: int = 0
     num_draft_cached: int = 0
     num_to_restore: int = 0
+    num_unread: int = 0
 
     @property
     def num_pending(self) -> int:
         """Tokens to compute before the next one can be chosen."""
-        return len(self.tokens) - self.num_cached
+        return len(self.tokens) + self.num_unread - self.num_cached
 
     @property
     def is_prefilling(self) -> bool:
         """More than the newest token is still to be computed."""
-        return len(self.tokens) - self.num_cached > 1
+        return self.num_pending > 1
 
-    def schedule(self, count: int, num_logits: int, proposed: Sequence[int] = ()) -> ScheduledSequence:
+    def schedule(
+        self, count: int, num_logits: int, proposed: Sequence[int] = (), sampling: SamplingRow | None = None
+    ) -> ScheduledSequence:
         """The next `count` pending tokens, followed by proposed ones."""
-        tokens = self.tokens[self.num_cached : self.num_cached + count]
-        return ScheduledSequence(self.blocks, self.num_cached, (*tokens, *proposed), num_logits)
+        tokens = self.tokens[self.num_cached : self.num_cached + count] or (NEWEST,)
+        return ScheduledSequence(self.blocks, self.num_cached, (*tokens, *proposed), num_logits, sampling)
 
 
 # copy(source, target, begin, end): tokens [begin, end) of one sequence's keys and values to another's.
@@ -63,7 +68,7 @@ class SequenceGroup(ABC):
         max_length: tokens of KV cache that each sequence may need.
         sequences: as many as the group may need at a time.
         lead: the first of them, which holds the prompt.
-        output_kind: what its outputs must contain.
+        output_kind: what its outputs must contain, where it chooses tokens itself.
         num_shared_tokens: of the prompt, those that were copied from another sequence's cache instead of computed.
         can_share_prefix: a prefix of the prompt may be copied from another sequence's cache.
         is_finished: the last event has been made.
@@ -87,7 +92,11 @@ class SequenceGroup(ABC):
     def process_outputs(
         self, scheduled: Sequence[ScheduledSequence], outputs: Sequence[Tensor], copy: CopyCache
     ) -> list[TokenEvent]:
-        """Continue with the outputs [num_logits, ...] of what was scheduled.
+        """Continue with the outputs of what was scheduled.
+
+        Args:
+            outputs: for each sequence the tokens chosen in the step, [num_logits] int64, or rows [num_logits, ...]
+                (see `StepOutput`), on the CPU.
 
         Raises:
             UserError: the options leave no possible continuation.
@@ -114,8 +123,8 @@ class SequenceGroup(ABC):
                 budget -= count
         return scheduled
 
-    def update_restored(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        """Count the computed tokens as cached."""
+    def mark_computed(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Count the tokens of a step that has been started as cached."""
         counts = {part.blocks: len(part.tokens) for part in scheduled}
         for sequence in self.sequences:
             sequence.num_cached += counts.get(sequence.blocks, 0)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from ..sampling.random_numbers import Purpose, RandomNumbers
 from ..sampling.sampler import sample_token
 
 
@@ -23,7 +23,9 @@ class Proposal:
     distributions: list[Tensor | None] = field(default_factory=list)
 
 
-def verify_token(target: Tensor, proposed: int, source: Tensor | None, generator: torch.Generator) -> tuple[int, bool]:
+def verify_token(
+    target: Tensor, proposed: int, source: Tensor | None, numbers: RandomNumbers, position: int
+) -> tuple[int, bool]:
     """One step of speculative sampling (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
 
     A proposal sampled from q is accepted with probability min(1, p/q); otherwise the token is sampled from the
@@ -32,13 +34,13 @@ def verify_token(target: Tensor, proposed: int, source: Tensor | None, generator
     Args:
         target: p [V], the model's distribution after all processors.
         source: q [V]; None if the proposal was certain.
+        numbers, position: the random numbers of the sequence, and where in it the token comes.
 
     Returns:
         the token, and whether it is the accepted proposal.
     """
-    threshold = torch.rand((), generator=generator, dtype=torch.float64)
     ratio = target[proposed].double() / (1.0 if source is None else source[proposed].double())
-    if threshold < ratio:
+    if numbers.at(position, Purpose.ACCEPT) < ratio:
         return proposed, True
     rest = target.clone()
     if source is None:
@@ -47,4 +49,4 @@ def verify_token(target: Tensor, proposed: int, source: Tensor | None, generator
         rest = (rest - source).clamp_(min=0)
     # p and q may differ by rounding alone; then p itself is the answer.
     rest = rest / rest.sum() if rest.sum() > 0 else target
-    return sample_token(rest, generator), False
+    return sample_token(rest, numbers.at(position, Purpose.RESIDUAL)), False

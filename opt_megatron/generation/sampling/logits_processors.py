@@ -24,9 +24,9 @@ from torch import Tensor
 from .sampling_params import SamplingParams
 from .token_history import TokenHistory
 
-_COLD = 1e-3  # temperatures below this, and
-_HUGE = 1e5  # scores above this, could give quotients that float32 cannot represent or distinguish
-_TINY, _MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+COLD = 1e-3  # temperatures below this, and
+HUGE = 1e5  # scores above this, could give quotients that float32 cannot represent or distinguish
+TINY, _MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _UNSEEN = 104.0  # exp(-104) is 0 in float32
 _BUCKETS = 2048
 _FEW = 1024  # elements that are sorted at once, as are
@@ -80,7 +80,7 @@ def penalize_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     seen = seen[seen < scores.size(-1)].to(scores.device)
     if penalty == 1 or not len(seen):
         return scores
-    penalty = min(max(penalty, _TINY), _MAX)  # in float32 it would be 0 or inf, and 0 times inf no number
+    penalty = min(max(penalty, TINY), _MAX)  # in float32 it would be 0 or inf, and 0 times inf no number
     values = scores.index_select(-1, seen)
     return scores.index_copy(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
 
@@ -103,9 +103,9 @@ def apply_temperature(scores: Tensor, temperature: float) -> Tensor:
     best = float(scores.max())
     if best == math.inf:
         scores = torch.where(scores.isposinf(), 0.0, -math.inf)
-    elif temperature < _COLD or abs(best) > _HUGE:  # keep the best score finite; else as transformers does
+    elif temperature < COLD or abs(best) > HUGE:  # keep the best score finite; else as transformers does
         scores = scores - best
-    return scores / max(temperature, _TINY)
+    return scores / max(temperature, TINY)
 
 
 def top_k_ids(scores: Tensor, k: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from .logits_processors import ProcessorChain, suppress
+from .random_numbers import RandomNumbers
 from .token_history import TokenHistory
 
 __all__ = [
@@ -30,12 +31,12 @@ class SamplerState(NamedTuple):
     Attributes:
         chain: the processors of its options.
         history: its tokens so far.
-        generator: on the CPU; one number is drawn from it for each token that is sampled.
+        numbers: the random numbers of its tokens.
     """
 
     chain: ProcessorChain
     history: TokenHistory
-    generator: torch.Generator
+    numbers: RandomNumbers
 
 
 def choose_tokens(logits: Sequence[Tensor], states: Sequence[SamplerState]) -> list[int | Exception]:
@@ -66,7 +67,11 @@ def choose_token(logits: Tensor, state: SamplerState) -> int:
     if chain.is_plain_greedy:
         return int(suppress(logits, chain.suppressed).argmax())
     ids, scores = _possible_candidates(logits, chain, state.history)
-    index = int(scores.argmax()) if chain.is_greedy else sample_token(scores.softmax(-1), state.generator)
+    if chain.is_greedy:
+        index = int(scores.argmax())
+    else:
+        # Not normalised, as in `batch_sampler.py`, so that the two choose the same token.
+        index = sample_token((scores - scores.max()).exp(), state.numbers.at(len(state.history.tokens)))
     return index if ids is None else int(ids[index])
 
 
@@ -88,14 +93,15 @@ def distribution(logits: Tensor, chain: ProcessorChain, history: TokenHistory) -
     return torch.zeros(len(logits), device=logits.device).index_copy(0, ids, probabilities)
 
 
-def sample_token(probabilities: Tensor, generator: torch.Generator) -> int:
+def sample_token(probabilities: Tensor, number: float) -> int:
     """Sample a token: the first at which the cumulative probability exceeds a random share of the total.
 
-    Takes one random number from the generator, in float64 (float32 has too few values to reach tokens less likely than
-    1e-7). A token with probability 0 adds nothing to the sum, and so is never the first to exceed it.
+    A token with probability 0 adds nothing to the sum, and so is never the first to exceed it.
 
     Args:
         probabilities: [vocabulary], 0 or above; they need not add up to 1.
+        number: the share, from 0 up to but not including 1, of as many bits as float64 has (float32 has too few values
+            to reach tokens less likely than 1e-7).
 
     Raises:
         UserError: all are 0, or some are not numbers.
@@ -103,11 +109,10 @@ def sample_token(probabilities: Tensor, generator: torch.Generator) -> int:
     cumulative = probabilities.double().cumsum(0)
     total = cumulative[-1]
     if not 0 < float(total) < math.inf:
-        raise _no_token_possible()
-    share = torch.rand((), dtype=torch.float64, generator=generator).to(total.device)
+        raise no_token_possible()
     # Rounding could make the product equal to the total, which no sum exceeds: then it is the first to reach it.
     return int(
-        torch.minimum(torch.searchsorted(cumulative, share * total, right=True), torch.searchsorted(cumulative, total))
+        torch.minimum(torch.searchsorted(cumulative, number * total, right=True), torch.searchsorted(cumulative, total))
     )
 
 
@@ -156,7 +161,7 @@ def _possible_candidates(logits: Tensor, chain: ProcessorChain, history: TokenHi
     """`_candidates`, or UserError where there is none."""
     ids, scores = _candidates(logits, chain, history)
     if not scores.max() > -math.inf:  # true of NaN as well
-        raise _no_token_possible()
+        raise no_token_possible()
     return ids, scores
 
 
@@ -184,7 +189,8 @@ def _candidates(logits: Tensor, chain: ProcessorChain, history: TokenHistory) ->
     return ids, scores
 
 
-def _no_token_possible() -> UserError:
+def no_token_possible() -> UserError:
+    """The error of a choice among no tokens."""
     return UserError(
         "no token is possible: all of them are ruled out (allowed_token_ids, bad_words, banned_tokens, "
         "min_new_tokens), or the model's scores are not numbers"

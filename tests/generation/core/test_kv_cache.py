@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_megatron.generation.core.kv_cache import KVCache
+from opt_megatron.generation.core.embedding_bag_kv_cache import EmbeddingBagKVCache
+from opt_megatron.generation.core.kv_cache import cache_bytes_per_token, make_kv_cache
+from opt_megatron.generation.core.paged_kv_cache import PagedKVCache
 from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence
 
 LAYERS, CPU = 2, torch.device("cpu")
@@ -14,13 +16,22 @@ COUNTS = [1, 1, 2, 5, 8, 9, 16, 17, 60, 130]  # on both sides of where another w
 BLOCKS = [KVCacheBlocks(sum(SIZES[:n]), size) for n, size in enumerate(SIZES)]
 
 
+CACHES = [
+    (torch.float32, EmbeddingBagKVCache),
+    (torch.float32, PagedKVCache),
+    (torch.bfloat16, PagedKVCache),
+    (torch.float16, PagedKVCache),
+]
+
+
 class Reference:
     """Sequences as lists of keys and values, one for each layer, beside the cache."""
 
-    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, make=make_kv_cache) -> None:
         self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
-        self.cache = KVCache(LAYERS, heads, head_dim, sum(SIZES), dtype=dtype, device=CPU)
-        self.cache._memory.fill_(torch.nan)  # whatever is read before it was written shows
+        self.cache = make(LAYERS, heads, head_dim, sum(SIZES), dtype=dtype, device=CPU)
+        # Whatever is read before it was written shows.
+        self.cache._memory.fill_(1e4 if isinstance(self.cache, PagedKVCache) else torch.nan)
         self.held = [[torch.empty(0, 2, heads, head_dim, dtype=dtype) for _ in SIZES] for _ in range(LAYERS)]
         self.generator = torch.Generator().manual_seed(1)
 
@@ -59,9 +70,9 @@ class Reference:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([(12, 4), (3, 20), (2, 64)]), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
-def test_every_token_sees_its_own_sequence_and_no_more(heads, dtype, data):
-    reference = Reference(*heads, dtype)
+@given(st.sampled_from([(12, 4), (3, 20), (2, 64)]), st.sampled_from(CACHES), st.data())
+def test_every_token_sees_its_own_sequence_and_no_more(heads, cache, data):
+    reference = Reference(*heads, *cache)
     for _ in range(data.draw(st.integers(1, 5))):
         chosen = data.draw(st.lists(st.sampled_from(range(len(SIZES))), min_size=1, unique=True))
         parts = []
@@ -95,5 +106,5 @@ def test_a_sequence_fills_its_blocks():
 
 
 def test_bytes():
-    cache = KVCache(3, 4, 8, 2 * BLOCK_SIZE, dtype=torch.float32, device=CPU)
-    assert cache.nbytes == 2 * BLOCK_SIZE * KVCache.bytes_per_token(3, 4, 8, torch.float32)
+    cache = make_kv_cache(3, 4, 8, 2 * BLOCK_SIZE, dtype=torch.float32, device=CPU)
+    assert cache.nbytes == 2 * BLOCK_SIZE * cache_bytes_per_token(3, 4, 8, torch.float32)

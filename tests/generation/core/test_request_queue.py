@@ -190,10 +190,10 @@ def test_a_request_that_fails_through_our_own_error_ends_alone(engine, monkeypat
     """Wherever it happens: when the group is made, when its token is chosen, when its text is scanned."""
     accept, made = SamplingGroup.accept_token, SamplingGroup.__init__
 
-    def failing_init(group, request_id, *arguments):
+    def failing_init(group, request_id, *arguments, **options):
         if request_id == 1:
             raise ZeroDivisionError("made")
-        made(group, request_id, *arguments)
+        made(group, request_id, *arguments, **options)
 
     def failing_accept(group, token, logits=None):
         if group.request_id == 2 and group.history.output:

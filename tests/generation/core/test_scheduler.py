@@ -4,6 +4,7 @@ import pytest
 from rule_model import RuleModel
 
 from opt_megatron.generation.core.kv_cache_allocator import KVCacheAllocator
+from opt_megatron.generation.core.launched_step import LaunchedStep
 from opt_megatron.generation.core.scheduler import Scheduler
 from opt_megatron.generation.decoding.beam_search import BeamSearchGroup
 from opt_megatron.generation.decoding.sampling_group import SamplingGroup
@@ -29,14 +30,13 @@ class Loop:
         scheduler = self.scheduler
         scheduler.admit(self._copy)
         computed = []
-        for group, sequences in scheduler.schedule():
+        for part in scheduler.schedule():
+            group, sequences, is_restored = part
             computed.append((group.request_id, sum(len(sequence.tokens) for sequence in sequences)))
-            output = self.model.forward(StepInput(tuple(sequences), group.output_kind))
-            if group.is_restoring:
-                group.update_restored(sequences)
-                continue
-            outputs = output.split([sequence.num_logits for sequence in sequences])
-            group.process_outputs(sequences, outputs, self._copy)
+            step = LaunchedStep([part], self.model.forward(StepInput(tuple(sequences), group.output_kind)))
+            group.mark_computed(sequences)
+            if not is_restored:
+                group.process_outputs(sequences, step.read()[0], self._copy)
         self.ended += [group for group in scheduler.running if group.is_finished]
         scheduler.release_finished()
         return computed

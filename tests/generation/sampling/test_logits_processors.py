@@ -199,7 +199,7 @@ def test_filters_leave_their_input_alone():
     logits = before.clone()
     filtered(logits, params, history(4))
     probabilities(logits, params, history(4))
-    choose(logits, params, history(4), generator())
+    choose(logits, params, history(4))
     assert torch.equal(logits, before)
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from sampling_inputs import NEVER, choose, filtered, generator, history, probabilities, scores
+from sampling_inputs import NEVER, choose, filtered, history, probabilities, scores
 
 from opt_megatron.errors import UserError
 from opt_megatron.generation.sampling.logits_processors import ProcessorChain, mask_tokens
+from opt_megatron.generation.sampling.random_numbers import RandomNumbers
 from opt_megatron.generation.sampling.sampler import (
     SamplerState,
     choose_tokens,
@@ -22,7 +23,7 @@ LN = math.log
 def test_banned_tokens_are_never_chosen_even_when_best():
     assert mask_tokens(torch.tensor([1.0, 9.0, 2.0]), (1,)).argmax() == 2
     params = SamplingParams(temperature=0, banned_tokens=(1,))
-    assert choose(torch.tensor([1.0, 9.0, 2.0]), params, history(), generator()) == 2
+    assert choose(torch.tensor([1.0, 9.0, 2.0]), params, history()) == 2
 
 
 def test_a_batch_of_different_rows_chooses_what_each_would_alone():
@@ -36,14 +37,15 @@ def test_a_batch_of_different_rows_chooses_what_each_would_alone():
         {"temperature": 0.5, "min_p": 0.1, "typical_p": 0.9},
     ]
     logits = torch.stack([scores(seed, 400) for seed in range(len(options))])
-    rows = [(SamplingParams(**o), history(n), generator(n)) for n, o in enumerate(options)]
-    states = [SamplerState(ProcessorChain(params), known, random) for params, known, random in rows]
+    rows = [(SamplingParams(**o), history(n)) for n, o in enumerate(options)]
+    states = [SamplerState(ProcessorChain(params), known, RandomNumbers(n)) for n, (params, known) in enumerate(rows)]
     together = choose_tokens(list(logits), states)
     alone = []
-    for n, (params, known, _) in enumerate(rows):
-        alone.append(choose(logits[n], params, known, generator(n)))
+    for n, (params, known) in enumerate(rows):
+        alone.append(choose(logits[n], params, known, n))
         if params.temperature:  # and so does who draws from the distribution (speculative decoding)
-            assert sample_token(probabilities(logits[n], params, known), generator(n)) == together[n]
+            number = RandomNumbers(n).at(len(known.tokens))
+            assert sample_token(probabilities(logits[n], params, known), number) == together[n]
         else:
             assert probabilities(logits[n], params, known).tolist() == [float(i == together[n]) for i in range(400)]
     assert together == alone
@@ -53,43 +55,28 @@ def test_a_batch_of_different_rows_chooses_what_each_would_alone():
 def test_of_equal_best_logits_greedy_takes_the_first():
     logits = torch.tensor([0.0, 2.0, 1.0, 2.0])
     for options in ({}, {"banned_tokens": (0,)}):
-        assert choose(logits, SamplingParams(temperature=0, **options), history(), generator()) == 1
+        assert choose(logits, SamplingParams(temperature=0, **options), history()) == 1
 
 
 def test_samples_follow_the_distribution():
-    random, logits = generator(1), torch.tensor([0.5, 0.3, 0.2]).log()
-    draws = torch.tensor([choose(logits, SamplingParams(), history(), random) for _ in range(4000)])
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    draws = torch.tensor([choose(logits, SamplingParams(), history(), seed) for seed in range(4000)])
     share = torch.bincount(draws, minlength=3) / 4000
     assert torch.allclose(share, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)  # four standard deviations
 
 
-def test_equal_seeds_give_equal_samples_and_one_number_is_taken_for_each():
+def test_a_sample_depends_on_the_seed_and_on_its_position_alone():
     logits, params = scores(), SamplingParams(temperature=2.0)
-    first, again, other = generator(5), generator(5), generator(6)
-    choices = [[choose(logits, params, history(), g) for _ in range(20)] for g in (first, again, other)]
+    choices = [[choose(logits, params, history(*range(n)), seed) for n in range(20)] for seed in (5, 5, 6)]
     assert choices[0] == choices[1] != choices[2]
-    counted = generator(5)
-    for _ in range(20):
-        torch.rand((), dtype=torch.float64, generator=counted)
-    assert torch.equal(first.get_state(), counted.get_state())
-
-
-class FixedShare:
-    """Replaces torch.rand: returns this share."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def __call__(self, *_: object, **__: object) -> torch.Tensor:
-        return torch.tensor(self.share, dtype=torch.float64)
+    assert len(set(choices[0])) > 5
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.4999999, 0.5, 0.999999, 1 - 2**-53, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 1.1, 1e-30, 3.0])
-def test_a_token_with_probability_0_is_never_drawn(monkeypatch, share, scale):
-    monkeypatch.setattr(torch, "rand", FixedShare(share))
+def test_a_token_with_probability_0_is_never_drawn(share, scale):
     probabilities = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 1e-30, 0.0, 0.0]) * scale
-    token = sample_token(probabilities, generator())
+    token = sample_token(probabilities, share)
     assert probabilities[token] > 0
     assert token == (1 if share < 0.25 else 3 if share < 0.5 else 4)
 
@@ -100,12 +87,12 @@ def test_a_row_without_a_possible_token_is_refused_and_one_with_infinite_scores_
     logits = torch.tensor([1.0, 2.0, NEVER, 3e38, 1.0])
     known = history(prompt=(2, 3))
     assert not filtered(logits, possible, known).isnan().any()
-    assert choose(logits, possible, known, generator()) == 3
+    assert choose(logits, possible, known) == 3
     impossible = SamplingParams(banned_tokens=tuple(range(5)), **options)
     assert not filtered(logits, impossible, known).isnan().any()
     for params, given_logits in ((impossible, logits), (possible, logits * math.nan)):
         with pytest.raises(UserError, match="no token is possible"):
-            choose(given_logits, params, known, generator())
+            choose(given_logits, params, known)
         with pytest.raises(UserError, match="no token is possible"):
             probabilities(given_logits, params, known)
 
@@ -113,7 +100,7 @@ def test_a_row_without_a_possible_token_is_refused_and_one_with_infinite_scores_
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-4])
 def test_a_temperature_next_to_0_is_greedy(temperature):
     params = SamplingParams(temperature=temperature)
-    assert choose(scores(), params, history(), generator()) == int(scores().argmax())
+    assert choose(scores(), params, history()) == int(scores().argmax())
 
 
 def test_top_log_probabilities_are_of_the_raw_logits():
@@ -129,9 +116,9 @@ def test_top_log_probabilities_are_of_the_raw_logits():
 def test_an_error_of_one_sequence_leaves_the_others_their_tokens():
     impossible = SamplingParams(banned_tokens=tuple(range(50)))
     states = [
-        SamplerState(ProcessorChain(params), history(), generator(n))
+        SamplerState(ProcessorChain(params), history(), RandomNumbers(n))
         for n, params in enumerate([SamplingParams(), impossible, SamplingParams()])
     ]
     first, error, last = choose_tokens([scores()] * 3, states)
     assert isinstance(error, UserError) and "no token is possible" in str(error)
-    assert [first, last] == [choose(scores(), SamplingParams(), history(), generator(n)) for n in (0, 2)]
+    assert [first, last] == [choose(scores(), SamplingParams(), history(), n) for n in (0, 2)]
