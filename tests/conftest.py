@@ -11,6 +11,7 @@ import pytest
 
 # ruff: noqa: E402
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor for a GPU: several ranks cannot share one, and the oracle is on the CPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from opt_megatron.parallel.core_compat import import_core

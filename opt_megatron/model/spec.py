@@ -72,12 +72,12 @@ class BiasDropoutAddNorm(MegatronModule):
 def norm_implementation(device: torch.device) -> Any:
     """The LayerNorm class: NVIDIA Apex's or TransformerEngine's fused one on CUDA, else torch's.
 
-    The CUDA branches have not yet been run on a GPU.
+    Apex's and TransformerEngine's have not yet been run on a GPU.
     """
     if device.type == "cuda":
         from megatron.core.fusions import fused_layer_norm
 
-        if fused_layer_norm.HAVE_FUSED_LAYER_NORM or fused_layer_norm.HAVE_PERSIST_LAYER_NORM:
+        if fused_layer_norm.HAVE_FUSED_LAYER_NORM:  # the persistent kernel alone knows some sizes only
             return fused_layer_norm.FusedLayerNorm
         try:
             import transformer_engine  # noqa: F401

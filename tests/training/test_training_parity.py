@@ -105,7 +105,7 @@ SCRATCH = {"load": None, "init_std": 0.02, "schedule": LRSchedule(5e-4, 5e-5, 5,
     ("tp", "pp", "world", "settings"),
     [layout for layout in LAYOUTS if layout.id not in ("alone", "attention recomputed", "TP2xDP2")],
 )
-def test_fifty_steps_are_the_same_at_every_layout(
+def test_thirty_steps_are_the_same_at_every_layout(
     ranks: Callable[[int], RankPool],
     small: dict[str, tuple[Path, Any]],
     alone_curve: list[float],
@@ -114,9 +114,9 @@ def test_fifty_steps_are_the_same_at_every_layout(
     world: int,
     settings: dict[str, Any],
 ) -> None:
-    curves = ranks(world).run(jobs.loss_curve, small["pre-norm"][0], tp, pp, 50, SCRATCH | settings)
+    curves = ranks(world).run(jobs.loss_curve, small["pre-norm"][0], tp, pp, 30, SCRATCH | settings)
     for curve in curves:
-        assert curve == pytest.approx(alone_curve, abs=1e-4)
+        assert curve == pytest.approx(alone_curve[:30], abs=1e-4)
 
 
 @pytest.fixture(scope="module")

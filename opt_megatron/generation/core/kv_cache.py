@@ -41,12 +41,18 @@ def make_kv_cache(
     """A cache for `num_tokens` tokens, a multiple of BLOCK_SIZE, in the layers and heads of this rank.
 
     On a CPU torch's `embedding_bag`, which is fast for float32 alone, reads a cache at the speed of memory.
+
+    Args:
+        dtype: of the model.
     """
-    is_float_on_cpu = device.type == "cpu" and dtype == torch.float32
-    implementation = EmbeddingBagKVCache if is_float_on_cpu else PagedKVCache
-    return implementation(num_layers, num_heads, head_dim, num_tokens, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return EmbeddingBagKVCache(num_layers, num_heads, head_dim, num_tokens, device=device)
+    return PagedKVCache(num_layers, num_heads, head_dim, num_tokens, dtype=dtype, device=device)
 
 
-def cache_bytes_per_token(num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes for one token on this rank."""
-    return 2 * num_layers * num_heads * head_dim * dtype.itemsize
+def cache_bytes_per_token(
+    num_layers: int, num_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes for one token in such a cache."""
+    itemsize = torch.float32.itemsize if device.type == "cpu" else dtype.itemsize
+    return 2 * num_layers * num_heads * head_dim * itemsize

@@ -61,7 +61,13 @@ class ModelRunner:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of this rank's cache for one token."""
-        return cache_bytes_per_token(self._model.num_layers, self._num_heads, self._config.head_dim, self._dtype)
+        return cache_bytes_per_token(
+            self._model.num_layers,
+            self._num_heads,
+            self._config.head_dim,
+            dtype=self._dtype,
+            device=self._parallel.device,
+        )
 
     def allocate(self, num_tokens: int) -> None:
         """Allocate a cache of at least `num_tokens` tokens, unless the present one is as large."""

@@ -90,11 +90,6 @@ class PagedKVCache:
         self._rows: _Rows | None = None
         self._pieces: _Pieces | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole cache."""
-        return self._memory.nbytes
-
     def prepare_step(self, sequences: tuple[ScheduledSequence, ...]) -> Tensor:
         """Compute what all layers share in a step.
 

@@ -11,7 +11,10 @@ from .int8_rows import Int8Rows, quantize_rows, refuse_to_unpack
 
 
 class Int8WeightOnlyLinear(LinearMethod):
-    """8-bit weights that are converted to the activations' dtype before the product. Not yet run on a GPU."""
+    """8-bit weights that are converted to the activations' dtype before the product.
+
+    The weights are scaled before the product: sums of 8-bit numbers times activations could exceed float16's range.
+    """
 
     loads_deferred = True
     embedding_rows = Int8Rows
@@ -26,8 +29,8 @@ class Int8WeightOnlyLinear(LinearMethod):
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
-        output = linear(x, self._weight.to(x.dtype)) * self._channels.to(x.dtype)
-        return apply_epilogue(output if bias is None else output + bias, relu, residual)
+        weight = self._weight.to(x.dtype).mul_(self._channels[:, None].to(x.dtype))
+        return apply_epilogue(linear(x, weight, bias), relu, residual)
 
     def unpack(self) -> Tensor:
         """Raises UserError: the float weight was not kept."""

@@ -224,7 +224,7 @@ class CheckpointManager:
         model.load_state_dict(loaded["model"], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])
         if same_layout:
-            restore_random_state(loaded["random_state"])
+            restore_random_state(loaded["random_state"], self._parallel.device)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,9 @@ def sharded_state(
             parallel.tensor_model_parallel_rank,
             parallel.data_parallel_rank,
         )
-        state["random_state"] = ShardedObject("random_state", _random_state(), layout_of(parallel), position)
+        state["random_state"] = ShardedObject(
+            "random_state", _random_state(parallel.device), layout_of(parallel), position
+        )
     return state
 
 
@@ -71,20 +73,20 @@ def layout_of(parallel: ParallelContext) -> tuple[int, int, int]:
     )
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the random states of this rank to what `sharded_state` saved."""
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set the random states of this rank, which computes on `device`, to what `sharded_state` saved."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     torch.set_rng_state(state["cpu"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])

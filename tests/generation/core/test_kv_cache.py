@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_megatron.generation.core.embedding_bag_kv_cache import EmbeddingBagKVCache
 from opt_megatron.generation.core.kv_cache import cache_bytes_per_token, make_kv_cache
 from opt_megatron.generation.core.paged_kv_cache import PagedKVCache
 from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence
@@ -17,10 +16,10 @@ BLOCKS = [KVCacheBlocks(sum(SIZES[:n]), size) for n, size in enumerate(SIZES)]
 
 
 CACHES = [
-    (torch.float32, EmbeddingBagKVCache),
+    (torch.float32, make_kv_cache),  # a CPU's
+    (torch.bfloat16, make_kv_cache),
     (torch.float32, PagedKVCache),
     (torch.bfloat16, PagedKVCache),
-    (torch.float16, PagedKVCache),
 ]
 
 
@@ -106,5 +105,6 @@ def test_a_sequence_fills_its_blocks():
 
 
 def test_bytes():
-    cache = make_kv_cache(3, 4, 8, 2 * BLOCK_SIZE, dtype=torch.float32, device=CPU)
-    assert cache.nbytes == 2 * BLOCK_SIZE * cache_bytes_per_token(3, 4, 8, torch.float32)
+    options = {"dtype": torch.bfloat16, "device": CPU}
+    cache = make_kv_cache(3, 4, 8, 2 * BLOCK_SIZE, **options)
+    assert cache._memory.nbytes == 2 * BLOCK_SIZE * cache_bytes_per_token(3, 4, 8, **options)
