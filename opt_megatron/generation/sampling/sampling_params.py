@@ -178,7 +178,7 @@ class SamplingParams:
     )
     seed: int = option(
         1234,
-        help="of the request's own generator: equal seeds and prompts give equal text",
+        help="of the request's random numbers: equal seeds and prompts give equal text",
         minimum=-(2**63),
         maximum=2**63 - 1,
         must="be from -2**63 to 2**63 - 1",
