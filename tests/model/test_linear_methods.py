@@ -170,3 +170,9 @@ def test_int8_rows_do_not_depend_on_each_other():
 def test_no_tokens_at_all(kind):
     x, weight, bias, _ = drawn(3, 48, 144)
     assert kind(weight)(x[:0], bias).shape == (0, 144)
+
+
+def test_sums_of_8_bit_weights_do_not_exceed_float16():
+    weight, x = torch.full((3, 4096), 0.01), torch.full((2, 4096), 0.5, dtype=torch.float16)
+    output = Int8WeightOnlyLinear(weight.half())(x, None)  # 127 * 0.5 * 4096 is beyond its range
+    assert torch.allclose(output.float(), torch.full((2, 3), 0.01 * 0.5 * 4096), rtol=0.01)
