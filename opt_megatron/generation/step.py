@@ -96,6 +96,10 @@ class StepInput:
         """The step after one that `is_decoding`, for the same sequences."""
         return StepInput(tuple([sequence.advanced() for sequence in self.sequences]), self.output_kind)
 
+    def continues(self, previous: StepInput | None) -> bool:
+        """Whether it is `previous.advanced()`."""
+        return previous is not None and previous.is_decoding and previous.advanced() == self
+
     def to_numbers(self) -> list[int]:
         """A flat list of integers that `from_numbers` reads."""
         numbers: list[int] = [self.output_kind, len(self.sequences)]

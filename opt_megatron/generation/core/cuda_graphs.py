@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a function, recorded once and launched together.
 
-Not yet run on a GPU. (That a decode step may be captured is tested on a simulated device.)
+Not yet run on a GPU. (On a simulated device a decode step does nothing that a capture forbids.)
 """
 
 from __future__ import annotations

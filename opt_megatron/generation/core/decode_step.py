@@ -27,32 +27,12 @@ from .token_chooser import TokenChooser
 
 MAX_ROWS = 1024  # of a step whose state is kept; one row takes some 600 bytes
 _SIZES = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    320,
-    384,
-    448,
-    512,
-    640,
-    768,
-    896,
+    *(1, 2, 4, 8),
+    *range(16, 64, 8),
+    *range(64, 128, 16),
+    *range(128, 256, 32),
+    *range(256, 512, 64),
+    *range(512, MAX_ROWS, 128),
     MAX_ROWS,
 )
 _NUMBERS = 64  # random numbers of a row that are made at a time
@@ -89,7 +69,7 @@ class DecodeState:
             num_rows: B.
             newest: the token of each sequence, at its first block; those that the step brings are written into it.
         """
-        if previous is None or previous.advanced() != step:
+        if not step.continues(previous):
             self._describe(step.sequences, num_rows, newest)
         if self.has_sampled and self._num_numbers_left == 0:
             self._make_numbers(num_rows)
@@ -152,7 +132,6 @@ class DecodeStep:
         self._chooser, self._transfer, self._parallel = chooser, transfer, parallel
         self._graphs = graphs
         self._state = DecodeState(cache.scratch_block, chooser.vocab_size, parallel.device)
-        self._blocks = torch.arange(cache.scratch_block + 1, device=parallel.device)
         self._previous: StepInput | None = None  # the last step, if it was run here
 
     def forget(self) -> None:
@@ -177,14 +156,13 @@ class DecodeStep:
         num_blocks = max([sequence.position for sequence in sequences]) // BLOCK_SIZE + 1
         if self._graphs is None:
             return num_rows, num_blocks
-        most = min(len(self._blocks), 1 << (num_blocks - 1).bit_length())
+        most = min(self._cache.scratch_block + 1, 1 << (num_blocks - 1).bit_length())
         return next(size for size in _SIZES if size >= num_rows), most
 
     def _run(self, num_rows: int, num_blocks: int) -> Tensor:
         state = self._state
         first_blocks, positions = state.first_blocks[:num_rows], state.positions[:num_rows]
-        tables = (first_blocks[:, None] + self._blocks[:num_blocks]).clamp_(max=self._cache.scratch_block)
-        self._cache.prepare_decode(tables, positions)
+        self._cache.prepare_decode(first_blocks, positions, num_blocks)
         if self._parallel.is_first_stage:
             hidden = self._model.embed(self._newest.index_select(0, first_blocks), positions)
         else:

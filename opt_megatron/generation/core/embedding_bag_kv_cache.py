@@ -39,7 +39,7 @@ class _PromptPiece:
 
 
 class EmbeddingBagKVCache:
-    """The cache of one model on this rank, and the attention over it (`incremental_forward.AttentionBackend`).
+    """The cache of one model on this rank, and the attention over it (`kv_cache.KVCache`).
 
     Args:
         num_layers: L.
@@ -65,11 +65,7 @@ class EmbeddingBagKVCache:
         self._layers = list(self._memory.unbind())
 
     def prepare_step(self, sequences: tuple[ScheduledSequence, ...]) -> Tensor:
-        """Compute what all layers share in a step.
-
-        Returns:
-            positions [T]
-        """
+        """See KVCache."""
         self._pieces: list[_PromptPiece] = []
         queries: list[tuple[int, int, int]] = []  # index among the step's tokens, first block, position
         positions: list[int] = []
@@ -92,15 +88,7 @@ class EmbeddingBagKVCache:
         return every.tril(position)
 
     def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
-        """Store this step's keys and values, and attend.
-
-        Args:
-            layer: from 0 within the stage.
-            query_key_value: [T, n, 3, d]
-
-        Returns:
-            softmax(q d**-0.5 k^T) v of every token over its own sequence so far, [T, n * d]
-        """
+        """See KVCache."""
         return self._attend(query_key_value.float(), *self._layers[layer]).to(query_key_value.dtype)
 
     def _attend(self, query_key_value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -162,7 +150,7 @@ class EmbeddingBagKVCache:
         )
 
     def copy(self, source: KVCacheBlocks, target: KVCacheBlocks, begin: int, end: int) -> None:
-        """Copy the tokens [begin, end) of one sequence's blocks to another's, in all layers."""
+        """See KVCache."""
         keys, values = self._memory.unbind(1)
         from_keys, from_values = self._in_blocks(source, keys, values)
         to_keys, to_values = self._in_blocks(target, keys, values)

@@ -65,8 +65,7 @@ class Executor:
     def forward(self, step: StepInput, runner: int = 0) -> StepOutput:
         """Run a step of one of the models. It is described to the followers only if the sequences have changed."""
         if self.commands.has_followers:
-            last = self._last.get(runner)
-            if last is not None and last.is_decoding and last.advanced() == step:
+            if step.continues(self._last.get(runner)):
                 self.commands.send(Command.ADVANCE, [runner])
             else:
                 self.commands.send(Command.FORWARD, [runner, *step.to_numbers()])

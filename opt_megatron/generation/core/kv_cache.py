@@ -2,6 +2,8 @@
 
 A sequence owns consecutive blocks of the cache, for as many tokens as it can ever need. Nothing outside its own tokens
 affects it: memory need not be cleared, and a sequence is shortened by overwriting its end.
+
+T = tokens of the step, n = attention heads of this tensor parallel rank, d = head_dim.
 """
 
 from __future__ import annotations
@@ -26,10 +28,22 @@ class KVCache(Protocol):
     num_tokens: int
 
     def prepare_step(self, sequences: tuple[ScheduledSequence, ...]) -> Tensor:
-        """Compute what all layers share in a step, and return the positions [T] of its tokens."""
+        """Compute what all layers share in a step.
+
+        Returns:
+            positions [T]
+        """
 
     def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
-        """Store the keys and values of [T, n, 3, d], and return the attention's output [T, n * d]."""
+        """Store this step's keys and values, and attend.
+
+        Args:
+            layer: from 0 within the stage.
+            query_key_value: [T, n, 3, d]
+
+        Returns:
+            softmax(q d**-0.5 k^T) v of every token over its own sequence so far, [T, n * d]
+        """
 
     def copy(self, source: KVCacheBlocks, target: KVCacheBlocks, begin: int, end: int) -> None:
         """Copy the tokens [begin, end) of one sequence's blocks to another's, in all layers."""

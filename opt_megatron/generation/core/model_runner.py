@@ -56,6 +56,8 @@ class ModelRunner:
         self._uses_cuda_graphs = (
             uses_cuda_graphs and parallel.device.type == "cuda" and parallel.pipeline_model_parallel_size == 1
         )
+        self._no_tokens = torch.empty(0, dtype=torch.int64, device=parallel.device)
+        self._no_rows = torch.empty(0, self._config.vocab_size, device=parallel.device)
         self._allocate(0)
 
     @property
@@ -177,14 +179,6 @@ class ModelRunner:
     def _rows(self, local: Tensor, hidden: Tensor, kind: OutputKind) -> Tensor:
         logits = self._chooser.gather(local)
         return torch.cat((logits, hidden.float()), dim=-1) if kind is OutputKind.HIDDEN_STATES else logits
-
-    @property
-    def _no_tokens(self) -> Tensor:
-        return torch.empty(0, dtype=torch.int64, device=self._parallel.device)
-
-    @property
-    def _no_rows(self) -> Tensor:
-        return torch.empty(0, self._config.vocab_size, device=self._parallel.device)
 
     def _keep_tokens(self, step: StepInput, tokens: Tensor) -> None:
         """Remember each sequence's newest token, for a step that is started before the leader has read it."""

@@ -56,7 +56,7 @@ class _Pieces(NamedTuple):
 
 
 class PagedKVCache:
-    """The cache of one model on this rank, and the attention over it (`incremental_forward.AttentionBackend`).
+    """The cache of one model on this rank, and the attention over it (`kv_cache.KVCache`).
 
     Args:
         num_layers: of this pipeline stage.
@@ -91,11 +91,7 @@ class PagedKVCache:
         self._pieces: _Pieces | None = None
 
     def prepare_step(self, sequences: tuple[ScheduledSequence, ...]) -> Tensor:
-        """Compute what all layers share in a step.
-
-        Returns:
-            positions [T]
-        """
+        """See KVCache."""
         single: list[tuple[int, int, int]] = []  # index among the step's tokens, first block, position
         pieces: list[tuple[int, ScheduledSequence]] = []  # index of the first token
         positions: list[int] = []
@@ -114,29 +110,30 @@ class PagedKVCache:
         stored, self._slots, *packed = upload(device, positions, slots, indices, first_blocks, seen)
         self._rows = self._pieces = None
         if single:
-            tables = self._tables(packed[1], max(seen) + 1)
+            tables = self._tables(packed[1], max(seen) // BLOCK_SIZE + 1)
             self._rows = self._rows_of(tables, packed[2], packed[0] if pieces else None)
         if pieces:
             self._pieces = self._pieces_of(pieces)
         return stored
 
-    def prepare_decode(self, tables: Tensor, positions: Tensor) -> None:
+    def prepare_decode(self, first_blocks: Tensor, positions: Tensor, num_blocks: int) -> None:
         """Prepare a step with one token of each sequence, from what is on the device already.
 
         Nothing is sent there, and nothing waits for it.
 
         Args:
-            tables: [Q, K] int64, the blocks of each sequence, as many as its position needs, and any others after them.
+            first_blocks: [Q] int64, of each sequence.
             positions: [Q] int64, of the tokens.
+            num_blocks: K, at least as many as the last position needs.
         """
+        tables = self._tables(first_blocks, num_blocks)
         blocks = tables.gather(1, (positions // BLOCK_SIZE)[:, None]).squeeze(1)
         self._slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         self._rows, self._pieces = self._rows_of(tables, positions, None), None
 
-    def _tables(self, first_blocks: Tensor, length: int) -> Tensor:
-        """[sequences, K] for sequences of at most so many tokens; other sequences' blocks may follow their own."""
-        count = -(-length // BLOCK_SIZE)
-        return (first_blocks[:, None] + self._block_numbers[:count]).clamp_(max=self.scratch_block)
+    def _tables(self, first_blocks: Tensor, num_blocks: int) -> Tensor:
+        """[sequences, K]; other sequences' blocks may follow their own."""
+        return (first_blocks[:, None] + self._block_numbers[:num_blocks]).clamp_(max=self.scratch_block)
 
     def _rows_of(self, tables: Tensor, positions: Tensor, tokens: Tensor | None) -> _Rows:
         keys = self._key_positions[: tables.size(1) * BLOCK_SIZE]
@@ -158,22 +155,15 @@ class PagedKVCache:
         inside = torch.minimum(self._key_positions[:longest], sizes[:, None] - 1)  # [P, q]
         if all(sequence.position == 0 for _, sequence in pieces):
             return _Pieces(firsts[:, None] + inside, valid, targets, None, None)
-        tables = self._tables(first_blocks, max(sequence.position + len(sequence.tokens) for _, sequence in pieces))
+        length = max(sequence.position + len(sequence.tokens) for _, sequence in pieces)
+        tables = self._tables(first_blocks, -(-length // BLOCK_SIZE))
         positions = begins[:, None] + inside
         keys = self._key_positions[: tables.size(1) * BLOCK_SIZE]
         mask = torch.where(keys <= positions[:, :, None], self._seen, self._unseen)
         return _Pieces(firsts[:, None] + inside, valid, targets, tables, mask[:, None])
 
     def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
-        """Store this step's keys and values, and attend.
-
-        Args:
-            layer: from 0 within the stage.
-            query_key_value: [T, n, 3, d]
-
-        Returns:
-            softmax(q d**-0.5 k^T) v of every token over its own sequence so far, [T, n * d]
-        """
+        """See KVCache."""
         blocks, rows, pieces = self._layers[layer], self._rows, self._pieces
         blocks.flatten(0, 1).index_copy_(0, self._slots, query_key_value[:, :, 1:])
         if pieces is None:
@@ -211,6 +201,6 @@ class PagedKVCache:
         return key, value
 
     def copy(self, source: KVCacheBlocks, target: KVCacheBlocks, begin: int, end: int) -> None:
-        """Copy the tokens [begin, end) of one sequence's blocks to another's, in all layers."""
+        """See KVCache."""
         tokens = self._memory.flatten(1, 2)
         tokens[:, target.start + begin : target.start + end] = tokens[:, source.start + begin : source.start + end]

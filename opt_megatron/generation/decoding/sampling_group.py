@@ -134,7 +134,7 @@ class SamplingGroup(SequenceGroup):
         events: list[TokenEvent] = []
         if self._num_prompt_logprobs is not None and scheduled.position < len(self.request.prompt):
             end = scheduled.position + len(scheduled.tokens)
-            events = self._prompt_events(scheduled.position, end, output, self._num_prompt_logprobs)
+            events = self._scored_prompt(scheduled.position, end, output, self._num_prompt_logprobs)
         if self.request.params.max_new_tokens == 0 and self.is_computed(scheduled):
             self.is_finished = True
             end_event = TokenEvent(
@@ -158,7 +158,7 @@ class SamplingGroup(SequenceGroup):
             self.request_id, token, text, reason, self.choice, logprob, top, num_cached_tokens=self.num_shared_tokens
         )
 
-    def _prompt_events(self, begin: int, end: int, output: Tensor, num_logprobs: int) -> list[TokenEvent]:
+    def _scored_prompt(self, begin: int, end: int, output: Tensor, num_logprobs: int) -> list[TokenEvent]:
         """Output i predicts the token after position begin + i; the first token has no log-probability."""
         prompt = self.request.prompt
         predicted = list(prompt[begin + 1 : end + 1])

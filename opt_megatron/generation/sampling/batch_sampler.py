@@ -97,7 +97,9 @@ def row_of(chain: ProcessorChain, seed: int, choice: int) -> SamplingRow | None:
     params = chain.params
     if chain.is_plain_greedy:
         return GREEDY
-    if chain.is_greedy or chain.processors or params.typical_p < 1 or params.lambda_decay < 1:
+    if chain.is_greedy or chain.processors or not all(filter_.is_batched for filter_ in chain.sampling_processors):
+        return None
+    if params.lambda_decay < 1:  # top-p then depends on the tokens so far
         return None
     return SamplingRow(params.temperature, params.top_k, params.top_p, params.min_p, seed, choice)
 

@@ -226,6 +226,7 @@ class LogitsProcessor(NamedTuple):
         is_active: whether a request's options turn it on; evaluated once per request.
         apply: (scores, options, tokens so far) -> new scores; where `selects` is set, the indices of the scores that
             are kept, so that the processors after it see only those.
+        is_batched: `batch_sampler.sample_rows` does the same for many rows.
         keeps_argmax: the best token stays the best one, so that greedy search can do without it.
     """
 
@@ -233,6 +234,7 @@ class LogitsProcessor(NamedTuple):
     apply: Callable[[Tensor, SamplingParams, TokenHistory], Tensor]
     keeps_argmax: bool = False
     selects: bool = False
+    is_batched: bool = False
 
 
 # The order is that of transformers (`GenerationMixin._get_logits_processor`) wherever it has the processor. What was
@@ -294,16 +296,23 @@ PROCESSORS = (
 # These run after PROCESSORS, and only where a token is sampled.
 SAMPLING_PROCESSORS = (
     # transformers: temperature
-    LogitsProcessor(lambda p: p.temperature > 0, lambda scores, p, history: apply_temperature(scores, p.temperature)),
+    LogitsProcessor(
+        lambda p: p.temperature > 0,
+        lambda scores, p, history: apply_temperature(scores, p.temperature),
+        is_batched=True,
+    ),
     # transformers: top_k; it only selects, because the other tokens would cost time in all that follow
-    LogitsProcessor(lambda p: p.top_k > 0, lambda scores, p, history: top_k_ids(scores, p.top_k), selects=True),
+    LogitsProcessor(
+        lambda p: p.top_k > 0, lambda scores, p, history: top_k_ids(scores, p.top_k), selects=True, is_batched=True
+    ),
     # transformers: top_p; metaseq: the factual nucleus
     LogitsProcessor(
         lambda p: p.top_p < 1 or p.lambda_decay < 1,
         lambda scores, p, history: keep_top_p(scores, nucleus_size(p, history)),
+        is_batched=True,
     ),
     # transformers: min_p
-    LogitsProcessor(lambda p: p.min_p > 0, lambda scores, p, history: keep_min_p(scores, p.min_p)),
+    LogitsProcessor(lambda p: p.min_p > 0, lambda scores, p, history: keep_min_p(scores, p.min_p), is_batched=True),
     # transformers: typical_p
     LogitsProcessor(lambda p: p.typical_p < 1, lambda scores, p, history: keep_typical(scores, p.typical_p)),
 )
