@@ -16,6 +16,9 @@ __all__ = ["__version__", "OPT"]
 
 def __getattr__(name: str) -> Any:
     if name == "OPT":
+        from .parallel.core_compat import import_core
+
+        import_core()
         from .api import OPT
 
         return OPT

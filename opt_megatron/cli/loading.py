@@ -35,6 +35,9 @@ def start_ranks(
         UserError: the layout does not fit the number of processes, or an argument is out of its range, or not the same
             on all ranks.
     """
+    from ..parallel.core_compat import import_core
+
+    import_core()
     from ..pretrained import start_parallel
 
     return start_parallel(

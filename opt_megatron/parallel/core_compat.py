@@ -33,12 +33,31 @@ _TRAINING_MODULES = (
 
 
 def import_core(*modules: str) -> None:
-    """Import Megatron-core (all that inference uses, and `modules`) without its import warnings."""
+    """Import Megatron-core (all that inference uses, and `modules`) without its import warnings.
+
+    Called before modules that import core themselves, it saves a second where there is no GPU.
+    """
     silence_core()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_compiler():
         warnings.simplefilter("ignore")
         for name in ("megatron.core.models.gpt", *modules):
             importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Without a GPU, core's functions that it decorates with torch.compile stay as they are.
+
+    The decorator imports a compiler at once, which takes a second, and OPT on a CPU calls none of the forty functions.
+    (`megatron.core.jit.disable_jit_fuser` comes too late: importing that module imports core first.)
+    """
+    original = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function, **_: function
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 def prepare_megatron(device: torch.device) -> None:
