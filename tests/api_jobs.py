@@ -52,7 +52,7 @@ def changed(directory: Path, tp: int, pp: int, tokens: Tensor, name: str) -> tup
 def scaled(tensor: Tensor) -> Tensor:
     """Multiply by numbers from -1 to 2 along the last two dimensions."""
     size = tensor.shape[-2:]
-    return tensor * torch.linspace(-1, 2, size.numel()).view(size)
+    return tensor * torch.linspace(-1, 2, size.numel(), device=tensor.device).view(size)
 
 
 def kept(

@@ -44,6 +44,27 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(scope="session")
+def simulated_gpus() -> Iterator[Callable[[int], RankPool]]:
+    """`simulated_gpus(n)`: n ranks with a simulated GPU each; a job there fails where it mixes devices."""
+    from cuda_simulator.build_guard import CannotSimulate, guard_library
+
+    try:
+        guard_library()
+    except CannotSimulate as error:
+        pytest.skip(str(error))
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if not pools:
+            pools.update({size: RankPool(size, has_gpus=True) for size in (1, 2)})  # they start at the same time
+        return pools[world_size]
+
+    yield pool
+    for made in pools.values():
+        made.close()
+
+
+@pytest.fixture(scope="session")
 def alone() -> ParallelContext:
     """The context of this process, a world of one."""
     return init_parallel()

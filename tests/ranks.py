@@ -26,15 +26,20 @@ class RankFailure(AssertionError):
 
 
 class RankPool:
-    """`world_size` processes, each a rank of one torch.distributed world on gloo."""
+    """`world_size` processes, each a rank of one torch.distributed world on gloo.
 
-    def __init__(self, world_size: int) -> None:
-        context = forkserver()
+    Args:
+        has_gpus: each rank has a simulated GPU; they are no forks then, since torch is imported after the simulator.
+    """
+
+    def __init__(self, world_size: int, *, has_gpus: bool = False) -> None:
+        context = get_context("spawn") if has_gpus else forkserver()
+        serve = _serve_with_gpus if has_gpus else _serve
         self._store = tempfile.mktemp(prefix="ranks-")
         self._processes, self._pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self._store, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, world_size, self._store, theirs), daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -75,19 +80,35 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+def _serve_with_gpus(rank: int, world_size: int, store: str, pipe: Any) -> None:
+    from cuda_simulator.installation import install  # before torch
+
+    install(devices=world_size)
+    from cuda_simulator.traffic import take_violations
+
+    def check() -> None:
+        assert not (found := take_violations()), found
+
+    _serve(rank, world_size, store, pipe, "nccl", check)
+
+
+def _serve(
+    rank: int, world_size: int, store: str, pipe: Any, backend: str = "gloo", check: Callable[[], None] = lambda: None
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
             function, args = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(("value", function(*args)))
+            result = function(*args)
+            check()
+            pipe.send(("value", result))
         except Exception:
             pipe.send(("error", f"rank {rank}: {traceback.format_exc()}"))

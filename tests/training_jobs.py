@@ -33,9 +33,12 @@ SEQ, GLOBAL = 32, 8
 
 
 class RandomTokens(torch.utils.data.Dataset):
-    """Samples of random tokens, the same for the same seed."""
+    """Samples of random tokens, the same for the same seed; with `packed`, two texts in each."""
 
-    def __init__(self, num_samples: int, vocab_size: int, seq_length: int = SEQ, seed: int = 0) -> None:
+    def __init__(
+        self, num_samples: int, vocab_size: int, seq_length: int = SEQ, seed: int = 0, *, packed: bool = False
+    ) -> None:
+        self._packed = packed
         generator = torch.Generator().manual_seed(seed)
         self._tokens = torch.randint(4, vocab_size, (num_samples, seq_length + 1), generator=generator)
 
@@ -46,7 +49,10 @@ class RandomTokens(torch.utils.data.Dataset):
         row = self._tokens[index]
         mask = torch.ones(len(row) - 1)
         mask[: index % 3] = 0  # unequal numbers of tokens, so that a mean of means would differ
-        return {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "position_ids": torch.arange(len(row) - 1)}
+        sample = {"tokens": row[:-1], "labels": row[1:], "loss_mask": mask, "position_ids": torch.arange(len(row) - 1)}
+        if self._packed:
+            sample["segment_ids"] = 1 + torch.arange(len(mask)) * 2 // len(mask)
+        return sample
 
 
 def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes: Any) -> TrainingOptions:
@@ -95,7 +101,9 @@ def gradients(
     return losses, optimizer.step(0.0).grad_norm, found
 
 
-def loss_curve(directory: Path, tp: int, pp: int, iterations: int, changes: dict[str, Any]) -> list[float]:
+def loss_curve(
+    directory: Path, tp: int, pp: int, iterations: int, changes: dict[str, Any], packed: bool = False
+) -> list[float]:
     """The losses of a run's steps, the same on every rank."""
     parallel = start(tp, pp)
     settings = settings_for(directory, iterations, **changes)
@@ -108,7 +116,7 @@ def loss_curve(directory: Path, tp: int, pp: int, iterations: int, changes: dict
             seen.append(report.loss)
             return report
 
-    data = RandomTokens(GLOBAL * 4, settings.config.vocab_size)
+    data = RandomTokens(GLOBAL * 4, settings.config.vocab_size, packed=packed)
     repeated = torch.utils.data.ConcatDataset([data] * (iterations // 4 + 1))
     Watched(
         model, settings.config, optimizer, settings.schedule, parallel, settings.trainer,

@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a function, recorded once and launched together.
 
-Not yet run on a GPU. (On a simulated device a decode step does nothing that a capture forbids.)
+Not yet run on a GPU; on the simulated one of the tests, steps are captured and replayed.
 """
 
 from __future__ import annotations

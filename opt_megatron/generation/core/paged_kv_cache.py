@@ -126,10 +126,8 @@ class PagedKVCache:
             positions: [Q] int64, of the tokens.
             num_blocks: K, at least as many as the last position needs.
         """
-        tables = self._tables(first_blocks, num_blocks)
-        blocks = tables.gather(1, (positions // BLOCK_SIZE)[:, None]).squeeze(1)
-        self._slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        self._rows, self._pieces = self._rows_of(tables, positions, None), None
+        self._slots = torch.add(positions, first_blocks, alpha=BLOCK_SIZE)
+        self._rows, self._pieces = self._rows_of(self._tables(first_blocks, num_blocks), positions, None), None
 
     def _tables(self, first_blocks: Tensor, num_blocks: int) -> Tensor:
         """[sequences, K]; other sequences' blocks may follow their own."""

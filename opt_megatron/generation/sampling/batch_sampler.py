@@ -19,6 +19,7 @@ from torch import Tensor
 from .logits_processors import COLD, HUGE, TINY, ProcessorChain
 from .random_numbers import Purpose, uniform
 
+_BELOW_ONE = 1 - 2**-24  # the largest number below 1 in float32
 NO_TOKEN = -1  # in place of an id where no token is possible
 
 
@@ -49,7 +50,8 @@ class SamplingTensors(NamedTuple):
         temperature: float32, above 0.
         shift_above: float32; where the best score's magnitude is above it, the best is subtracted from all scores.
         cut: int64, how many of the lowest scores top-k leaves out, but for ties.
-        droppable: float32, the share of the probability that top-p may leave out; below 0 for none.
+        droppable: float32, the share of the probability that top-p may leave out; below 0 for none, and below 1, so
+            that the best token stays also for a p so small that 1 - p is 1.
         min_p: float32.
         seed, choice: int64.
         is_sampled: float64, 1; 0 in a greedy row.
@@ -73,7 +75,7 @@ class SamplingTensors(NamedTuple):
             temperature.clamp(min=TINY).float(),
             torch.where(temperature < COLD, -1.0, HUGE).float(),
             vocab_size - torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size),
-            torch.where(top_p < 1, 1 - top_p, -1.0).float(),
+            torch.where(top_p < 1, 1 - top_p, -1.0).float().clamp(max=_BELOW_ONE),
             min_p.float(),
             seed,
             choice,
@@ -126,9 +128,8 @@ def sample_rows(logits: Tensor, rows: SamplingTensors, numbers: Tensor, suppress
     logits = _suppress(logits, suppressed)
     best = logits.amax(-1, keepdim=True)
     reached = _weights(_tempered(logits, best, rows), rows).cumsum(-1, dtype=torch.float64)
-    total = reached[:, -1:]
-    # As in `sampler.sample_token`: rounding could make the product equal to the total.
-    is_before = (reached <= numbers[:, None] * total) & (reached < total)
+    # Below the total also when it is rounded: a number is at most 1 - 2^-53.
+    is_before = reached <= numbers[:, None] * reached[:, -1:]
     return torch.where(best[:, 0] > -math.inf, is_before.sum(-1), NO_TOKEN)  # NaN is not above it either
 
 
@@ -138,7 +139,7 @@ def _suppress(logits: Tensor, ids: Tensor) -> Tensor:
 
 def _tempered(logits: Tensor, best: Tensor, rows: SamplingTensors) -> Tensor:
     """`logits_processors.apply_temperature` of every row."""
-    scores = logits - torch.where(best.abs() > rows.shift_above[:, None], best, 0.0)
+    scores = logits - best.masked_fill(best.abs() <= rows.shift_above[:, None], 0.0)
     # inf - inf: infinite scores are equally likely, and all others impossible.
     return scores.nan_to_num_(0.0, math.inf, -math.inf) / rows.temperature[:, None]
 
@@ -155,5 +156,4 @@ def _weights(scores: Tensor, rows: SamplingTensors) -> Tensor:
     reached = weights.cumsum(-1, dtype=torch.float64)
     is_dropped = (reached / reached[:, -1:]).float() <= rows.droppable[:, None]
     is_dropped |= weights < rows.min_p[:, None]
-    is_dropped[:, -1] = False  # the best one stays, also for a p so small that 1 - p is 1
     return torch.empty_like(scores).scatter_(1, ids, weights.masked_fill_(is_dropped, 0.0))

@@ -1,0 +1,96 @@
+"""Training on simulated GPUs: the steps that a CPU takes, and no operation mixes devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpu_jobs
+import pytest
+import torch
+import training_jobs as jobs
+from factory import random_model, save
+from ranks import RankPool
+
+from opt_megatron.data.options import DataOptions
+from opt_megatron.model.lora_options import LoRAOptions
+from opt_megatron.training.lr_schedule import LRSchedule
+from opt_megatron.training.metrics import METRICS_FILE
+from opt_megatron.training.options import OptimizerOptions, TrainerOptions
+
+Pools = Callable[[int], RankPool]
+LAYOUTS = [pytest.param(1, 1, id="TP1"), pytest.param(2, 1, id="TP2"), pytest.param(1, 2, id="PP2")]
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "recomputed": {"recompute_granularity": "full"},
+    "packed": {},
+    "LoRA": {"lora": LoRAOptions(4)},
+}
+BRIEF = {"micro": 4, "schedule": LRSchedule(1e-3, 1e-4, 0, 5)}
+SHARDED = {"optimizer": OptimizerOptions(use_distributed_optimizer=True)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers."""
+    return save(random_model(num_hidden_layers=2, scale=0.02), tmp_path_factory.mktemp("model"))
+
+
+def curve_on_a_cpu(ranks: Pools, model: Path, options: dict[str, Any], packed: bool = False) -> list[float]:
+    """The losses of two steps."""
+    return ranks(1).run(jobs.loss_curve, model, 1, 1, 2, options, packed)[0]
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_step(simulated_gpus: Pools, ranks: Pools, model: Path, kind: str, tp: int, pp: int) -> None:
+    options = BRIEF | KINDS[kind]
+    expected = curve_on_a_cpu(ranks, model, options, kind == "packed")
+    for losses in simulated_gpus(tp * pp).run(jobs.loss_curve, model, tp, pp, 2, options, kind == "packed"):
+        assert losses == pytest.approx(expected, abs=2e-2 if "16" in kind else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tp", "options"),
+    [
+        pytest.param(2, {"sequence_parallel": True}, id="sequence parallel"),
+        pytest.param(1, {}, id="data parallel"),
+        pytest.param(1, SHARDED, id="distributed optimizer"),
+    ],
+)
+def test_two_ranks(simulated_gpus: Pools, ranks: Pools, model: Path, tp: int, options: dict[str, Any]) -> None:
+    expected = curve_on_a_cpu(ranks, model, BRIEF)
+    for losses in simulated_gpus(2).run(jobs.loss_curve, model, tp, 1, 2, BRIEF | options):
+        assert losses == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_a_resumed_run_is_the_same_to_the_bit(
+    simulated_gpus: Pools, model: Path, corpus: str, tmp_path: Path, tp: int, pp: int
+) -> None:
+    base = jobs.settings_for(model, dtype=torch.bfloat16, data=DataOptions(train_data_path=[corpus]))
+    settings = replace(
+        base,
+        config=base.config.replace(dropout=0.1, attention_dropout=0.1),
+        trainer=TrainerOptions(4, jobs.GLOBAL, jobs.SEQ, 4, log_interval=1),
+    )
+    pool = simulated_gpus(tp * pp)
+    pool.run(jobs.whole_run, tmp_path / "whole", tp, pp, settings)
+    pool.run(jobs.whole_run, tmp_path / "cut", tp, pp, settings, 2)
+    pool.run(jobs.whole_run, tmp_path / "cut", tp, pp, settings)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / METRICS_FILE).read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_training_on_the_cpu_leaves_the_gpu_alone(simulated_gpus: Pools, ranks: Pools, model: Path) -> None:
+    losses, traffic = simulated_gpus(1).run(gpu_jobs.trained_on_the_cpu, model, 2, BRIEF)[0]
+    assert losses == pytest.approx(curve_on_a_cpu(ranks, model, BRIEF), abs=1e-5)
+    assert not traffic
