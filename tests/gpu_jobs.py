@@ -178,3 +178,13 @@ def counts_of_a_few_lines() -> tuple[int, int, int]:
         torch.ones(4).to("cuda")
         torch.ones(4).pin_memory().to("cuda", non_blocking=True)
     return counts.launches, counts.blocking_reads, counts.uploads
+
+
+def transfers_of_a_training_step(directory: Path, changes: dict[str, Any]) -> dict[str, float]:
+    """Of each training step after the first: reads and uploads, by kind."""
+    counts = []
+    for length in (2, 4):  # the first step makes the moments, and the last one has no next batch
+        with traffic.counting() as counted:
+            training_jobs.loss_curve(directory, 1, 1, length, changes)
+        counts.append(counted.transfers)
+    return {kind: number / 2 for kind, number in (counts[1] - counts[0]).items()}

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+# ruff: noqa: E402
+from opt_megatron.parallel.core_compat import import_core
+
+import_core()  # before a module that imports Megatron-core: without torch's compiler, as the commands do
+
 import torch
 
 from opt_megatron.api import OPT

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import stub_transformer_engine
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from opt_megatron.checkpoint.formats.registry import open_adapter, open_checkpoint
 from opt_megatron.data import index_cache
 from opt_megatron.data.dataloader import BatchLoader
 from opt_megatron.data.options import DataOptions, SupervisedOptions
 from opt_megatron.errors import UserError
-from opt_megatron.model import spec
+from opt_megatron.model import parameter_names
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing import integrity
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
@@ -23,6 +25,7 @@ from opt_megatron.training.header import header_lines
 from opt_megatron.training.loss import forward_backward
 from opt_megatron.training.lr_schedule import LRSchedule
 from opt_megatron.training.model_setup import seed_dropout, setup_model_and_optimizer
+from opt_megatron.training.optimizer import TrainingOptimizer
 from opt_megatron.training.options import TrainerOptions
 from opt_megatron.training.train import train
 from opt_megatron.training.trainer import Trainer
@@ -85,13 +88,19 @@ def _batches(settings: TrainingOptions, parallel: ParallelContext, num_samples: 
     return BatchLoader(data, options.global_batch_size, options.micro_batch_size, *place)
 
 
+def setup(settings: TrainingOptions, parallel: ParallelContext) -> tuple[DistributedDataParallel, TrainingOptimizer]:
+    """Model and optimizer, with a stand-in for TransformerEngine."""
+    with stub_transformer_engine.installed():
+        return setup_model_and_optimizer(settings, parallel)
+
+
 def gradients(
     directory: Path, tp: int, pp: int, changes: dict[str, Any]
 ) -> tuple[list[float], float, dict[str, torch.Tensor]]:
     """One step's (sum of losses, tokens), the norm of the gradients, and those that this rank holds."""
     parallel = start(tp, pp)
     settings = settings_for(directory, **changes)
-    model, optimizer = setup_model_and_optimizer(settings, parallel)
+    model, optimizer = setup(settings, parallel)
     model.train()
     model.zero_grad_buffer()
     with _batches(settings, parallel, GLOBAL) as batches:
@@ -107,7 +116,7 @@ def loss_curve(
     """The losses of a run's steps, the same on every rank."""
     parallel = start(tp, pp)
     settings = settings_for(directory, iterations, **changes)
-    model, optimizer = setup_model_and_optimizer(settings, parallel)
+    model, optimizer = setup(settings, parallel)
     seen: list[float] = []
 
     class Watched(Trainer):
@@ -133,13 +142,24 @@ def whole_run(
     settings = with_adapter(settings, adapter)
     trainer = replace(settings.trainer, exit_iters=exit_iters)
     said: list[str] = []
-    train(replace(settings, save=save, trainer=trainer), parallel, said.append)
+    with stub_transformer_engine.installed():
+        train(replace(settings, save=save, trainer=trainer), parallel, said.append)
     return said
+
+
+def refusal(save: Path, settings: TrainingOptions) -> str:
+    """Why `train` does not begin."""
+    parallel = start(1, 1)
+    try:
+        train(replace(settings, save=save), parallel)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def run_by_old_names(save: Path, settings: TrainingOptions, exit_iters: int) -> None:
     """`whole_run` of one rank that names the norms in its checkpoints as they are called in the model."""
-    with mock.patch.dict(spec._CHECKPOINT_NAMES, clear=True):
+    with mock.patch.dict(parameter_names.TRANSFORMER_ENGINE_NAMES, clear=True):
         whole_run(save, 1, 1, settings, exit_iters)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import OPTConfig, check_dtype
 from ..errors import UserError
 from ..files import ProgressLines, progress_bar
+from ..model.parameter_names import local_parameters
 from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from .adapter import Adapter
@@ -110,7 +111,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelCon
     from ..model.linear import DeferredWeight
     from ..model.lora import is_factor
 
-    targets = dict(model.named_parameters())
+    targets = local_parameters(model)
     stage, stages = parallel.pipeline_model_parallel_rank, parallel.pipeline_model_parallel_size
     mapping = even_stage_parameters(checkpoint.config, stages, stage)
     stored = {name for name in targets if not is_factor(name)}  # LoRA's factors keep their initial values

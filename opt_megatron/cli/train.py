@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: of any kind; the same one on every rank.
     """
     from ..parallel.context import check_seed
-    from ..parallel.launch_environment import world_size_from_environment
+    from ..parallel.launch_environment import order_cuda_kernels, world_size_from_environment
     from ..parallel.layout import check_layout
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     check_seed(args.seed)
     _check_sources(args)
     recipe = _recipe(args)
+    order_cuda_kernels(tp, args.device)
 
     from ..parallel.context import init_parallel
 

@@ -57,6 +57,7 @@ class BatchLoader:
     Args:
         dataset: read by one thread at a time.
         consumed_samples: samples that earlier steps have taken on all ranks; the position to resume at.
+        pin_memory: batches in pinned memory, which a GPU copies while the host goes on.
 
     Raises:
         UserError: the sizes do not divide, or the position is outside the data set.
@@ -70,6 +71,8 @@ class BatchLoader:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         consumed_samples: int = 0,
+        *,
+        pin_memory: bool = False,
     ) -> None:
         self.num_micro_batches = num_micro_batches(global_batch_size, micro_batch_size, data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
@@ -83,7 +86,7 @@ class BatchLoader:
         self.micro_batch_size = micro_batch_size
         self._dataset = dataset
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._consumed = consumed_samples
+        self._consumed, self._pin_memory = consumed_samples, pin_memory
         self._reader: ThreadPoolExecutor | None = None
         self._next: Future[list[MicroBatch]] | None = None
         self._closed = False
@@ -150,4 +153,5 @@ class BatchLoader:
             if self._closed:
                 break
             samples.append(self._dataset[index])
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} if samples else {}
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} if samples else {}
+        return {name: values.pin_memory() for name, values in batch.items()} if self._pin_memory else batch

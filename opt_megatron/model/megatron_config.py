@@ -41,6 +41,7 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "fp16": dtype == torch.float16,
         "bf16": dtype == torch.bfloat16,
+        "transformer_impl": "local",
         # Weights are loaded into empty memory; on CUDA it is allocated where it is used.
         "use_cpu_initialization": parallel.device.type == "cpu",
         "perform_initialization": False,

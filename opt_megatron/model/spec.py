@@ -12,10 +12,12 @@ replaces the two bias-dropout-add steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -37,13 +39,7 @@ from .linear import OPTColumnParallelLinear, OPTRowParallelLinear, mark_sequence
 from .linear_methods.base import LinearMethod
 from .lora import LoRAColumnParallelLinear, LoRARowParallelLinear
 from .lora_options import LoRALayers
-
-# In a checkpoint the norms have the names of TransformerEngine's fused modules, whatever computes them, so that a model
-# of any spec can load it (core's get_gpt_layer_local_spec).
-_CHECKPOINT_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+from .parameter_names import TRANSFORMER_ENGINE_NAMES
 
 
 class OPTLayerNorm(nn.LayerNorm):
@@ -97,6 +93,8 @@ def block_spec(
     lora: LoRALayers,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the final norm where the model has one."""
+    if core_config.transformer_impl == "transformer_engine":
+        return _transformer_engine_block(config, core_config)
     norm = norm_implementation(device)
     first = get_transformer_layer_offset(core_config)
     return TransformerBlockSubmodules(
@@ -106,6 +104,12 @@ def block_spec(
         ],
         layer_norm=norm if config.has_final_layer_norm else None,
     )
+
+
+def _transformer_engine_block(config: OPTConfig, core_config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Core's own spec for TransformerEngine, which must be installed: pre-norm layers. It has not yet been run."""
+    block = get_gpt_decoder_block_spec(core_config, use_transformer_engine=True)
+    return block if config.has_final_layer_norm else replace(block, layer_norm=None)
 
 
 def layer_spec(
@@ -141,7 +145,7 @@ def layer_spec(
             pre_mlp_layernorm=before,
             mlp=mlp,
             mlp_bda=after,
-            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
+            sharded_state_dict_keys_map=TRANSFORMER_ENGINE_NAMES,
         ),
     )
 

@@ -91,6 +91,20 @@ def local_world_size() -> int:
     return 1 if name is None else _integer(name, 1, _MAXIMUM)
 
 
+def order_cuda_kernels(tensor_model_parallel_size: int, device: str | None) -> None:
+    """Have CUDA start kernels in the order of their launches, by CUDA_DEVICE_MAX_CONNECTIONS=1 where it is not set.
+
+    Megatron-core asks for it where tensor parallel ranks communicate while they compute (on GPUs before Blackwell).
+
+    Called before CUDA is started, which reads the variable then.
+
+    Args:
+        device: "cpu" or "cuda"; None is not known yet.
+    """
+    if tensor_model_parallel_size > 1 and device != "cpu":
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def _integer(name: str, minimum: int, maximum: int) -> int:
     value = os.environ[name]
     is_number = value.isascii() and value.isdecimal() and len(value) < 20

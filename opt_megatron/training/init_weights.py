@@ -24,6 +24,7 @@ from ..checkpoint.parameter_mapping import (
 )
 from ..config import POSITION_OFFSET, OPTConfig
 from ..model.lora import adapted_layers
+from ..model.parameter_names import local_parameters
 from ..parallel.context import ParallelContext
 from .recipe import INIT_STD
 
@@ -48,7 +49,7 @@ def init_weights(
     model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int, std: float = INIT_STD
 ) -> None:
     """Initialise this rank's part of the model, except LoRA's factors."""
-    parameters = dict(model.named_parameters())
+    parameters = local_parameters(model)
     shapes = canonical_shapes(config)
     tp_rank, tp = parallel.tensor_model_parallel_rank, parallel.tensor_model_parallel_size
     stages, stage = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank

@@ -31,8 +31,7 @@ class LossSum:
     def contribution(self, parallel: ParallelContext) -> Tensor:
         """[loss, tokens] to sum over all ranks: zeros on those whose tokens another rank counts already."""
         is_counted = parallel.is_last_stage and parallel.tensor_model_parallel_rank == 0
-        values = [float(self.total), float(self.tokens)] if is_counted else [0.0, 0.0]
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.stack([self.total, self.tokens]).cpu() if is_counted else torch.zeros(2, dtype=torch.float64)
 
 
 def forward_backward(

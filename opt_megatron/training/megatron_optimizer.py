@@ -1,4 +1,8 @@
-"""megatron-core's optimizer, distributed or not, for training on CUDA. It has not been run there yet."""
+"""megatron-core's optimizer, distributed or not, for training on CUDA.
+
+Without Apex and TransformerEngine core takes torch's AdamW, not fused, and reads the norm of each parameter's gradient
+by itself. Here AdamW is fused, and the norm of all gradients is read once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from .optimizer import OptimizerStep, TrainingOptimizer
 from .options import OptimizerOptions
@@ -25,6 +31,7 @@ class MegatronOptimizer(TrainingOptimizer):
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         self._options = options
+        self._scales_loss = dtype == torch.float16
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -42,32 +49,53 @@ class MegatronOptimizer(TrainingOptimizer):
                 min_loss_scale=options.min_loss_scale,
                 hysteresis=1,
                 use_distributed_optimizer=options.use_distributed_optimizer,
+                overlap_param_gather=options.overlap_param_gather,
             ),
             chunks,
         )
+        self._fuse_torch_adam()
+
+    def _fuse_torch_adam(self) -> None:
+        """Let torch's AdamW update all parameters in one kernel; core's choice where there is Apex or TransformerEngine
+        is fused already. The number of the step is then on the parameters' device."""
+        for optimizer in self._core_optimizers():
+            adam = optimizer.optimizer
+            if isinstance(adam, torch.optim.AdamW):
+                for group in adam.param_groups:
+                    group["fused"] = True
+                for parameter, state in adam.state.items():
+                    if "step" in state:
+                        state["step"] = state["step"].to(parameter.device)
 
     def step(self, lr: float) -> OptimizerStep:
         """Update the parameters, or skip the step: core skips overflows of fp16, this method all other bad norms."""
-        scale = float(self._optimizer.get_loss_scale())
+        scale = float(self._optimizer.get_loss_scale()) if self._scales_loss else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         if self._optimizer.prepare_grads():  # an overflow, after which core has updated its loss scale
             return OptimizerStep(math.inf, False, scale, scale > self._options.min_loss_scale)
-        norm = float(self._optimizer.get_grad_norm())
+        norm = self._grad_norm()
         if not math.isfinite(norm) or 0 < self._options.skip_grad_norm < norm:
             return OptimizerStep(norm, False, scale)
         self._clip(norm)
         self._optimizer.step_with_ready_grads()
         return OptimizerStep(norm, True, scale)
 
-    def _clip(self, norm: float) -> None:
-        # As in core's `step`, which offers no place to skip a step between computing the norm and clipping.
-        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    @torch.no_grad()
+    def _grad_norm(self) -> float:
+        """The norm of all gradients over the ranks, each counted once."""
+        grads = [grad for optimizer in self._core_optimizers() for grad in optimizer.get_main_grads_for_grad_norm()]
+        norm = get_total_norm(grads) if grads else torch.zeros((), device="cuda")  # a stage may have no LoRA
+        square = norm.double() ** 2
+        dist.all_reduce(square, group=self._optimizer.get_grad_stats_parallel_group())
+        return math.sqrt(square.item())
 
-        for optimizer in self._core_optimizers():
-            parameters = optimizer.get_parameters()
-            if self._options.clip_grad and parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=self._options.clip_grad, total_norm=norm)
+    @torch.no_grad()
+    def _clip(self, norm: float) -> None:
+        factor = self._options.clip_grad / (norm + 1e-6)  # as core's clip_grad_by_total_norm_fp32
+        parameters = [p for optimizer in self._core_optimizers() for p in optimizer.get_parameters()]
+        if 0 < factor < 1:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss times core's loss scale; any shape."""
@@ -88,6 +116,7 @@ class MegatronOptimizer(TrainingOptimizer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore core's state."""
         self._optimizer.load_state_dict(state)
+        self._fuse_torch_adam()  # a run that was saved before it was fused
 
     def _core_optimizers(self) -> list[Any]:
         return getattr(self._optimizer, "chained_optimizers", [self._optimizer])

@@ -18,6 +18,7 @@ from ..checkpoint.parameter_mapping import even_stage_parameters
 from ..config import OPTConfig
 from ..model.lora_options import are_alike
 from ..model.opt_model import build_model
+from ..model.parameter_names import local_parameters
 from ..parallel.agreement import check_same_on_all_ranks
 from ..parallel.context import ParallelContext, on_all_ranks
 from ..parallel.core_compat import prepare_training
@@ -66,6 +67,8 @@ def _core_config(options: TrainingOptions, parallel: ParallelContext) -> dict[st
         "calculate_per_token_loss": True,
         "hetereogenous_dist_checkpoint": not are_alike(options.lora_layers, options.config.num_layers),
         "sequence_parallel": options.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        "transformer_impl": options.transformer_impl,
+        "cross_entropy_loss_fusion": options.cross_entropy_loss_fusion,
     }
     if options.recompute_granularity == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -80,7 +83,7 @@ def _mark_tensor_parallel_parameters(model: nn.Module, config: OPTConfig, parall
     Core sets them only where it initialises the parameters itself.
     """
     stages, stage = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
-    parameters = dict(model.named_parameters())
+    parameters = local_parameters(model)
     for mapping in even_stage_parameters(config, stages, stage):
         parameter, dim = cast(_ParallelParameter, parameters[mapping.megatron]), mapping.split.value
         parameter.tensor_model_parallel = dim is not None
@@ -104,11 +107,13 @@ def _load_or_init_weights(model: nn.Module, options: TrainingOptions, parallel: 
 
 def _wrap(module: nn.Module, options: TrainingOptions, parallel: ParallelContext) -> DistributedDataParallel:
     is_cuda = parallel.device.type == "cuda"
+    overlaps = is_cuda and parallel.data_parallel_size > 1
     return DistributedDataParallel(
         config=module.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=is_cuda and parallel.data_parallel_size > 1,
+            overlap_grad_reduce=overlaps,
+            overlap_param_gather=overlaps and options.optimizer.overlap_param_gather,
             use_distributed_optimizer=is_cuda and options.optimizer.use_distributed_optimizer,
         ),
         module=module,

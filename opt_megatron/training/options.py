@@ -136,6 +136,9 @@ class OptimizerOptions(Options):
     )
     min_loss_scale: float = option(2.0**-14, help="fp16: smallest loss scale", above=0, cli=False)
     use_distributed_optimizer: bool = option(False, help="CUDA: divide Adam's state over the data-parallel ranks")
+    overlap_param_gather: bool = option(
+        False, help="CUDA: gather the distributed optimizer's parameters during the next forward pass"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,14 @@ class ExecutionOptions(Options):
         None,
         help="recompute activations: of whole layers, or the attention's alone",
         choices=("full", "selective"),
+    )
+    transformer_impl: str = option(
+        "local",
+        help="the layers' modules: this project's, or TransformerEngine's (on a GPU, not for 350m)",
+        choices=("local", "transformer_engine"),
+    )
+    cross_entropy_loss_fusion: bool = option(
+        False, help="with --bf16: Megatron-core's fused cross-entropy, with gradients of the logits in bfloat16"
     )
     seed: int = option(1, help="seed of the first weights, of dropout and of the order of the data")
 

@@ -11,6 +11,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ..checkpoint.manifest import comparable_config
 from ..data.dataloader import num_micro_batches
 from ..errors import UserError
@@ -107,10 +109,33 @@ def _check(options: TrainingOptions, parallel: ParallelContext) -> None:
             f"--sequence-parallel divides the sequence among the tensor parallel ranks: --seq-length "
             f"{trainer.seq_length} is no multiple of {parallel.tensor_model_parallel_size}"
         )
+    if options.optimizer.overlap_param_gather and not options.optimizer.use_distributed_optimizer:
+        raise UserError(
+            "--overlap-param-gather is given without --use-distributed-optimizer, whose parameters it gathers"
+        )
+    if options.cross_entropy_loss_fusion and options.dtype != torch.bfloat16:
+        raise UserError("--cross-entropy-loss-fusion rounds the gradients of the logits to bfloat16: give --bf16 too")
     if (options.data is None) == (options.supervised is None):
         raise UserError("give --data-path (or --train-data-path), or --supervised-data, and not both")
     check_same_on_all_ranks(parallel.control_group, _comparable(options))
     on_all_ranks(parallel, lambda: (read_tokenizer(options), options.lora_layers))
+    if options.transformer_impl == "transformer_engine":
+        on_all_ranks(parallel, lambda: _check_transformer_engine(options, parallel))
+
+
+def _check_transformer_engine(options: TrainingOptions, parallel: ParallelContext) -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+
+    reasons = {
+        "computes on a GPU alone, and this run is on a CPU": parallel.device.type == "cpu",
+        "normalises before attention and MLP, and this model after them": not options.config.do_layer_norm_before,
+        "has no layers with LoRA": bool(options.lora_layers),
+        "does not keep packed examples apart (--supervised-data)": options.supervised is not None,
+        "needs NVIDIA's TransformerEngine, which is not installed (transformer-engine[pytorch])": not HAVE_TE,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"--transformer-impl transformer_engine {reason}: use --transformer-impl local")
 
 
 def _comparable(options: TrainingOptions) -> dict[str, object]:

@@ -112,6 +112,7 @@ class Trainer:
             parallel.data_parallel_rank,
             parallel.data_parallel_size,
             self._state.consumed_samples,
+            pin_memory=parallel.device.type == "cuda",
         )
 
     def _is_over(self) -> bool:
@@ -190,6 +191,7 @@ class Trainer:
     def _validate(self) -> None:
         if self._valid_data is None:
             return
+        self._gather_parameters()
         loss, tokens = validation_loss(
             self._model,
             self._valid_data,
@@ -206,7 +208,13 @@ class Trainer:
     def _save(self) -> None:
         if self._checkpoints:
             self._finish_saving()
+            self._gather_parameters()
             self._checkpoints.save(self._model.module, self._optimizer, self._state)
+
+    def _gather_parameters(self) -> None:
+        """Gather the last step's parameters, which --overlap-param-gather leaves to the next step's forward pass."""
+        if self._model.ddp_config.overlap_param_gather:
+            self._model.start_param_sync(force_sync=True)
 
     def _finish_saving(self) -> None:
         if self._checkpoints:

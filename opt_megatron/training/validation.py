@@ -50,7 +50,8 @@ def validation_loss(
     count = min(num_samples or len(data), len(data))
     size = min(micro_batch_size, -(-count // ranks))
     samples = _FirstSamples(data, count, size * ranks)
-    with BatchLoader(samples, size * ranks, size, parallel.data_parallel_rank, ranks) as loader:
+    pinned = parallel.device.type == "cuda"
+    with BatchLoader(samples, size * ranks, size, parallel.data_parallel_rank, ranks, pin_memory=pinned) as loader:
         for micro_batches in loader:
             loss_sum = forward_backward(model, micro_batches, parallel.device, forward_only=True)
             sums += loss_sum.contribution(parallel)

@@ -229,6 +229,9 @@ MISTAKES = [
     (("--preset", "8m", "--valid-data-path", "x"), "not --eval-interval"),
     (("--config", "{data}/config.json", "--tokenizer", "{data}"), "--train-iters is missing"),
     (("--preset", "8m", "--data-path", "x", "--tokenizer", "{data}"), "there is no tokenizer"),
+    (("--preset", "8m", "--data-path", "x", "--overlap-param-gather"), "without --use-distributed-optimizer"),
+    (("--preset", "8m", "--data-path", "x", "--cross-entropy-loss-fusion"), "give --bf16 too"),
+    (("--preset", "8m", "--data-path", "x", "--transformer-impl", "transformer_engine"), "this run is on a CPU"),
     (("--preset", "8m", "--tensor-model-parallel-size", "2"), "start it with torchrun --nproc-per-node 2"),
 ]
 

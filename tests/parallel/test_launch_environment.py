@@ -1,9 +1,11 @@
 """The launcher's variables: complete, missing, and wrong."""
 
+import os
+
 import pytest
 
 from opt_megatron.errors import LaunchError
-from opt_megatron.parallel.launch_environment import launch_environment, world_size_from_environment
+from opt_megatron.parallel.launch_environment import launch_environment, order_cuda_kernels, world_size_from_environment
 
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
@@ -59,3 +61,16 @@ def test_a_mistake_is_one_line_with_the_variable(monkeypatch, changes, message):
     with pytest.raises(LaunchError, match=message) as caught:
         launch_environment()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tp", "device", "given", "expected"),
+    [(2, None, None, "1"), (2, "cuda", "8", "8"), (2, "cpu", None, None), (1, "cuda", None, None)],
+)
+def test_the_order_of_cuda_kernels(
+    monkeypatch: pytest.MonkeyPatch, tp: int, device: str | None, given: str | None, expected: str | None
+) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setattr(os, "environ", {} if given is None else {name: given})
+    order_cuda_kernels(tp, device)
+    assert os.environ.get(name) == expected

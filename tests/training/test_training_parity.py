@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ranks import RankPool
 
 from opt_megatron.checkpoint.parameter_mapping import block_view, layers_of_stage, rank_block, stage_parameters
 from opt_megatron.config import OPTConfig
+from opt_megatron.model.parameter_names import local_name
 from opt_megatron.training.init_weights import initial_values
 from opt_megatron.training.lr_schedule import LRSchedule
 
@@ -95,6 +97,42 @@ def test_loss_and_gradients_equal_transformers(
             # Keys' biases have no gradient (softmax does not change): what stands there is rounding.
             difference = (found[row.megatron] - expected).abs().max()
             assert difference <= 1e-5 * max(largest, 1e-3), (rank, row.megatron)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "world", "settings"),
+    [layout for layout in LAYOUTS if layout.id in ("alone", "TP2 SP", "PP2")],
+)
+def test_the_spec_of_transformer_engine_is_the_same_model(
+    ranks: Callable[[int], RankPool],
+    small: dict[str, tuple[Path, Any]],
+    tp: int,
+    pp: int,
+    world: int,
+    settings: dict[str, Any],
+) -> None:
+    """By a stand-in for its modules, which has their parameters' names."""
+    run = partial(ranks(world).run, jobs.gradients, small["pre-norm"][0], tp, pp)
+    for (losses, norm, expected), (their_losses, their_norm, found) in zip(
+        run(settings), run(settings | {"transformer_impl": "transformer_engine"}), strict=True
+    ):
+        assert (their_losses, their_norm) == (losses, norm)
+        assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in found
+        assert {local_name(name) for name in found} == expected.keys()
+        assert all(torch.equal(gradient, expected[local_name(name)]) for name, gradient in found.items())
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_fused_cross_entropy(
+    ranks: Callable[[int], RankPool], small: dict[str, tuple[Path, Any]], tp: int, dtype: torch.dtype
+) -> None:
+    """It rounds the gradients of the logits to bfloat16, which they are rounded to anyway with --bf16 alone."""
+    run = partial(ranks(tp).run, jobs.gradients, small["pre-norm"][0], tp, 1)
+    plain, fused = run({"dtype": dtype}), run({"dtype": dtype, "cross_entropy_loss_fusion": True})
+    for (losses, norm, _), (fused_losses, fused_norm, _) in zip(plain, fused, strict=True):
+        assert fused_losses == losses and fused_norm == pytest.approx(norm, rel=1e-3)
+        assert (fused_norm == norm) == (dtype == torch.bfloat16)
 
 
 # From OPT's initialisation: the random model above has gradients that are rounding alone, which Adam makes steps of.

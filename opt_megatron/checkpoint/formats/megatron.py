@@ -26,6 +26,7 @@ import torch
 
 from ...config import POSITION_OFFSET, OPTConfig
 from ...errors import CheckpointError
+from ...model.parameter_names import local_name
 from ..checkpoint import Checkpoint
 from ..conversion_options import ConversionOptions
 from ..output_files import DtypeOf, OutputFile, StoredTensor
@@ -36,7 +37,7 @@ from .format import OutputFormat
 from .infer_config import directory_config, namespace_values
 from .megatron_args import check_arguments, check_layout, megatron_args
 from .megatron_ranks import RANK_FILE, TRACKER, iteration_directory, pipeline_stages, rank_directory, rank_files
-from .megatron_stages import Stage, canonical_model, count_layers, local_name
+from .megatron_stages import Stage, canonical_model, count_layers
 from .megatron_tensors import stored_tensor
 from .model_parallel_parts import check_no_duplicates
 

@@ -18,11 +18,6 @@ from .megatron_args import check_sizes
 from .megatron_tensors import qkv_component
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-# TransformerEngine's fused modules contain the norm that comes before them.
-_TE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 Stage = list[dict[str, LazyTensor]]  # [tensor rank] -> name -> tensor
 
 
@@ -54,13 +49,6 @@ def canonical_model(
     check_sizes(arguments, config, path)
     _fit_vocabulary_and_positions(tensors, config)
     return config, tensors, notes
-
-
-def local_name(name: str) -> str:
-    """A parameter's name in the local spec, also where it is stored under TransformerEngine's."""
-    for theirs, ours in _TE_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 def count_layers(model: dict[str, LazyTensor], file: Path) -> int:

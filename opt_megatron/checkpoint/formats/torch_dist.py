@@ -18,6 +18,7 @@ from typing import Any
 
 from ...config import OPTConfig
 from ...errors import CheckpointError
+from ...model.parameter_names import local_name
 from ..adapter import add_adapter
 from ..checkpoint import Checkpoint
 from ..storage.torch_reader import TorchFile
@@ -27,7 +28,7 @@ from .infer_config import directory_config, namespace_values
 from .lora_run import LORA_FILE, run_adapter
 from .megatron_args import check_arguments
 from .megatron_ranks import TRACKER, iteration_directories, iteration_directory
-from .megatron_stages import canonical_model, local_name
+from .megatron_stages import canonical_model
 from .torch_dist_shards import sharded_tensors
 
 

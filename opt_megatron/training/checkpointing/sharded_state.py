@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...model.parameter_names import TRANSFORMER_ENGINE_NAMES
 from ...parallel.context import ParallelContext
 from ..optimizer import TrainingOptimizer
 
@@ -14,10 +15,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
 _LAYERS = "decoder.layers."
-_OLD_NAMES = {  # the layers' norms in runs that were saved before core's local spec could load them
-    f"{_LAYERS}self_attention.linear_qkv.layer_norm_": f"{_LAYERS}input_layernorm.",
-    f"{_LAYERS}mlp.linear_fc1.layer_norm_": f"{_LAYERS}pre_mlp_layernorm.",
-}
+# The layers' norms in runs that were saved before core's local spec could load them.
+_OLD_NAMES = {f"{_LAYERS}{name}": f"{_LAYERS}{old}" for old, name in TRANSFORMER_ENGINE_NAMES.items()}
 
 
 def has_old_names(path: Path) -> bool:
