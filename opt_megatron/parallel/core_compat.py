@@ -53,7 +53,7 @@ def _without_compiler() -> Iterator[None]:
     """
     original = torch.compile
     if not torch.cuda.is_available():
-        torch.compile = lambda function, **_: function
+        setattr(torch, "compile", lambda function, **_: function)  # noqa: B010  (mypy: overloaded)
     try:
         yield
     finally:
