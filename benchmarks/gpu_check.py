@@ -356,13 +356,7 @@ def features(check: Check, out: Measured) -> None:
         "draft model, sampled": text(drafted, 24, **sampled),
         "score": scores,
         "research": research,
-        "train and resume, float32": lambda: resume(check, torch.float32),
-        "train and resume, bfloat16": lambda: resume(check, torch.bfloat16),
-        "train and resume, float16": lambda: resume(check, torch.float16),
-        "train and resume, distributed optimizer": lambda: resume(check, torch.bfloat16, distributed_optimizer=True),
-        "train and resume, recomputation": lambda: resume(check, torch.bfloat16, recompute="full"),
-        "train and resume, LoRA": lambda: resume(check, torch.bfloat16, lora_rank=4),
-        "train with dropout": lambda: train_a_step(check, torch.bfloat16, dropout=0.1, recompute="full"),
+        **training_features(check),
     }
     for name, case in cases.items():
         try:
@@ -569,9 +563,9 @@ def trainer_of(
     distributed_optimizer: bool = False,
     lora_rank: int = 0,
     dropout: float = 0.0,
-    recompute: str | None = None,
+    **execution: Any,
 ) -> tuple[Any, Any]:
-    """Model and optimizer that train from a checkpoint."""
+    """Model and optimizer that train from a checkpoint; `execution` are more of TrainingOptions."""
     from opt_megatron.parallel.core_compat import prepare_training
 
     prepare_training(check.parallel.device)
@@ -587,9 +581,9 @@ def trainer_of(
         trainer=TrainerOptions(1, 1, 1, 1),
         load=str(directory),
         dtype=dtype,
-        recompute_granularity=recompute,
         optimizer=OptimizerOptions(use_distributed_optimizer=distributed_optimizer),
         lora=LoRAOptions(lora_rank) if lora_rank else None,
+        **execution,
     )
     return setup_model_and_optimizer(options, check.parallel)
 
@@ -616,6 +610,27 @@ def train_step(check: Check, model: Any, optimizer: Any, rows: list[Tokens]) -> 
 
 def _rows_of_story() -> list[Tokens]:
     return random_prompts(OPTConfig.from_directory(EMBEDDED_DIRECTORY), 2, 65)
+
+
+def training_features(check: Check) -> dict[str, Callable[[], Any]]:
+    """Every kind of training, once, with the embedded model."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    half = torch.bfloat16
+    cases = {
+        "train and resume, float32": lambda: resume(check, torch.float32),
+        "train and resume, bfloat16": lambda: resume(check, half),
+        "train and resume, float16": lambda: resume(check, torch.float16),
+        "train and resume, distributed optimizer": lambda: resume(check, half, distributed_optimizer=True),
+        "train and resume, recomputation": lambda: resume(check, half, recompute_granularity="full"),
+        "train and resume, LoRA": lambda: resume(check, half, lora_rank=4),
+        "train with dropout": lambda: train_a_step(check, half, dropout=0.1, recompute_granularity="full"),
+        "train with fused cross-entropy": lambda: train_a_step(check, half, cross_entropy_loss_fusion=True),
+    }
+    if check.is_cuda and gpt_layer_specs.HAVE_TE:
+        name = "transformer_engine"
+        cases["train and resume, TransformerEngine"] = lambda: resume(check, half, transformer_impl=name)
+    return cases
 
 
 def train_a_step(check: Check, dtype: torch.dtype, **options: Any) -> tuple[float, float]:

@@ -191,7 +191,6 @@ class Trainer:
     def _validate(self) -> None:
         if self._valid_data is None:
             return
-        self._gather_parameters()
         loss, tokens = validation_loss(
             self._model,
             self._valid_data,
@@ -208,13 +207,9 @@ class Trainer:
     def _save(self) -> None:
         if self._checkpoints:
             self._finish_saving()
-            self._gather_parameters()
+            if self._model.ddp_config.overlap_param_gather:  # the last step's are gathered in the next forward pass
+                self._model.start_param_sync(force_sync=True)
             self._checkpoints.save(self._model.module, self._optimizer, self._state)
-
-    def _gather_parameters(self) -> None:
-        """Gather the last step's parameters, which --overlap-param-gather leaves to the next step's forward pass."""
-        if self._model.ddp_config.overlap_param_gather:
-            self._model.start_param_sync(force_sync=True)
 
     def _finish_saving(self) -> None:
         if self._checkpoints:

@@ -94,21 +94,22 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     options: dict[str, Any],
     options_at_first: dict[str, Any],
 ) -> None:
-    base = jobs.settings_for(model, dtype=torch.bfloat16, data=DataOptions(train_data_path=[corpus]), **options)
+    data = DataOptions(train_data_path=[corpus], valid_data_path=[corpus])
+    base = jobs.settings_for(model, dtype=torch.bfloat16, data=data, **options)
     settings = replace(
         base,
         config=base.config.replace(dropout=0.1, attention_dropout=0.1),
-        trainer=TrainerOptions(4, jobs.GLOBAL, jobs.SEQ, 4, log_interval=1),
+        trainer=TrainerOptions(5, jobs.GLOBAL, jobs.SEQ, 4, log_interval=1, eval_interval=2, eval_iters=1),
     )
     pool = simulated_gpus(ranks)
     pool.run(jobs.whole_run, tmp_path / "whole", tp, pp, settings)
-    pool.run(jobs.whole_run, tmp_path / "cut", tp, pp, replace(settings, **options_at_first), 2)
+    pool.run(jobs.whole_run, tmp_path / "cut", tp, pp, replace(settings, **options_at_first), 3)
     pool.run(jobs.whole_run, tmp_path / "cut", tp, pp, settings)
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / run / METRICS_FILE).read_text().splitlines()]
         for run in ("whole", "cut")
     ]
-    assert len(losses[0]) == 4 and losses[0] == losses[1]
+    assert len(losses[0]) == 5 + 3 and losses[0] == losses[1]
 
 
 def test_training_on_the_cpu_leaves_the_gpu_alone(simulated_gpus: Pools, ranks: Pools, model: Path) -> None:
