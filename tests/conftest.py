@@ -89,7 +89,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
     for name, overrides in {
         "pre-norm": {},
         # As 350m is, and with a vocabulary that no tensor parallel size divides.
-        "post-norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 24, "vocab_size": 517},
+        "post-norm": {
+            **{"do_layer_norm_before": False, "word_embed_proj_dim": 24, "vocab_size": 517},
+            **{"num_hidden_layers": 4},
+        },
     }.items():
         model = random_model(**overrides)
         made[name] = save(model, tmp_path_factory.mktemp(name)), model

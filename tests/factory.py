@@ -52,6 +52,11 @@ def save(model: OPTForCausalLM, directory: Path) -> Path:
     return directory
 
 
+def divides(model: OPTForCausalLM, tp: int, pp: int = 1) -> bool:
+    """Whether the model can be divided among tensor parallel ranks and stages."""
+    return model.config.num_attention_heads % tp == 0 and model.config.num_hidden_layers % pp == 0
+
+
 def prompts_for(model: OPTForCausalLM, lengths: Sequence[int] = (5, 31, 1, 17, 9, 2, 25, 12)) -> list[tuple[int, ...]]:
     """Random ids of the model's vocabulary."""
     generator = torch.Generator().manual_seed(11)

@@ -51,14 +51,15 @@ def test_everything_is_transformers_at_every_layout_on_every_rank(models, ranks,
         oracle = eager[name](tokens, output_hidden_states=True, output_attentions=True)
     for found in ranks(tp * pp).run(api_jobs.look, models[name][0], tp, pp, tokens):
         assert near(found["logits"], oracle.logits)
-        assert len(found["hidden_states"]) == 13 and len(found["attentions"]) == 12
+        layers = models[name][1].config.num_hidden_layers
+        assert len(found["hidden_states"]) == layers + 1 and len(found["attentions"]) == layers
         for one, other in zip(found["hidden_states"], oracle.hidden_states, strict=True):
             assert near(one, other)
         for one, other in zip(found["attentions"], oracle.attentions, strict=True):
             assert near(one, other)
-        for one, number in zip(found["some"], (3, 12, 0), strict=True):
+        for one, number in zip(found["some"], (3, layers, 0), strict=True):
             assert torch.equal(one, found["hidden_states"][number])
-        assert torch.equal(found["last attention"], found["attentions"][11])
+        assert torch.equal(found["last attention"], found["attentions"][layers - 1])
 
 
 def test_one_rank_gives_transformers_logits_to_the_bit(models, ranks, tokens):

@@ -58,7 +58,7 @@ class RandomTokens(torch.utils.data.Dataset):
         return sample
 
 
-def settings_for(directory: Path, iterations: int = 1, micro: int = 2, **changes: Any) -> TrainingOptions:
+def settings_for(directory: Path, iterations: int = 1, micro: int = 4, **changes: Any) -> TrainingOptions:
     """Settings of a short run that begins with a checkpoint's weights, without dropout."""
     config = open_checkpoint(directory).config.replace(dropout=0.0, attention_dropout=0.0)
     settings = TrainingOptions(

@@ -22,7 +22,7 @@ from opt_megatron.training.lr_schedule import LRSchedule
 # tensor, pipeline, processes, settings
 LAYOUTS = [
     pytest.param(1, 1, 1, {}, id="alone"),
-    pytest.param(1, 1, 1, {"micro": 4}, id="micro-batches of 4"),
+    pytest.param(1, 1, 1, {"micro": 2}, id="micro-batches of 2"),
     pytest.param(1, 1, 1, {"recompute_granularity": "full"}, id="recomputed"),
     pytest.param(1, 1, 1, {"recompute_granularity": "selective"}, id="attention recomputed"),
     pytest.param(2, 1, 2, {}, id="TP2"),

@@ -40,7 +40,7 @@ def settings(corpus: str, four_layers: Path) -> TrainingOptions:
     return TrainingOptions(
         config=base.config.replace(dropout=0.1, attention_dropout=0.1),
         schedule=LRSchedule(1e-3, 1e-4, 3, 12),
-        trainer=TrainerOptions(12, jobs.GLOBAL, jobs.SEQ, 2, log_interval=1, save_interval=4),
+        trainer=TrainerOptions(12, jobs.GLOBAL, jobs.SEQ, 4, log_interval=1, save_interval=4),
         data=DataOptions(train_data_path=[corpus]),
         init_std=0.02,
     )
