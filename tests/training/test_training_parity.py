@@ -116,7 +116,8 @@ def test_the_spec_of_transformer_engine_is_the_same_model(
     for (losses, norm, expected), (their_losses, their_norm, found) in zip(
         run(settings), run(settings | {"transformer_impl": "transformer_engine"}), strict=True
     ):
-        assert (their_losses, their_norm) == (losses, norm)
+        assert their_losses == losses
+        assert their_norm == pytest.approx(norm, rel=1e-12)  # the order of its sum is the parameters'
         assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in found
         assert {local_name(name) for name in found} == expected.keys()
         assert all(torch.equal(gradient, expected[local_name(name)]) for name, gradient in found.items())
