@@ -59,8 +59,8 @@ def core_model(checkpoint: Checkpoint, parallel: ParallelContext) -> Any:
 def save_with_core(source: Path, target: Path, saving: Saving, arguments: argparse.Namespace) -> None:
     """Write an iteration's directory as Megatron-LM does, from core's model with the weights of `source`."""
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     parallel = init_parallel(saving.tp, saving.pp, seed=1)
     checkpoint = open_checkpoint(source)
@@ -72,7 +72,7 @@ def save_with_core(source: Path, target: Path, saving: Saving, arguments: argpar
     if parallel.is_leader:
         target.mkdir(parents=True)
     torch.distributed.barrier()
-    strategy = get_default_save_sharded_strategy("torch_dist", 1)
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
     if saving.fully_parallel:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
     state = {"model": model.sharded_state_dict(metadata=saving.metadata)}

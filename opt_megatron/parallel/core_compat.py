@@ -28,6 +28,7 @@ _TRAINING_MODULES = (
     "megatron.core.distributed",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.dist_checkpointing.strategies.torch",
 )
 

@@ -9,12 +9,14 @@ A pickle of torch's dataclasses (torch/distributed/checkpoint/metadata.py and fi
     MetadataIndex          fqn (the name), offset
     _StorageInfo           relative_path, offset, length, and transform_descriptors if the bytes are compressed
 
-Bytes `offset` to `offset + length` of a file are a file of torch.save with one tensor, the chunk.
+Bytes `offset` to `offset + length` of a file are a file of torch.save: with one tensor, the chunk, or with an object,
+whose index has no offset.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,18 +49,26 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 _LONGEST_NAME = 300
 _BYTES_PER_BYTE = 80  # by the interpreter's count, which is an upper bound: small objects take 45 to 55
-_Places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
+_Offsets = tuple[int, ...] | None  # of a chunk; None: of an object
+_Places = dict[tuple[str, _Offsets], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a file of the directory."""
+
+    file: str
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a tensor, and the bytes of the file that hold it."""
+    """A block of a tensor, and the bytes that hold it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,16 @@ class TensorEntry:
     chunks: list[Chunk]
 
 
-def read_metadata(directory: Path) -> dict[str, TensorEntry]:
-    """The tensors in a directory by name, without those of the optimizer.
+@dataclass(frozen=True)
+class Contents:
+    """What a directory holds, by name: the tensors (without the optimizer's), and where the wanted objects are."""
+
+    tensors: dict[str, TensorEntry]
+    objects: dict[str, Place]
+
+
+def read_metadata(directory: Path, objects: Collection[str] = ()) -> Contents:
+    """What `.metadata` says of the tensors, and of the objects of these names.
 
     Raises:
         CheckpointError: `.metadata` is damaged, or chunks are compressed.
@@ -85,8 +103,9 @@ def read_metadata(directory: Path) -> dict[str, TensorEntry]:
             for name, value in metadata["state_dict_metadata"].items()
             if _is_model_tensor(name, value)
         }
-        places = _places(metadata["storage_data"], wanted)
-        return {name: _entry(name, state, places) for name, state in wanted.items()}
+        places = _places(metadata["storage_data"], wanted.keys() | set(objects))
+        tensors = {name: _entry(name, state, places) for name, state in wanted.items()}
+        return Contents(tensors, {name: _place(name, info) for (name, at), info in places.items() if at is None})
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     except OSError as error:
@@ -102,13 +121,13 @@ def _is_model_tensor(name: Any, value: Any) -> bool:
     return is_tensor and not name.startswith("optimizer.") and "_extra_state" not in name
 
 
-def _places(storage_data: dict[Any, Any], wanted: dict[str, Any]) -> _Places:
-    places = {}
+def _places(storage_data: dict[Any, Any], wanted: Container[str]) -> _Places:
+    places: _Places = {}
     for key, value in storage_data.items():
         index = _state(key, "MetadataIndex")
-        name = index["fqn"]
+        name, offsets = index["fqn"], index.get("offset")
         if type(name) is str and name in wanted:
-            places[name, _numbers(index["offset"])] = _state(value, "_StorageInfo")
+            places[name, None if offsets is None else _numbers(offsets)] = _state(value, "_StorageInfo")
     return places
 
 
@@ -124,19 +143,23 @@ def _entry(name: str, state: dict[str, Any], places: _Places) -> TensorEntry:
 def _chunk(name: str, dtype: torch.dtype, value: Any, places: _Places) -> Chunk:
     state = _state(value, "ChunkStorageMetadata")
     offsets, sizes = _numbers(state["offsets"]), _numbers(state["sizes"])
-    place = places.get((name, offsets))
-    if place is None:
+    if (name, offsets) not in places:
         raise ValueError(f"it does not say where {name} is from {list(offsets)} on")
-    transforms, file = place.get("transform_descriptors"), place["relative_path"]
+    place = _place(name, places[name, offsets])
+    if math.prod(sizes) * dtype.itemsize > place.length:
+        raise ValueError(f"{name} has shards of {list(sizes)} in {place.length:,} bytes")
+    return Chunk(offsets, sizes, place)
+
+
+def _place(name: str, info: dict[str, Any]) -> Place:
+    transforms, file = info.get("transform_descriptors"), info["relative_path"]
     if transforms:
         names = shorten([word for word in transforms if type(word) is str])
         raise CheckpointError(f"{name} is stored with the transform {names}, which is not read here: save it without")
     if type(file) is not str or not file.isprintable() or Path(file).name != file:
         raise ValueError(f"{name} is in a file that is not of the directory, {file[:40]!r}")
-    start, length = _numbers((place["offset"], place["length"]))
-    if math.prod(sizes) * dtype.itemsize > length:
-        raise ValueError(f"{name} has shards of {list(sizes)} in {length:,} bytes")
-    return Chunk(offsets, sizes, file, start, length)
+    start, length = _numbers((info["offset"], info["length"]))
+    return Place(file, start, length)
 
 
 def _state(value: Any, kind: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """torch_dist, Megatron-LM's default format: megatron-core's dist_checkpointing, of any layout. `train` writes it.
 
     DIR/iter_0000200/  .metadata  __0_0.distcp ...       where every shard of every tensor is, and their files
-                       common.pt                         what is not sharded, Megatron-LM's `args` among it
+                       common.pt                         what is not sharded, Megatron-LM's `args` among it (from
+                                                         megatron-core 0.19 on it is in a .distcp file)
                        metadata.json                     the mark of the format; without it, it is plain DCP
     DIR/latest_checkpointed_iteration.txt                which iteration DIR means
 
@@ -14,14 +15,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 from ...config import OPTConfig
 from ...errors import CheckpointError
 from ...model.parameter_names import local_name
 from ..adapter import add_adapter
 from ..checkpoint import Checkpoint
-from ..storage.torch_reader import TorchFile
 from .dcp_metadata import METADATA_FILE
 from .format import Format
 from .infer_config import directory_config, namespace_values
@@ -29,7 +28,7 @@ from .lora_run import LORA_FILE, run_adapter
 from .megatron_args import check_arguments
 from .megatron_ranks import TRACKER, iteration_directories, iteration_directory
 from .megatron_stages import canonical_model
-from .torch_dist_shards import sharded_tensors
+from .torch_dist_shards import read_directory
 
 
 class TorchDistFormat(Format):
@@ -54,9 +53,10 @@ class TorchDistFormat(Format):
         directory = _iteration(path) or path
         _check_files(directory)
         home = next((path for path in (directory, directory.parent) if (path / "config.json").is_file()), directory)
-        arguments = _arguments(directory / "common.pt")
+        shards, common = read_directory(directory)
+        arguments = namespace_values(common.get("args")) if isinstance(common, dict) else {}
         check_arguments(arguments, directory)
-        stored = {local_name(name): tensor for name, tensor in sharded_tensors(directory).items()}
+        stored = {local_name(name): tensor for name, tensor in shards.items()}
         has_lora = (directory / LORA_FILE).is_file()
         factors = {
             name: stored.pop(name) for name in list(stored) if has_lora and name.endswith((".lora_a", ".lora_b"))
@@ -97,10 +97,3 @@ def _check_files(directory: Path) -> None:
             f"{directory}: has no metadata.json, so it is not torch_dist but a format that is not read here "
             "(torch_dcp, fsdp_dtensor): save it with --ckpt-format torch_dist"
         )
-
-
-def _arguments(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing")
-    content = TorchFile(path).content
-    return namespace_values(content.get("args")) if isinstance(content, dict) else {}

@@ -5,11 +5,14 @@ A parameter of all layers is one tensor with the layer as its first dimension, u
     decoder.layers.mlp.linear_fc1.weight [L, F, H]      decoder.layers.3.mlp.linear_fc1.weight [F, H]
 
 Shards tile their tensor: a layer, and within it the part of a tensor parallel rank.
+
+What is not sharded (the common state) is an object beside the tensors, or before megatron-core 0.19 common.pt.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +23,36 @@ from ..storage.blocks import Block, contiguous_strides
 from ..storage.lazy_tensor import Concatenated, LazyTensor, RemappedTensor
 from ..storage.tensor_file import FileTensor, TensorFile
 from ..storage.torch_reader import FileSpan, TorchFile
-from .dcp_metadata import METADATA_FILE, Chunk, TensorEntry, read_metadata
+from .dcp_metadata import METADATA_FILE, Place, TensorEntry, read_metadata
 
 _LAYERS = "decoder.layers."
+_COMMON = "common_state/shard_0_1"  # dist_checkpointing/serialization.py: a ShardedObject of one shard
 
 
-def sharded_tensors(directory: Path) -> dict[str, LazyTensor]:
-    """The tensors of a directory, not yet read, each layer's under its number (decoder.layers.3.mlp. ...).
+def read_directory(directory: Path) -> tuple[dict[str, LazyTensor], Any]:
+    """The tensors, not yet read, each layer's under its number (decoder.layers.3.mlp. ...), and the common state.
 
     Raises:
-        CheckpointError: `.metadata` is damaged, or the shards are not all there.
+        CheckpointError: `.metadata` is damaged, or the shards or the common state are not all there.
     """
-    files = _Files(directory)
+    files, contents = _Files(directory), read_metadata(directory, [_COMMON])
+    return _layers_apart(directory, contents.tensors, files), _common_state(directory, contents.objects, files)
+
+
+def _common_state(directory: Path, objects: dict[str, Place], files: _Files) -> Any:
+    path = directory / "common.pt"
+    if path.is_file():  # core, too, looks for it first
+        return TorchFile(path).content
+    if _COMMON not in objects:
+        raise CheckpointError(f"{directory}: {path.name} is missing, and {METADATA_FILE} names no common state")
+    span = files.span(objects[_COMMON])
+    content = TorchFile(span.file.path, span).content
+    return content[0] if isinstance(content, list) and content else content
+
+
+def _layers_apart(directory: Path, entries: dict[str, TensorEntry], files: _Files) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
-    for name, entry in read_metadata(directory).items():
+    for name, entry in entries.items():
         tensor = _assemble(name, entry, files)
         rest = name.removeprefix(_LAYERS)
         if rest == name or rest.split(".")[0].isdigit():
@@ -66,17 +85,17 @@ class _Files:
         self.directory = directory
         self._opened: dict[str, TensorFile] = {}
 
-    def span(self, chunk: Chunk) -> FileSpan:
-        """The bytes of a chunk.
+    def span(self, place: Place) -> FileSpan:
+        """The bytes of a place.
 
         Raises:
             CheckpointError: the file is missing, or does not have them.
         """
-        if chunk.file not in self._opened:
-            self._opened[chunk.file] = TensorFile(self.directory / chunk.file)
-        file = self._opened[chunk.file]
-        file.check_range(chunk.start, chunk.length)
-        return FileSpan(file, chunk.start, chunk.length)
+        if place.file not in self._opened:
+            self._opened[place.file] = TensorFile(self.directory / place.file)
+        file = self._opened[place.file]
+        file.check_range(place.start, place.length)
+        return FileSpan(file, place.start, place.length)
 
 
 def _assemble(name: str, entry: TensorEntry, files: _Files) -> LazyTensor:
@@ -85,7 +104,7 @@ def _assemble(name: str, entry: TensorEntry, files: _Files) -> LazyTensor:
     Raises:
         CheckpointError: its chunks leave gaps or overlap.
     """
-    shards = [(chunk.offsets, _Shard(files.span(chunk), chunk.sizes, entry.dtype)) for chunk in entry.chunks]
+    shards = [(chunk.offsets, _Shard(files.span(chunk.place), chunk.sizes, entry.dtype)) for chunk in entry.chunks]
     tensor = _join(shards, 0, len(entry.shape))
     if tensor is None or tensor.shape != entry.shape:
         raise CheckpointError(f"{files.directory}: the shards of {name} do not make up a tensor of {list(entry.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 import torch
 from checkpoint_samples import SAMPLES, TENSORS, assert_holds, assert_same, contents
 from ranks import RankPool
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch_dist_jobs import Saving, save_with_core
 
 from opt_megatron.checkpoint.formats.dcp_metadata import read_metadata
@@ -101,12 +104,40 @@ def save_common(path: Path, **arguments: object) -> None:
     torch.save({"args": argparse.Namespace(num_attention_heads=4, hidden_size=12, **arguments)}, path / "common.pt")
 
 
+def move_common(path: Path) -> None:
+    """Where megatron-core 0.19 keeps what is not sharded (dist_checkpointing/serialization.py): beside the tensors."""
+    buffer = io.BytesIO()
+    torch.save([torch.load(path / "common.pt", weights_only=False)], buffer)  # this test wrote it
+    (path / "common.pt").unlink()
+    (path / "__7_0.distcp").write_bytes(b"before" + buffer.getvalue())
+    name = "common_state/shard_0_1"
+
+    def change(metadata: Any) -> None:
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(name)] = _StorageInfo("__7_0.distcp", 6, len(buffer.getvalue()))
+
+    rewrite_metadata(path, change)
+
+
+def test_the_common_state_beside_the_tensors(tmp_path: Path) -> None:
+    path = SAMPLES["torch-dist"](tmp_path) / "iter_0000007"
+    move_common(path)
+    assert_holds(tmp_path, TENSORS)
+    save_common(path, squared_relu=True)
+    move_common(path)
+    with pytest.raises(CheckpointError, match=r"squared_relu=True; in OPT it is False"):
+        open_checkpoint(path)
+    (path / "__7_0.distcp").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="is damaged or incomplete"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / "metadata.json").unlink(), r"not torch_dist but .*torch_dcp.* --ckpt-format torch_dist"),
         (lambda d: (d / ".metadata").unlink(), r"holds shards .* but no \.metadata.*hidden file was not copied"),
-        (lambda d: (d / "common.pt").unlink(), "common.pt is missing"),
+        (lambda d: (d / "common.pt").unlink(), "common.pt is missing, and .metadata names no common state"),
         (lambda d: (d / ".metadata").write_bytes(b"\x80\x04N."), "is damaged: ValueError: something else where a Meta"),
         (lambda d: (d / ".metadata").write_bytes((d / ".metadata").read_bytes()[:300]), ".metadata: is damaged"),
         (lambda d: save_common(d, squared_relu=True), "squared_relu=True; in OPT it is False"),
@@ -137,4 +168,4 @@ def test_metadata_of_many_shards_is_within_the_limit_of_memory(tmp_path: Path, m
     """Without what every pickle may allocate, which counts for little where there are a hundred thousand shards."""
     path = SAMPLES["torch-dist"](tmp_path) / "iter_0000007"
     monkeypatch.setattr(safe_unpickler, "_FREE_BYTES", 0)
-    assert len(read_metadata(path)) == 16
+    assert len(read_metadata(path).tensors) == 16
