@@ -18,18 +18,21 @@ class Quantization(NamedTuple):
 
     Attributes:
         help: of --quantization.
-        methods: module and class of the linear methods that do it; the first that is available is used.
+        methods: module and class of the linear methods that do it; the first that is available is used. A module that
+            needs a package which is not installed is passed over.
     """
 
     help: str
     methods: tuple[str, ...]
 
 
+_OPTIONAL_PACKAGES = ("triton",)  # comes with torch's builds for CUDA
+
 METHODS: dict[str | None, Quantization] = {  # by --quantization's names; None: without it
     None: Quantization("the weights as they are", ("onednn.OneDNNLinear", "torch_linear.TorchLinear")),
     "int8": Quantization(
         "8-bit weights, quantised while loading; a quarter of float32's memory",
-        ("int8.Int8Linear", "int8_weight_only.Int8WeightOnlyLinear"),
+        ("int8.Int8Linear", "int8_triton.Int8TritonLinear", "int8_weight_only.Int8WeightOnlyLinear"),
     ),
 }
 
@@ -58,7 +61,11 @@ def methods_for(quantization: str | None) -> tuple[type[LinearMethod], ...]:
     found = []
     for path in METHODS[quantization].methods:
         module, _, name = path.partition(".")
-        found.append(getattr(import_module(f".{module}", __package__), name))
+        try:
+            found.append(getattr(import_module(f".{module}", __package__), name))
+        except ModuleNotFoundError as error:
+            if error.name not in _OPTIONAL_PACKAGES:
+                raise
     return tuple(found)
 
 
