@@ -103,7 +103,8 @@ class Running:
     def metric(self, name: str, **labels: str) -> float:
         """A metric's value."""
         text = self.request("GET", "/metrics").body.decode()
-        wanted = ",".join(f'{key}="{value}"' for key, value in sorted({"model_name": "story", **labels}.items()))
+        labels |= {"engine": "0", "model_name": "story"} if name.startswith("vllm:") else {}
+        wanted = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
         for line in text.splitlines():
             head, _, value = line.rpartition(" ")
             label = ",".join(sorted(head.partition("{")[2].rstrip("}").split(",")))

@@ -71,6 +71,8 @@ class TokenEvent:
             others).
         num_cached_tokens: of the prompt, those whose keys and values were copied from another sequence instead of
             computed; in all events of a continuation.
+        stop_reason: the stop string, or the id of `stop_token_ids`, that ended the continuation; None if an
+            end-of-sequence token or the length did.
     """
 
     request: int
@@ -82,6 +84,7 @@ class TokenEvent:
     top_logprobs: TopLogProbs = ()
     is_prompt: bool = False
     num_cached_tokens: int = 0
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)

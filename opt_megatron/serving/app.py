@@ -16,7 +16,7 @@ from ..version import __version__
 from .allowed_hosts import AllowedHostsMiddleware
 from .async_engine import AsyncEngine
 from .errors import ERROR_RESPONSES, ApiError
-from .middleware import AuthenticationMiddleware, BodyLimitMiddleware
+from .middleware import AuthenticationMiddleware, BodyLimitMiddleware, HttpMetricsMiddleware
 from .routes import add_completion_routes, add_status_routes, add_tokenizer_routes
 from .validation import parse_error, validation_error
 from .web_page import add_web_page
@@ -43,7 +43,8 @@ def make_app(
     app.add_middleware(AuthenticationMiddleware, api_key=api_key)
     if allowed_origins:  # before the key, which a browser's preflight request does not have
         app.add_middleware(CORSMiddleware, allow_origins=[*allowed_origins], allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(AllowedHostsMiddleware, allowed_hosts=allowed_hosts)  # the middleware added last runs first
+    app.add_middleware(AllowedHostsMiddleware, allowed_hosts=allowed_hosts)
+    app.add_middleware(HttpMetricsMiddleware, metrics=async_engine.metrics)  # the middleware added last runs first
     add_error_handlers(app)
     add_completion_routes(app, async_engine)
     add_tokenizer_routes(app, async_engine)

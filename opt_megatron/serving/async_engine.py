@@ -205,8 +205,7 @@ class AsyncEngine:
             self._thread.queue.cancel(number)
 
     def _update_gauges(self) -> None:
-        self.metrics.running.set(self._num_started)
-        self.metrics.waiting.set(len(self._requests) - self._num_started)
+        self.metrics.set_requests(self._num_started, len(self._requests) - self._num_started)
 
     async def _watch_steps(self) -> None:
         """Stop when a step takes too long, or a rank is lost: it may have died without closing its connections."""

@@ -1,9 +1,9 @@
 """One choice of a completion response: from the engine's events to deltas, and from these to the whole choice.
 
-A choice is `{"index", "text", "logprobs", "finish_reason"}`. A delta is a choice with what one token adds: the deltas
-of a choice are merged by concatenating their texts and lists. Log-probabilities have OpenAI's form: `tokens`,
-`token_logprobs`, `top_logprobs`, `text_offset`. As in vLLM, `prompt_logprobs`, `token_ids` and `prompt_token_ids` are
-added where a request asks for them.
+A choice is `{"index", "text", "logprobs", "finish_reason", "stop_reason"}`. A delta is a choice with what one token
+adds: the deltas of a choice are merged by concatenating their texts and lists. Log-probabilities have OpenAI's form:
+`tokens`, `token_logprobs`, `top_logprobs`, `text_offset`. As in vLLM, whole choices also have `prompt_logprobs`,
+`token_ids` and `prompt_token_ids`, which are null unless a request asks for them; deltas have them only then.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class ChoiceBuilder:
             "text": (self._echoed_text if is_first else "") + event.text,
             "logprobs": None if params.logprobs is None else self._logprobs(shown, params.logprobs),
             "finish_reason": event.finish_reason,
+            "stop_reason": event.stop_reason,
         }
         if self._returns_token_ids:
             delta["token_ids"] = [_token_of(event) for event in new]
@@ -81,8 +82,10 @@ class ChoiceBuilder:
         if event.logprob is None:  # the first token of a sequence has no probability
             return None
         name = self._token_name
-        top = {name(token): logprob for token, logprob in event.top_logprobs[:num_top]}
-        return top | {name(_token_of(event)): event.logprob}
+        # The chosen token is the first, as in vLLM, whose clients rely on it.
+        return {name(_token_of(event)): event.logprob} | {
+            name(token): logprob for token, logprob in event.top_logprobs[:num_top]
+        }
 
     def _prompt_logprobs(self, event: TokenEvent) -> dict[str, dict[str, Any]] | None:
         """vLLM's form; `rank` is null for a token that is not among the best."""
@@ -142,11 +145,12 @@ def merge_deltas(deltas: Sequence[Choice]) -> list[Choice]:
 
 def _merge_choice(deltas: list[Choice]) -> Choice:
     merged = {**deltas[0], "text": "".join(delta["text"] for delta in deltas)}
+    merged |= {name: merged.get(name) for name in ("prompt_logprobs", "prompt_token_ids", "token_ids")}
     if merged["logprobs"] is not None:
         merged["logprobs"] = {name: _joined(delta["logprobs"][name] for delta in deltas) for name in merged["logprobs"]}
-    if "token_ids" in merged:
+    if merged["token_ids"] is not None:
         merged["token_ids"] = _joined(delta["token_ids"] for delta in deltas)
-    return {**merged, "finish_reason": deltas[-1]["finish_reason"]}
+    return merged | {name: deltas[-1][name] for name in ("finish_reason", "stop_reason")}
 
 
 def _joined(lists: Iterable[list[Any]]) -> list[Any]:

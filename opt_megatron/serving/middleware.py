@@ -1,24 +1,54 @@
-"""ASGI middleware: the API key of a request, then the size and the time of its body, and the memory of all bodies."""
+"""ASGI middleware: counts requests; the API key, then the size and the time of a body, and the memory of all bodies."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .body_memory import BodyMemory, Reservation
 from .errors import ApiError
 from .limits import Limits
+from .metrics import Metrics
 
 # Open without a key: for load balancers, and for the page, which asks its user for the key.
 PUBLIC_PATHS = ("/health", "/ping", "/", "/page/app.js", "/page/style.css")
+# Requests of these routes are not counted: load balancers and monitoring send them all the time.
+_UNCOUNTED_PATHS = ("/metrics", "/health", "/load", "/ping", "/version")
 _JSON_TYPE = b"application/json"
 # A body that is too large is read and discarded up to this multiple of the limit, because many clients read the
 # response only once they have sent the whole body.
 _MAX_DISCARDED = 8
 # The memory of all bodies together, as a multiple of the limit of one.
 _MAX_BODIES = 16
+
+
+class HttpMetricsMiddleware:
+    """Counts requests by their routes and the classes of their status codes."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on (ASGI)."""
+        if scope["type"] != "http" or scope["path"] in _UNCOUNTED_PATHS:
+            await self._app(scope, receive, send)
+            return
+        status, start = 500, time.perf_counter()
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_status)
+        finally:
+            # Not the path: a client could make any number of them.
+            handler = getattr(scope.get("route"), "path", "none")
+            self._metrics.count_http_request(handler, status, time.perf_counter() - start)
 
 
 class AuthenticationMiddleware:

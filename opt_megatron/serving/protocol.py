@@ -145,6 +145,12 @@ class StreamOptions(RequestBody):
     include_obfuscation: bool = Field(default=True, description=_UNUSED)
 
 
+class TextFormat(RequestBody):
+    """The field `response_format`."""
+
+    type: Literal["text"]
+
+
 @with_sampling_options(
     _OPENAI_FIELDS,
     max_tokens={"default": None, "description": "new tokens at the most; default: 16"},
@@ -174,6 +180,9 @@ class CompletionRequest(SamplingBody):
     priority: int = Field(0, description=_UNUSED)
     request_id: str = Field("", description=_UNUSED)
     cache_salt: str = Field("", description=_UNUSED)
+    session_id: str = Field("", description=_UNUSED)
+    stream_interval: int = Field(1, ge=1, description=_UNUSED + ": every token is sent at once")
+    response_format: TextFormat | None = Field(None, description="must be text: other formats cannot be enforced")
     metadata: dict[str, Any] = Field({}, description=_UNUSED)
 
     def given_options(self) -> dict[str, Any]:

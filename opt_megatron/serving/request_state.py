@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from ..generation.request import Request
 from .engine_thread import TimedEvent
@@ -30,7 +31,8 @@ class RequestState:
         self.num_continuations = request.params.num_sampled
         self._request = request
         self._num_unfinished = request.params.n  # of the continuations that are returned
-        self._num_tokens = 0  # generated so far
+        self._num_tokens: Counter[int] = Counter()  # generated so far, by the choice
+        self._is_prefilled = False
         self._metrics = metrics
         self._arrival = time.perf_counter()
         self._start = self._first_token = self._arrival
@@ -47,6 +49,9 @@ class RequestState:
         moment, event, step_start = timed
         if not self.is_started and event.token is not None:
             self.start(step_start)
+        if not (event.is_prompt or self._is_prefilled or event.finish_reason in _METRIC_REASONS):
+            self._is_prefilled = True
+            self._metrics.count_prefill(len(self._request.prompt), event.num_cached_tokens)
         if event.token is not None and not event.is_prompt:
             self._record_token(moment, event.choice)
         if event.finish_reason is None:
@@ -64,7 +69,8 @@ class RequestState:
         metrics, params = self._metrics, self._request.params
         metrics.e2e_request_latency.observe(moment - self._arrival)
         metrics.request_prompt_tokens.observe(len(self._request.prompt))
-        metrics.request_generation_tokens.observe(self._num_tokens)
+        metrics.request_generation_tokens.observe(self._num_tokens.total())
+        metrics.max_generation_tokens.observe(max(self._num_tokens.values(), default=0))
         metrics.params_n.observe(params.n)
         metrics.params_max_tokens.observe(params.max_new_tokens)
         if self.is_started:
@@ -72,9 +78,11 @@ class RequestState:
         if self._last_token:
             metrics.prefill_time.observe(self._first_token - self._start)
             metrics.decode_time.observe(moment - self._first_token)
+            num_later = max(self._num_tokens.values()) - 1
+            metrics.time_per_output_token.observe((moment - self._first_token) / num_later if num_later else 0.0)
 
     def _record_token(self, moment: float, choice: int) -> None:
-        self._num_tokens += 1
+        self._num_tokens[choice] += 1
         self._metrics.generation_tokens.inc()
         if choice in self._last_token:
             self._metrics.inter_token_latency.observe(moment - self._last_token[choice])

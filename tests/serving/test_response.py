@@ -24,6 +24,7 @@ def test_echo_and_logprobs_are_the_engines(server, offline):
         assert choice["text"][offset : offset + len(token)] == token
     for token, score, top in zip(logprobs["tokens"][1:], scores[1:], logprobs["top_logprobs"][1:], strict=True):
         assert len(top) in (2, 3) and math.isclose(top[token], score, abs_tol=1e-4)
+        assert next(iter(top)) == token  # as in vLLM
 
 
 def test_what_lm_eval_posts_is_answered_with_the_score_of_every_token(server, offline):

@@ -16,7 +16,8 @@ def test_a_seed_gives_the_offline_engines_text(server, offline):
     body = server.complete(model="story", prompt=PROMPT, max_tokens=24, **options).json
     (wanted,) = offline(PROMPT, max_new_tokens=24, **options)
     assert body["object"] == "text_completion" and body["model"] == "story" and body["id"].startswith("cmpl-")
-    assert body["choices"] == [{"index": 0, "text": wanted.text, "logprobs": None, "finish_reason": "length"}]
+    unasked = dict.fromkeys(("logprobs", "stop_reason", "prompt_logprobs", "prompt_token_ids", "token_ids"))
+    assert body["choices"] == [{"index": 0, "text": wanted.text, "finish_reason": "length", **unasked}]
     details = {"prompt_tokens_details": {"cached_tokens": 0}}
     assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 24, "total_tokens": 29, **details}
     again = server.complete(prompt=IDS, max_tokens=24, user="me", **options).json
@@ -74,12 +75,16 @@ def test_stop_and_its_reasons(server):
     text = server.complete(prompt=PROMPT, max_tokens=40, seed=5).json["choices"][0]["text"]
     options = {"prompt": PROMPT, "max_tokens": 40, "seed": 5, "stop": text[15:22]}
     (choice,) = server.complete(**options).json["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (text[:15], "stop")
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text[:15], "stop", text[15:22])
+    last = server.complete(**options, stream=True).events[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("stop", text[15:22])
     (choice,) = server.complete(**options, include_stop_str_in_output=True).json["choices"]
     assert choice["text"] == text[:22]
-    body = server.complete(prompt=PROMPT, logit_bias={"2": 100}).json
-    assert body["choices"][0]["finish_reason"] == "stop" and body["usage"]["completion_tokens"] == 1
-    assert body["choices"][0]["text"] == ""
+    for token, reason in ((2, None), (300, 300)):  # an end of sequence has no reason
+        body = server.complete(prompt=PROMPT, logit_bias={str(token): 100}, stop_token_ids=[300], temperature=0).json
+        (choice,) = body["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", reason)
+        assert body["usage"]["completion_tokens"] == 1
 
 
 def test_n_gives_different_texts_and_each_prompt_its_own(server, offline):

@@ -50,7 +50,7 @@ def post(url: str, **body) -> dict:
 
 def wait_until_one_runs(url: str) -> None:
     text = ""
-    while 'num_requests_running{model_name="story"} 1' not in text:
+    while 'num_requests_running{engine="0",model_name="story"} 1' not in text:
         with urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS) as answer:
             text = answer.read().decode()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..decoding.best_of import BestOf
 from ..decoding.sampling_group import SamplingGroup
-from ..decoding.sequences import CopyCache, SequenceGroup
+from ..decoding.sequences import CopyCache, SequenceGroup, common_prefix_length
 from ..request import Request, TokenEvent
 from ..sampling.sampler import choose_tokens, no_token_possible
 from ..step import OutputKind
@@ -60,13 +60,26 @@ class OutputProcessor:
                 continue
             if group.output_kind is OutputKind.LOGITS:  # others in the step may need what follows them
                 outputs = [output[..., : self._vocab_size] for output in outputs]
-            if not isinstance(group, SamplingGroup) or group.proposal.tokens:
-                yield from self._run(group, partial(group.process_outputs, sequences, outputs, self._copy))
+            run = partial(group.process_outputs, sequences, outputs, self._copy)
+            if not isinstance(group, SamplingGroup):
+                yield from self._run(group, run)
+                continue
+            if group.proposal.tokens:
+                proposed, known = group.proposal.tokens, len(group.lead.tokens)
+                events = self._run(group, run)
+                self._count_draft(proposed, group.lead.tokens[known:])
+                yield from events
                 continue
             yield from self._run(group, partial(group.prompt_events, sequences[0], outputs[0]))
             if not group.is_finished and group.is_computed(sequences[0]):
                 choosing.append((group, outputs[0][-1]))
         yield from self._choose(choosing)
+
+    def _count_draft(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+        scheduler = self._scheduler
+        scheduler.counters = scheduler.counters.plus(
+            drafts=1, draft_tokens=len(proposed), accepted_tokens=common_prefix_length(proposed, accepted)
+        )
 
     def _choose(self, choosing: list[tuple[SamplingGroup, Tensor]]) -> Iterator[TokenEvent]:
         """Accept the next tokens of groups without proposals: those chosen in the step, or chosen here."""

@@ -37,12 +37,18 @@ class SchedulerCounters(NamedTuple):
         prefix_queries: tokens of prompts whose beginning was looked for in the cache.
         prefix_hits: those of them that were found there, and copied.
         preemptions: groups that had to give their place to another client's.
+        drafts: steps of sequences with proposed tokens (speculative decoding).
+        draft_tokens: that were proposed.
+        accepted_tokens: those of them that were accepted.
     """
 
     tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def plus(self, **more: int) -> SchedulerCounters:
         """The counters with more of some of them."""

@@ -193,8 +193,16 @@ class BeamSearchGroup(SequenceGroup):
                 text, reason = detokenizer.push(token)
                 is_last = index == len(beam.tokens) - 1
                 reason = reason or ("stop" if is_last else None)
-                cached = self.num_shared_tokens
-                events.append(TokenEvent(self.request_id, token, text, reason, choice, num_cached_tokens=cached))
+                event = TokenEvent(
+                    self.request_id,
+                    token,
+                    text,
+                    reason,
+                    choice,
+                    num_cached_tokens=self.num_shared_tokens,
+                    stop_reason=detokenizer.stop_reason,
+                )
+                events.append(event)
                 if reason:
                     break
         return events

@@ -117,4 +117,4 @@ class ContrastiveSearchGroup(SequenceGroup):
             (score,) = top_log_probabilities(logits[None], [token], self.request.params.logprobs)
         text, reason = self._detokenizer.push(token)
         self.is_finished = reason is not None
-        return TokenEvent(self.request_id, token, text, reason, 0, *score)
+        return TokenEvent(self.request_id, token, text, reason, 0, *score, stop_reason=self._detokenizer.stop_reason)

@@ -155,7 +155,15 @@ class SamplingGroup(SequenceGroup):
         text, reason = self._detokenizer.push(token)
         self.is_finished = reason is not None
         return TokenEvent(
-            self.request_id, token, text, reason, self.choice, logprob, top, num_cached_tokens=self.num_shared_tokens
+            self.request_id,
+            token,
+            text,
+            reason,
+            self.choice,
+            logprob,
+            top,
+            num_cached_tokens=self.num_shared_tokens,
+            stop_reason=self._detokenizer.stop_reason,
         )
 
     def _scored_prompt(self, begin: int, end: int, output: Tensor, num_logprobs: int) -> list[TokenEvent]:

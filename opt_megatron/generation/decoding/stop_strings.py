@@ -31,6 +31,9 @@ class StopScanner:
         patterns: regular expressions, none of which matches the empty string.
         include_stop: pass the match on too.
 
+    Attributes:
+        match: the text that ended the stream.
+
     Raises:
         UserError: a pattern cannot be used, or takes too long (from `push`).
     """
@@ -39,6 +42,7 @@ class StopScanner:
         self._stops = tuple(stops)
         self._patterns = [compile_stop_regex(pattern) for pattern in patterns]
         self._include_stop = include_stop
+        self.match: str | None = None
         self._reset()
 
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
@@ -57,6 +61,7 @@ class StopScanner:
             self._pass_over(known)
         elif match := self._find(known):
             start, end = match
+            self.match = self._text[start:end]
             shown = self._text[self._shown : end if self._include_stop else start]
             self._reset()
             return shown, True

@@ -74,6 +74,8 @@ def test_a_draft_that_is_always_right_saves_steps(model, alone):
     assert len(done.tokens) == 41
     assert len(steps) == 1 + 8  # the prompt, then five tokens a step
     assert len(of_draft) == 4 * 8 and all(len(step.sequences[0].tokens) <= 2 for step in of_draft[1:])
+    counters = engine._scheduler.counters
+    assert (counters.drafts, counters.draft_tokens, counters.accepted_tokens) == (8, 32, 32)
 
 
 def test_prompt_lookup_saves_steps_where_text_repeats(model, alone):
