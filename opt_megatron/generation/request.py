@@ -66,7 +66,7 @@ class TokenEvent:
         choice: which of the request's `n` continuations.
         logprob: natural logarithm of the model's own probability, before any processor; None where it is not
             asked for, and for the first token of a prompt.
-        top_logprobs: the likeliest ids with their log-probabilities, best first.
+        top_logprobs: the likeliest ids with their log-probabilities, best first, or those of `logprob_token_ids`.
         is_prompt: a token of the prompt, where `echo` or `prompt_logprobs` asks for them (with choice 0, before all
             others).
         num_cached_tokens: of the prompt, those whose keys and values were copied from another sequence instead of
@@ -148,6 +148,7 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
         ("logit_bias", [token for token, _ in request.params.logit_bias]),
         ("stop_token_ids", request.params.stop_token_ids),
         ("allowed_token_ids", request.params.allowed_token_ids),
+        ("logprob_token_ids", request.params.logprob_token_ids),
     ):
         foreign = [token for token in ids if not 0 <= token < config.vocab_size]
         if foreign:

@@ -82,6 +82,8 @@ class ChoiceBuilder:
         if event.logprob is None:  # the first token of a sequence has no probability
             return None
         name = self._token_name
+        if self._request.params.logprob_token_ids and not event.is_prompt:
+            num_top = len(event.top_logprobs)
         # The chosen token is the first, as in vLLM, whose clients rely on it.
         return {name(_token_of(event)): event.logprob} | {
             name(token): logprob for token, logprob in event.top_logprobs[:num_top]

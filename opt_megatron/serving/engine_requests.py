@@ -88,7 +88,7 @@ def _num_logprobs(request: Request) -> int:
     if params.num_prompt_logprobs is not None:
         of_prompt = len(request.prompt) * (1 + params.num_prompt_logprobs)
     if params.logprobs is not None:
-        of_output = params.max_new_tokens * (1 + params.logprobs)
+        of_output = params.max_new_tokens * (1 + max(params.logprobs, len(params.logprob_token_ids)))
     return params.n * (of_prompt + of_output)
 
 

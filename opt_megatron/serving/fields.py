@@ -15,7 +15,7 @@ _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000
 _MAX_BAD_WORDS = 256  # each is encoded twice, in the event loop
 _MAX_BAD_WORD_LENGTH = 100
-_MAX_TOKEN_IDS = 1024  # of `logit_bias`, `stop_token_ids` and `allowed_token_ids`
+_MAX_TOKEN_IDS = 1024  # of `logit_bias` and of each list of ids
 _MAX_PROMPTS = 10_000
 _LARGEST_ID = 10**300  # messages quote a wrong one
 

@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema
 
 from ..generation.sampling.sampling_params import SamplingParams
 from ..options import Option, options_of
-from .fields import FIELD_TYPES, MAX_INT, BadWords, LongTokenIds, ModelName, Prompts, Text
+from .fields import FIELD_TYPES, MAX_INT, BadWords, LongTokenIds, ModelName, Name, Prompts, Text
 
 _OPTIONS = options_of(SamplingParams)
 # Field of the API -> the option of `SamplingParams`.
@@ -178,7 +178,7 @@ class CompletionRequest(SamplingBody):
     spaces_between_special_tokens: bool = Field(True, description=_UNUSED + ": OPT's tokenizer has no such spaces")
     detokenize: bool = Field(True, description=_UNUSED)
     priority: int = Field(0, description=_UNUSED)
-    request_id: str = Field("", description=_UNUSED)
+    request_id: Name = Field("", description="the response's id is cmpl- and this, or the header X-Request-Id")
     cache_salt: str = Field("", description=_UNUSED)
     session_id: str = Field("", description=_UNUSED)
     stream_interval: int = Field(1, ge=1, description=_UNUSED + ": every token is sent at once")

@@ -25,6 +25,7 @@ class ResponseBuilder:
 
     Args:
         requests: the engine requests of its prompts, in their order.
+        request_id: the client's name for the request, which becomes part of the response's id.
         returns_token_ids: choices have `token_ids` and `prompt_token_ids`.
         names_ids: the tokens of log-probabilities are named `token_id:N`.
     """
@@ -34,12 +35,13 @@ class ResponseBuilder:
         model: ServedModel,
         requests: Sequence[EngineRequest],
         *,
+        request_id: str = "",
         returns_token_ids: bool = False,
         names_ids: bool = False,
     ) -> None:
         token_name = "token_id:{}".format if names_ids else model.token_text
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{request_id or uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": model.name,

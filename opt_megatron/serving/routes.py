@@ -37,6 +37,7 @@ def add_completion_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
         output, builder = await _submit(
             async_engine,
             body,
+            request_id=request.headers.get("x-request-id") or body.request_id,
             returns_token_ids=body.return_token_ids,
             names_ids=body.return_tokens_as_token_ids,
         )
@@ -67,7 +68,7 @@ def add_completion_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
 
 
 async def _submit(
-    async_engine: AsyncEngine, body: CompletionRequest | MetaseqRequest, **of_response: bool
+    async_engine: AsyncEngine, body: CompletionRequest | MetaseqRequest, **of_response: Any
 ) -> tuple[OutputCollector, ResponseBuilder]:
     """Queue the engine requests of a body; `of_response` are arguments of `ResponseBuilder`."""
     model = async_engine.model

@@ -169,6 +169,27 @@ def test_ids_and_the_prompts_log_probabilities_are_returned(server, offline):
             assert sorted(score["rank"] for score in got.values() if score["rank"]) == [1, 2]
 
 
+def test_log_probabilities_of_given_ids_are_returned(server):
+    first = {"prompt": PROMPT, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
+    (best,) = server.complete(**first, logprobs=20).json["choices"]
+    wanted = best["logprobs"]["top_logprobs"][0]
+    rare, common = [int(name.removeprefix("token_id:")) for name in (min(wanted, key=wanted.get), next(iter(wanted)))]
+    given = {"logprobs": 0, "logprob_token_ids": [rare, common], "echo": True}
+    (choice,) = server.complete(**first, **given).json["choices"]
+    *of_prompt, got = choice["logprobs"]["top_logprobs"]
+    assert list(got) == [f"token_id:{common}", f"token_id:{rare}"]
+    assert all(abs(got[name] - wanted[name]) < 1e-4 for name in got) and {len(top) for top in of_prompt[1:]} == {1}
+    assert server.complete(**first, logprob_token_ids=[1]).json["error"]["param"] == "logprobs"
+    assert "ids go from" in server.complete(**first, logprobs=0, logprob_token_ids=[9999]).json["error"]["message"]
+
+
+def test_a_client_names_its_request(server):
+    body = {"prompt": PROMPT, "max_tokens": 1, "request_id": "mine"}
+    assert server.complete(**body).json["id"] == "cmpl-mine"
+    answer = server.request("POST", "/v1/completions", {**body, "stream": True}, {"X-Request-Id": "header"})
+    assert {event["id"] for event in answer.events} == {"cmpl-header"}
+
+
 def test_special_tokens_can_be_shown_and_words_ruled_out(server, offline):
     shown = {"prompt": PROMPT, "max_tokens": 2, "allowed_token_ids": [1], "skip_special_tokens": False}
     assert server.complete(**shown).json["choices"][0]["text"] == "<pad><pad>"

@@ -113,8 +113,9 @@ class ContrastiveSearchGroup(SequenceGroup):
     def _accept_token(self, token: int, logits: Tensor) -> TokenEvent:
         self._history.append(token)
         score: tuple[float | None, TopLogProbs] = (None, ())
-        if self.request.params.logprobs is not None:
-            (score,) = top_log_probabilities(logits[None], [token], self.request.params.logprobs)
+        params = self.request.params
+        if params.logprobs is not None:
+            (score,) = top_log_probabilities(logits[None], [token], params.logprobs, params.logprob_token_ids)
         text, reason = self._detokenizer.push(token)
         self.is_finished = reason is not None
         return TokenEvent(self.request_id, token, text, reason, 0, *score, stop_reason=self._detokenizer.stop_reason)

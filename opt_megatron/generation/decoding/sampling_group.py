@@ -148,7 +148,8 @@ class SamplingGroup(SequenceGroup):
         logprob: float | None = None
         top: TopLogProbs = ()
         if self._num_logprobs is not None and logits is not None:
-            ((logprob, top),) = top_log_probabilities(logits[None], [token], self._num_logprobs)
+            ids = self.request.params.logprob_token_ids
+            ((logprob, top),) = top_log_probabilities(logits[None], [token], self._num_logprobs, ids)
             self.logprob_sum += logprob
         self.lead.tokens.append(token)
         self.lead.num_unread = max(0, self.lead.num_unread - 1)

@@ -132,7 +132,7 @@ def filtered_scores(logits: Tensor, chain: ProcessorChain, history: TokenHistory
 
 
 def top_log_probabilities(
-    logits: Tensor, chosen: Sequence[int], n: int
+    logits: Tensor, chosen: Sequence[int], n: int, ids: Sequence[int] = ()
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """Natural log-probabilities by the model alone, before any processor.
 
@@ -140,13 +140,17 @@ def top_log_probabilities(
         logits: [rows, vocabulary].
         chosen: each row's token.
         n: how many of the best to return, at most the vocabulary.
+        ids: if there are any, they are returned instead of the best.
 
     Returns:
         For each row the chosen token's, and the n best as (id, log-probability), best first and of equal ones the
-        lower id first.
+        lower id first; or `ids` in their order.
     """
     scores = logits.float().log_softmax(-1)
     own = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None]).squeeze(1).tolist()
+    if ids:
+        values = scores[:, list(ids)].tolist()
+        return [(value, tuple(zip(ids, row, strict=True))) for value, row in zip(own, values, strict=True)]
     if n == 0:
         return [(value, ()) for value in own]
     best = scores.topk(min(n, scores.size(-1)))

@@ -164,6 +164,16 @@ class SamplingParams:
         api_name="logprobs",
         api_maximum=20,
     )
+    logprob_token_ids: tuple[int, ...] = option(
+        (),
+        help="with --logprobs: report the log-probability of this id instead of those of the most likely ones; "
+        "repeatable",
+        minimum=0,
+        must="be made of ids, which are 0 or above",
+        metavar="ID",
+        flags=("--logprob-token-id",),
+        api_name="logprob_token_ids",
+    )
     prompt_logprobs: int | None = option(
         None,
         help="report the prompt's tokens with their log-probabilities, and those of the N most likely ones",
@@ -255,6 +265,8 @@ class SamplingParams:
         _check_continuations(self)
         _check_biases(self)
         _check_texts(self)
+        if self.logprob_token_ids:
+            _check(self.logprobs is not None, "logprobs", None, "given with logprob_token_ids")
         if self.num_beams > 1:
             _check_beams(self)
         elif self.penalty_alpha > 0:

@@ -111,6 +111,8 @@ def test_top_log_probabilities_are_of_the_raw_logits():
     assert [value for _, value in second[1]] == pytest.approx([LN(0.7), LN(0.2)])
     assert top_log_probabilities(logits, [0, 1], 0)[1] == (pytest.approx(LN(0.2)), ())
     assert len(top_log_probabilities(logits, [0, 1], 9)[0][1]) == 3
+    ((_, given),) = top_log_probabilities(logits[1:], [2], 2, (1, 0))
+    assert given == ((1, pytest.approx(LN(0.2))), (0, pytest.approx(LN(0.1))))
 
 
 def test_an_error_of_one_sequence_leaves_the_others_their_tokens():

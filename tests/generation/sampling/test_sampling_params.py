@@ -26,6 +26,7 @@ from opt_megatron.generation.sampling.sampling_params import SamplingParams
         ({"stop": ("a", "")}, "stop is"),
         ({"bad_words": ""}, "bad_words is .* strings that are not empty"),
         ({"allowed_token_ids": (4, -1)}, "allowed_token_ids is"),
+        ({"logprob_token_ids": (4,)}, "logprobs is None, but must be given with logprob_token_ids"),
         ({"bad_word_ids": (4,)}, "bad_word_ids is 4, but must be a list of ids"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
         ({"min_p": 1.5}, "min_p is 1.5, but must be from 0"),
