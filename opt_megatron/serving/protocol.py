@@ -24,7 +24,7 @@ _OPTIONS = options_of(SamplingParams)
 _OPENAI_FIELDS = {option.api_name: name for name, option in _OPTIONS.items() if option.api_name}
 _METASEQ_FIELDS = {
     **{name: _OPENAI_FIELDS[name] for name in ("max_tokens", "min_tokens", "n", "best_of", "echo", "logprobs")},
-    **{name: name for name in ("stop", "seed", "temperature", "top_p", "omega_bound", "lambda_decay")},
+    **{name: name for name in ("stop", "seed", "temperature", "top_p", "omega_bound", "lambda_decay", "logit_bias")},
     "alpha_presence": "presence_penalty",
     "alpha_frequency": "frequency_penalty",
     "alpha_presence_src": "prompt_presence_penalty",
@@ -32,6 +32,8 @@ _METASEQ_FIELDS = {
 }
 # The engine's names of options -> the API's, for messages; where both APIs have the option, OpenAI's.
 API_NAMES = {option: field for field, option in [*_METASEQ_FIELDS.items(), *_OPENAI_FIELDS.items()]}
+# OpenAI's clients send these to metaseq's routes, too.
+_METASEQ_ALIASES = {"presence_penalty": "alpha_presence", "frequency_penalty": "alpha_frequency"}
 _UNUSED = "accepted and not used"
 
 
@@ -213,6 +215,8 @@ class CompletionRequest(SamplingBody):
     top_p={"ge": None, "description": "as in OpenAI's API; 0 and below is greedy"},
     lambda_decay={"gt": None, "default": -1.0, "description": "factual nucleus: its decay; 0 and below is off"},
     omega_bound={"ge": None, "default": 0.3},
+    alpha_presence={"description": "as presence_penalty, which is accepted for it; 0 and below is off"},
+    alpha_frequency={"description": "as frequency_penalty, which is accepted for it; 0 and below is off"},
 )
 class MetaseqRequest(SamplingBody):
     """POST /completions and /engines/{engine}/completions. As in metaseq, a number may be given as a string."""
@@ -223,6 +227,16 @@ class MetaseqRequest(SamplingBody):
     stream: Literal[False] = Field(False, description="accepted where it is off: not streamed")
     model: str = Field("", description=_UNUSED)
     user: str = Field("", description=_UNUSED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name, own in _METASEQ_ALIASES.items():
+                if name in value and own not in value:
+                    value = {**value, own: value[name]}
+                    del value[name]
+        return value
 
 
 class TokenizeRequest(RequestBody):

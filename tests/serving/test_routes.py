@@ -135,6 +135,15 @@ def test_metaseqs_values_for_off_are_off(server, offline):
         assert choice["text"] == wanted.text
 
 
+def test_metaseqs_routes_take_what_openais_clients_send(server, offline):
+    (wanted,) = offline(PROMPT, max_new_tokens=8, temperature=0, presence_penalty=2, logit_bias=((262, -5.0),))
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "presence_penalty": 2, "logit_bias": {"262": -5}}
+    answer = server.request("POST", "/v1/engines/175b/completions", {**body, "frequency_penalty": 0})
+    assert answer.json["choices"][0]["text"] == wanted.text
+    answer = server.request("POST", "/completions", {**body, "alpha_presence": 1})
+    assert answer.json["error"]["param"] == "presence_penalty"
+
+
 def test_greedy_and_empty_continuations_are_openais(server):
     def texts(**options):
         return [choice["text"] for choice in server.complete(prompt=PROMPT, **options).json["choices"]]
