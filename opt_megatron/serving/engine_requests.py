@@ -133,8 +133,12 @@ def _prompt_text(model: ServedModel, request: Request) -> str:
 def engine_error(message: str) -> ApiError:
     """The engine's refusal of a request, with the API's names of options."""
     message = re.sub(r"\b\w+\b", lambda word: API_NAMES.get(word[0], word[0]), message)
-    code = "context_length_exceeded" if "positions" in message else None
-    return bad_request(message, field_of(message) or "prompt", code)
+    field, code = field_of(message) or "prompt", None
+    if positions := re.search(r"(\d+) positions", message):
+        # Clients such as litellm recognise this error by the code, or by these words of OpenAI's message.
+        code = "context_length_exceeded"
+        message = f"this model's maximum context length is {positions[1]} tokens: {message}"
+    return bad_request(message, field, code)
 
 
 def _max_prompt_tokens(

@@ -76,6 +76,7 @@ def test_the_engines_words_become_the_apis():
         assert engine_error(f"{what}: logit_bias has 4096, but ids go").param == "logit_bias"
     error = engine_error("the prompt has 600 tokens with BOS, and the model has 512 positions: shorten it")
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
+    assert error.message.startswith("this model's maximum context length is 512 tokens: the prompt has 600")
 
 
 def test_long_texts_and_lists_are_converted_beside_the_event_loop():
