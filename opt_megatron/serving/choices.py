@@ -90,11 +90,11 @@ class ChoiceBuilder:
         }
 
     def _prompt_logprobs(self, event: TokenEvent) -> dict[str, dict[str, Any]] | None:
-        """vLLM's form; `rank` is null for a token that is not among the best."""
+        """vLLM's form."""
         if event.logprob is None:
             return None
         token = _token_of(event)
-        scores: dict[int, tuple[float, int | None]] = {token: (event.logprob, None)}
+        scores: dict[int, tuple[float, int | None]] = {token: (event.logprob, event.rank)}
         scores |= {other: (logprob, rank) for rank, (other, logprob) in enumerate(event.top_logprobs, 1)}
         return {
             str(other): {"logprob": logprob, "rank": rank, "decoded_token": self._model.token_text(other)}

@@ -20,6 +20,7 @@ __all__ = [
     "choose_tokens",
     "distribution",
     "filtered_scores",
+    "ranks",
     "sample_token",
     "top_log_probabilities",
 ]
@@ -159,6 +160,16 @@ def top_log_probabilities(
         (value, tuple(sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))))
         for value, ids, values in rows
     ]
+
+
+def ranks(logits: Tensor, chosen: Sequence[int]) -> list[int]:
+    """Where each row's token stands among all by its probability, from 1; of equal ones the last place, as in vLLM.
+
+    Args:
+        logits: [rows, vocabulary].
+    """
+    own = logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])
+    return (logits >= own).sum(-1).tolist()
 
 
 def _possible_candidates(logits: Tensor, chain: ProcessorChain, history: TokenHistory) -> tuple[Tensor | None, Tensor]:
