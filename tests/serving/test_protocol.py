@@ -52,7 +52,8 @@ def test_a_beam_search_is_not_sampled_whatever_the_model_says():
 def test_fields_that_change_nothing_are_taken():
     unused = {
         "user": "u" * 10_000, "suffix": "", "detokenize": True, "spaces_between_special_tokens": False,
-        "priority": -3, "request_id": "r1", "cache_salt": "x", "metadata": {"a": [1]},
+        "priority": -3, "request_id": "r1", "cache_salt": "x", "metadata": {"a": [1]}, "session_id": "s",
+        "stream_interval": 4, "response_format": {"type": "text"},
         "stream_options": {"include_obfuscation": False}, "stream": True,
     }  # fmt: skip
     read(CompletionRequest, json.dumps({"prompt": "a", **unused}).encode())
