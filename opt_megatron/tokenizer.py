@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_PAIR = ("vocab.json", "merges.txt")
+_METASEQ_PREFIX = "gpt2-"  # of metaseq's names of the pair, whose ids are the same
 _NEVER_IN_TEXT = ("<s>", "<pad>", "</s>", "<unk>")
 BOS_TOKEN = "</s>"  # OPT begins every sequence with the token that also ends one
 _SPECIAL_TOKENS = (BOS_TOKEN, "<pad>")  # of the released models' special_tokens_map.json
@@ -71,19 +73,18 @@ class OPTTokenizer:
     def from_directory(cls, directory: Path) -> Self:
         """Read `vocab.json` and `merges.txt`, or `tokenizer.json` where those are missing, and the added tokens.
 
-        For a file, such as a weight file, the tokenizer files beside it are read.
+        For a file, such as a weight file, the tokenizer files beside it are read. metaseq's names are known too.
 
         Raises:
             CheckpointError: these files are missing or cannot be read.
         """
-        directory = Path(directory)
-        directory = directory.parent if directory.is_file() else directory
+        files = tokenizer_files(directory)
+        directory = _directory_of(directory)
         try:
-            if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-                vocab = json.loads(read_text(directory / "vocab.json"))
-                merges = _read_merges(directory / "merges.txt")
-            elif (directory / "tokenizer.json").is_file():
-                model = json.loads(read_text(directory / "tokenizer.json"))["model"]
+            if files.keys() >= set(_PAIR):
+                vocab, merges = json.loads(read_text(files[_PAIR[0]])), _read_merges(files[_PAIR[1]])
+            elif "tokenizer.json" in files:
+                model = json.loads(read_text(files["tokenizer.json"]))["model"]
                 vocab = model["vocab"]
                 merges = [_pair(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
             else:
@@ -95,6 +96,8 @@ class OPTTokenizer:
             return cls(vocab, merges, read_added_tokens(directory, vocab))
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
         except Exception as error:  # the library raises bare Exception for a vocabulary it cannot use
             raise CheckpointError(f"{directory}: the tokenizer files cannot be used: {error}") from None
 
@@ -170,9 +173,30 @@ class OPTTokenizer:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether `directory` has the files that `OPTTokenizer.from_directory` reads."""
-    directory = directory.parent if directory.is_file() else directory
-    pair = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
-    return pair or (directory / "tokenizer.json").is_file()
+    return _is_complete(tokenizer_files(directory))
+
+
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """The tokenizer's files in a directory, or beside a file, by Hugging Face's names.
+
+    metaseq's gpt2-vocab.json and gpt2-merges.txt are taken where there are no others.
+    """
+    directory = _directory_of(directory)
+    files = {name: directory / name for name in TOKENIZER_FILES if (directory / name).is_file()}
+    if not _is_complete(files):
+        of_metaseq = {name: directory / f"{_METASEQ_PREFIX}{name}" for name in _PAIR}
+        if all(path.is_file() for path in of_metaseq.values()):
+            files |= of_metaseq
+    return files
+
+
+def _is_complete(files: Mapping[str, Path]) -> bool:
+    return files.keys() >= set(_PAIR) or "tokenizer.json" in files
+
+
+def _directory_of(path: Path) -> Path:
+    path = Path(path)
+    return path.parent if path.is_file() else path
 
 
 class StreamDecoder:

@@ -1,6 +1,7 @@
 """The tokenizer: ids equal to transformers', one BOS, and streams that never show half a character."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.data.fast_encoder import FastEncoder
 from opt_megatron.errors import CheckpointError
-from opt_megatron.tokenizer import OPTTokenizer
+from opt_megatron.tokenizer import OPTTokenizer, has_tokenizer, tokenizer_files
 
 TOKENIZER = OPTTokenizer.from_directory(EMBEDDED_DIRECTORY)
 ORACLE = AutoTokenizer.from_pretrained(EMBEDDED_DIRECTORY)
@@ -61,6 +62,20 @@ def test_half_a_character_is_held_back_until_it_is_whole():
     assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["😀"]
     unfinished = TOKENIZER.stream()
     assert unfinished.push(ids[0]) == "" and unfinished.flush() == "\ufffd"
+
+
+def test_metaseqs_names(tmp_path):
+    for name, path in tokenizer_files(EMBEDDED_DIRECTORY).items():
+        shutil.copyfile(path, tmp_path / f"gpt2-{name}")
+    assert has_tokenizer(tmp_path) and tokenizer_files(tmp_path).keys() == {"vocab.json", "merges.txt"}
+    assert OPTTokenizer.from_directory(tmp_path).fingerprint == TOKENIZER.fingerprint
+
+
+def test_a_vocabulary_that_git_lfs_has_not_fetched(tmp_path):
+    shutil.copytree(EMBEDDED_DIRECTORY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "vocab.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(CheckpointError, match=r"vocab\.json: cannot be read: is a git-lfs pointer"):
+        OPTTokenizer.from_directory(tmp_path)
 
 
 def test_tokenizer_json_alone_is_enough(tmp_path):

@@ -14,7 +14,7 @@ from ..config import OPTConfig, dtype_name
 from ..errors import CheckpointError
 from ..files import PartialDirectory, read_bounded, recover_directory
 from ..parallel.layout import check_model_divides
-from ..tokenizer import TOKENIZER_FILES, OPTTokenizer
+from ..tokenizer import OPTTokenizer, tokenizer_files
 from .checkpoint import Checkpoint
 from .conversion_options import ConversionOptions
 from .conversion_target import check_target, resolve_target
@@ -142,10 +142,10 @@ def _write_config_and_tokenizer(
     config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     source = checkpoint.directory
-    for names, origin in ((TOKENIZER_FILES, tokenizer or source), (("generation_config.json",), source)):
-        for name in names:
-            if (origin / name).is_file():
-                (directory / name).write_bytes(read_bounded(origin / name))
+    copied = tokenizer_files(tokenizer or source) | {"generation_config.json": source / "generation_config.json"}
+    for name, path in copied.items():
+        if path.is_file():
+            (directory / name).write_bytes(read_bounded(path))
     return config
 
 

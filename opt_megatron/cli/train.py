@@ -23,7 +23,7 @@ from ..training.options import (
     TrainerOptions,
 )
 from ..training.run_file import HEADER
-from .arguments import LayoutOptions, config_argument
+from .arguments import LayoutOptions, config_argument, print_config_notes
 from .loading import lost_rank_policy
 from .option_groups import Groups, add_groups, comparable_options, declared_options, resolved_options
 
@@ -108,6 +108,8 @@ def _start_of_run(
 
     if args.load is not None:
         opened = open_on_all_ranks(args.load, parallel, args.revision)
+        if parallel.is_leader:
+            print_config_notes(opened.config_notes, args)
         return opened.path, opened.config
     config = config_argument(args) if recipe is None else recipe.config
     assert config is not None  # _check_sources requires one of the three

@@ -123,6 +123,8 @@ def _task_manager(options: TaskOptions) -> Any:
     Indexing lm-eval's own tasks takes seconds.
     """
     paths = [str(path) for path in (SHIPPED_TASKS, options.include_path) if path is not None]
+    if options.include_path is not None:
+        print_notice(f"--include-path {options.include_path}: the tasks there can run Python code (!function)")
     manager = _manager_class()(include_path=paths, include_defaults=False)
     if not _unknown(manager, options.tasks):
         return manager

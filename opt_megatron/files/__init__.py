@@ -12,7 +12,7 @@ from .claimed_directory import claim_directory, is_claimed, publish_directory, r
 from .lock import file_lock
 from .partial_directory import PartialDirectory
 from .progress import ProgressLines, progress_bar
-from .regular import open_input, open_regular, read_bounded, read_text, special_kind
+from .regular import git_lfs_pointer, open_input, open_regular, read_bounded, read_text, special_kind
 
 __all__ = [
     "PartialDirectory",
@@ -23,6 +23,7 @@ __all__ = [
     "created_directory",
     "file_lock",
     "fsync_path",
+    "git_lfs_pointer",
     "is_claimed",
     "open_input",
     "open_regular",

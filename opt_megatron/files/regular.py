@@ -14,6 +14,7 @@ from typing import IO
 
 MOST_BYTES = 64 * 2**20  # of a JSON or text file; the largest tokenizer.json that is known has 33 MB
 _MOST_OPEN = 65_536
+_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # a pointer's first line (git-lfs, docs/spec.md)
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _OWN_DESCRIPTORS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 _KINDS = {
@@ -84,11 +85,19 @@ def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, f"is {kind}, not a regular file", os.fspath(path))
 
 
+def git_lfs_pointer(start: bytes) -> str | None:
+    """What to say of a file that begins with these bytes, if it is what git shows where git-lfs has not fetched it."""
+    if not start.startswith(_GIT_LFS_POINTER):
+        return None
+    return "is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository, or download this file"
+
+
 def read_bounded(path: Path, limit: int = MOST_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or has more bytes; `strerror` says which.
+        OSError: it cannot be read, is no regular file, is a pointer of git-lfs, or has more bytes; `strerror` says
+            which.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -96,6 +105,9 @@ def read_bounded(path: Path, limit: int = MOST_BYTES) -> bytes:
     if size > limit or len(content) > limit:  # the latter: it grows meanwhile
         message = f"has {max(size, len(content)):,} bytes, more than the {limit:,} that such a file may have"
         raise OSError(errno.EFBIG, message, str(path))
+    pointer = git_lfs_pointer(content)
+    if pointer is not None:
+        raise OSError(errno.EINVAL, pointer, str(path))
     return content
 
 

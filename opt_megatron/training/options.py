@@ -23,6 +23,9 @@ class StartOptions(Options):
         None, help="fine-tune this one: any format, a name, or a repository", metavar="CHECKPOINT", is_path=True
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub repository")
+    activation: str | None = option(
+        None, help="state that --load has OPT's activation, where its files cannot say it", choices=("relu",)
+    )
     adapter: str | None = option(
         None, help="train this adapter of peft (LoRA) further, on --load", metavar="DIR", is_path=True
     )

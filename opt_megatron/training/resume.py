@@ -15,7 +15,7 @@ from ..config import dtype_name
 from ..errors import UserError
 from ..files import read_bounded
 from ..parallel.context import ParallelContext
-from ..tokenizer import TOKENIZER_FILES
+from ..tokenizer import tokenizer_files
 from .checkpointing.integrity import newest_intact_checkpoint, saved_checkpoints
 from .checkpointing.manager import CheckpointManager, TrainingState
 from .model_setup import seed_dropout
@@ -42,16 +42,11 @@ def _companions(options: TrainingOptions) -> dict[str, bytes]:
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
     if options.lora_layers:
         files[LORA_FILE] = lora_file_text(options.lora_layers, options.base_model).encode()
-    paths = []
-    if options.tokenizer is not None:
-        paths += [_beside(options.tokenizer, name) for name in TOKENIZER_FILES]
+    paths = {} if options.tokenizer is None else tokenizer_files(options.tokenizer)
     if options.load is not None:
-        paths.append(_beside(Path(options.load), "generation_config.json"))
-    return files | {path.name: read_bounded(path) for path in paths if path.is_file()}
-
-
-def _beside(checkpoint: Path, name: str) -> Path:
-    return (checkpoint.parent if checkpoint.is_file() else checkpoint) / name
+        load, name = Path(options.load), "generation_config.json"
+        paths[name] = load.with_name(name) if load.is_file() else load / name
+    return files | {name: read_bounded(path) for name, path in paths.items() if path.is_file()}
 
 
 def resume(

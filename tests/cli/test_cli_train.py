@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats import hf_config, random_tensors, write_megatron_lm
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.cli import main
@@ -369,3 +370,13 @@ def test_a_run_is_loaded_with_its_tokenizer(data: Path, tmp_path: Path, capsys: 
         del more[more.index(flag) : more.index(flag) + 2]
     assert run(capsys, *more, "--load", tmp_path / "run")[0] == 0
     assert (saved_checkpoints(tmp_path / "next")[0][1] / "vocab.json").is_file()
+
+
+def test_what_is_assumed_of_a_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = hf_config(vocab_size=32)
+    write_megatron_lm(tmp_path / "source", config, random_tensors(config), 2, 1)
+    command = ("train", "--load", tmp_path / "source", "--train-data-path", tmp_path / "absent")
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "the activation is assumed to be ReLU" in err  # and then that the batch size is missing
+    code, _, err = run(capsys, *command, "--activation", "relu")
+    assert code == 2 and "4 attention heads from args" in err and "ReLU" not in err

@@ -20,12 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import open_regular
+from ...files import git_lfs_pointer, open_regular
 from .blocks import Block, block_shape, contiguous_strides
 from .lazy_tensor import LazyTensor, bytes_of, without_module_prefix
 
-# The first line of a pointer (git-lfs, docs/spec.md).
-_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_HEADER_BYTES = 16 * 2**20  # opt-175b's 1,541 tensors take 200 kB
 _SMALL_GAP = 4096  # bytes that are read and thrown away rather than passed over by another system call
@@ -51,11 +49,9 @@ class TensorFile:
         self.size = os.fstat(self._descriptor).st_size
         if not self.size:
             raise CheckpointError(f"{path}: is empty")
-        if self.start(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER:
-            raise CheckpointError(
-                f"{path}: is a git-lfs pointer of {self.size} bytes, not the weights: run `git lfs pull` in its "
-                "repository, or download this file"
-            )
+        pointer = git_lfs_pointer(self.start(80))
+        if pointer is not None:
+            raise CheckpointError(f"{path}: {pointer}")
 
     def start(self, count: int) -> bytes:
         """The file's first `count` bytes, or all there are."""

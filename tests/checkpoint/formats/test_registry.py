@@ -70,6 +70,15 @@ def test_incomplete_and_mixed_sets_are_refused_with_what_is_there(tmp_path, name
     assert "\n" not in str(caught.value)
 
 
+def test_a_config_that_git_lfs_has_not_fetched(tmp_path):
+    directory = SAMPLES["hf"](tmp_path / "hf")
+    (directory / "config.json").write_text(POINTER)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: cannot be read: is a git-lfs pointer, not the file itself"
+    ):
+        open_checkpoint(directory)
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 250540281\n"
 WEIGHT_FILES = {
     "hf": "model.safetensors",
@@ -90,7 +99,7 @@ def test_files_that_are_no_weights_are_called_what_they_are(tmp_path, monkeypatc
 
     content = file.read_bytes()
     file.write_text(POINTER)
-    assert "is a git-lfs pointer of 134 bytes" in message()
+    assert f"{file.name}: is a git-lfs pointer, not the file itself: run `git lfs pull`" in message()
     torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
     assert name == "hf" or re.search(r"format from before 1\.6.*torch\.save\(torch\.load", message())
     file.write_bytes(content[: len(content) // 2])
