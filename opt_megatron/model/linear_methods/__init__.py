@@ -3,6 +3,7 @@
     onednn.py            the float weight in oneDNN's blocked order, on a CPU
     torch_linear.py      the float weight as it is, on any device
     int8.py              8-bit weights and activations, on a CPU
+    int8_triton.py       8-bit weights, on a GPU
     int8_weight_only.py  8-bit weights, elsewhere
 
 A new method is a file with a subclass of `base.LinearMethod`, and its name in the table of `registry.py`. The choices
