@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,23 +51,21 @@ def quantization_help() -> str:
     return ". ".join(f"{name}: {METHODS[name].help}" for name in names)
 
 
-def methods_for(quantization: str | None) -> tuple[type[LinearMethod], ...]:
-    """The methods of one name, the preferred one first.
+def methods_for(quantization: str | None) -> Iterator[type[LinearMethod]]:
+    """The methods of one name, the preferred one first; each module is imported when its turn comes.
 
     Raises:
         UserError: there is no such quantisation.
     """
     if quantization not in METHODS:
         raise UserError(f"quantization {quantization!r}: choose {', '.join(quantizations())} or none")
-    found = []
     for path in METHODS[quantization].methods:
         module, _, name = path.partition(".")
         try:
-            found.append(getattr(import_module(f".{module}", __package__), name))
+            yield getattr(import_module(f".{module}", __package__), name)
         except ModuleNotFoundError as error:
             if error.name not in _OPTIONAL_PACKAGES:
                 raise
-    return tuple(found)
 
 
 def select_method(quantization: str | None, device: torch.device, dtype: torch.dtype) -> type[LinearMethod]:
