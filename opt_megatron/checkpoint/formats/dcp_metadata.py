@@ -50,11 +50,11 @@ _KNOWN: dict[tuple[str, str], Any] = {
 _LONGEST_NAME = 300
 _BYTES_PER_BYTE = 80  # by the interpreter's count, which is an upper bound: small objects take 45 to 55
 _Offsets = tuple[int, ...] | None  # of a chunk; None: of an object
-_Places = dict[tuple[str, _Offsets], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
+_StorageInfos = dict[tuple[str, _Offsets], dict[str, Any]]  # (name, offsets) -> the attributes of a _StorageInfo
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """Bytes of a file of the directory."""
 
     file: str
@@ -68,7 +68,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Place
+    stored: ByteRange
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Contents:
     """What a directory holds, by name: the tensors (without the optimizer's), and where the wanted objects are."""
 
     tensors: dict[str, TensorEntry]
-    objects: dict[str, Place]
+    objects: dict[str, ByteRange]
 
 
 def read_metadata(directory: Path, objects: Collection[str] = ()) -> Contents:
@@ -103,9 +103,9 @@ def read_metadata(directory: Path, objects: Collection[str] = ()) -> Contents:
             for name, value in metadata["state_dict_metadata"].items()
             if _is_model_tensor(name, value)
         }
-        places = _places(metadata["storage_data"], wanted.keys() | set(objects))
-        tensors = {name: _entry(name, state, places) for name, state in wanted.items()}
-        return Contents(tensors, {name: _place(name, info) for (name, at), info in places.items() if at is None})
+        infos = _storage_infos(metadata["storage_data"], wanted.keys() | set(objects))
+        tensors = {name: _entry(name, state, infos) for name, state in wanted.items()}
+        return Contents(tensors, {name: _byte_range(name, info) for (name, at), info in infos.items() if at is None})
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     except OSError as error:
@@ -121,37 +121,35 @@ def _is_model_tensor(name: Any, value: Any) -> bool:
     return is_tensor and not name.startswith("optimizer.") and "_extra_state" not in name
 
 
-def _places(storage_data: dict[Any, Any], wanted: Container[str]) -> _Places:
-    places: _Places = {}
+def _storage_infos(storage_data: dict[Any, Any], wanted: Container[str]) -> _StorageInfos:
+    infos: _StorageInfos = {}
     for key, value in storage_data.items():
         index = _state(key, "MetadataIndex")
         name, offsets = index["fqn"], index.get("offset")
         if type(name) is str and name in wanted:
-            places[name, None if offsets is None else _numbers(offsets)] = _state(value, "_StorageInfo")
-    return places
+            infos[name, None if offsets is None else _numbers(offsets)] = _state(value, "_StorageInfo")
+    return infos
 
 
-def _entry(name: str, state: dict[str, Any], places: _Places) -> TensorEntry:
+def _entry(name: str, state: dict[str, Any], infos: _StorageInfos) -> TensorEntry:
     dtype = state["properties"].state[0]
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{name} is of a dtype that OPT is not stored in; {', '.join(DTYPES)} are read")
-    return TensorEntry(
-        _numbers(state["size"]), dtype, [_chunk(name, dtype, value, places) for value in state["chunks"]]
-    )
+    return TensorEntry(_numbers(state["size"]), dtype, [_chunk(name, dtype, value, infos) for value in state["chunks"]])
 
 
-def _chunk(name: str, dtype: torch.dtype, value: Any, places: _Places) -> Chunk:
+def _chunk(name: str, dtype: torch.dtype, value: Any, infos: _StorageInfos) -> Chunk:
     state = _state(value, "ChunkStorageMetadata")
     offsets, sizes = _numbers(state["offsets"]), _numbers(state["sizes"])
-    if (name, offsets) not in places:
+    if (name, offsets) not in infos:
         raise ValueError(f"it does not say where {name} is from {list(offsets)} on")
-    place = _place(name, places[name, offsets])
-    if math.prod(sizes) * dtype.itemsize > place.length:
-        raise ValueError(f"{name} has shards of {list(sizes)} in {place.length:,} bytes")
-    return Chunk(offsets, sizes, place)
+    stored = _byte_range(name, infos[name, offsets])
+    if math.prod(sizes) * dtype.itemsize > stored.length:
+        raise ValueError(f"{name} has shards of {list(sizes)} in {stored.length:,} bytes")
+    return Chunk(offsets, sizes, stored)
 
 
-def _place(name: str, info: dict[str, Any]) -> Place:
+def _byte_range(name: str, info: dict[str, Any]) -> ByteRange:
     transforms, file = info.get("transform_descriptors"), info["relative_path"]
     if transforms:
         names = shorten([word for word in transforms if type(word) is str])
@@ -159,7 +157,7 @@ def _place(name: str, info: dict[str, Any]) -> Place:
     if type(file) is not str or not file.isprintable() or Path(file).name != file:
         raise ValueError(f"{name} is in a file that is not of the directory, {file[:40]!r}")
     start, length = _numbers((info["offset"], info["length"]))
-    return Place(file, start, length)
+    return ByteRange(file, start, length)
 
 
 def _state(value: Any, kind: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..storage.blocks import Block, contiguous_strides
 from ..storage.lazy_tensor import Concatenated, LazyTensor, RemappedTensor
 from ..storage.tensor_file import FileTensor, TensorFile
 from ..storage.torch_reader import FileSpan, TorchFile
-from .dcp_metadata import METADATA_FILE, Place, TensorEntry, read_metadata
+from .dcp_metadata import METADATA_FILE, ByteRange, TensorEntry, read_metadata
 
 _LAYERS = "decoder.layers."
 _COMMON = "common_state/shard_0_1"  # dist_checkpointing/serialization.py: a ShardedObject of one shard
@@ -39,7 +39,7 @@ def read_directory(directory: Path) -> tuple[dict[str, LazyTensor], Any]:
     return _layers_apart(directory, contents.tensors, files), _common_state(directory, contents.objects, files)
 
 
-def _common_state(directory: Path, objects: dict[str, Place], files: _Files) -> Any:
+def _common_state(directory: Path, objects: dict[str, ByteRange], files: _Files) -> Any:
     path = directory / "common.pt"
     if path.is_file():  # core, too, looks for it first
         return TorchFile(path).content
@@ -85,17 +85,17 @@ class _Files:
         self.directory = directory
         self._opened: dict[str, TensorFile] = {}
 
-    def span(self, place: Place) -> FileSpan:
-        """The bytes of a place.
+    def span(self, stored: ByteRange) -> FileSpan:
+        """These bytes of a file of the directory.
 
         Raises:
             CheckpointError: the file is missing, or does not have them.
         """
-        if place.file not in self._opened:
-            self._opened[place.file] = TensorFile(self.directory / place.file)
-        file = self._opened[place.file]
-        file.check_range(place.start, place.length)
-        return FileSpan(file, place.start, place.length)
+        if stored.file not in self._opened:
+            self._opened[stored.file] = TensorFile(self.directory / stored.file)
+        file = self._opened[stored.file]
+        file.check_range(stored.start, stored.length)
+        return FileSpan(file, stored.start, stored.length)
 
 
 def _assemble(name: str, entry: TensorEntry, files: _Files) -> LazyTensor:
@@ -104,7 +104,7 @@ def _assemble(name: str, entry: TensorEntry, files: _Files) -> LazyTensor:
     Raises:
         CheckpointError: its chunks leave gaps or overlap.
     """
-    shards = [(chunk.offsets, _Shard(files.span(chunk.place), chunk.sizes, entry.dtype)) for chunk in entry.chunks]
+    shards = [(chunk.offsets, _Shard(files.span(chunk.stored), chunk.sizes, entry.dtype)) for chunk in entry.chunks]
     tensor = _join(shards, 0, len(entry.shape))
     if tensor is None or tensor.shape != entry.shape:
         raise CheckpointError(f"{files.directory}: the shards of {name} do not make up a tensor of {list(entry.shape)}")
