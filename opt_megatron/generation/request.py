@@ -73,7 +73,7 @@ class TokenEvent:
             computed; in all events of a continuation.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended the continuation; None if an
             end-of-sequence token or the length did.
-        rank: of a prompt's token, its place among all by probability, from 1.
+        vocab_rank: with `prompt_logprobs`, the rank of a prompt's token in the vocabulary by probability, from 1.
     """
 
     request: int
@@ -86,7 +86,7 @@ class TokenEvent:
     is_prompt: bool = False
     num_cached_tokens: int = 0
     stop_reason: int | str | None = None
-    rank: int | None = None
+    vocab_rank: int | None = None
 
 
 @dataclass(frozen=True)

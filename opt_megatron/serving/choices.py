@@ -94,7 +94,7 @@ class ChoiceBuilder:
         if event.logprob is None:
             return None
         token = _token_of(event)
-        scores: dict[int, tuple[float, int | None]] = {token: (event.logprob, event.rank)}
+        scores: dict[int, tuple[float, int | None]] = {token: (event.logprob, event.vocab_rank)}
         scores |= {other: (logprob, rank) for rank, (other, logprob) in enumerate(event.top_logprobs, 1)}
         return {
             str(other): {"logprob": logprob, "rank": rank, "decoded_token": self._model.token_text(other)}

@@ -10,7 +10,7 @@ from ..request import Request, TextDecoder, TokenEvent, TopLogProbs
 from ..sampling.batch_sampler import SamplingRow, row_of
 from ..sampling.logits_processors import NO_IDS, ProcessorChain
 from ..sampling.random_numbers import RandomNumbers
-from ..sampling.sampler import SamplerState, distribution, ranks, sample_token, top_log_probabilities
+from ..sampling.sampler import SamplerState, distribution, sample_token, top_log_probabilities, vocab_ranks
 from ..sampling.token_history import TokenHistory
 from ..step import ScheduledSequence
 from .detokenizer import IncrementalDetokenizer
@@ -172,13 +172,15 @@ class SamplingGroup(SequenceGroup):
         prompt = self.request.prompt
         predicted = list(prompt[begin + 1 : end + 1])
         logits = output[: len(predicted)]
-        scores, places = top_log_probabilities(logits, predicted, num_logprobs), ranks(logits, predicted)
+        scores = top_log_probabilities(logits, predicted, num_logprobs)
+        has_ranks = self.request.params.prompt_logprobs is not None  # `echo` alone shows none
+        ranks = vocab_ranks(logits, predicted) if has_ranks else [None] * len(predicted)
         events = [self._prompt_event(prompt[0], (None, ()), None)] if begin == 0 else []
-        return events + list(map(self._prompt_event, predicted, scores, places))
+        return events + list(map(self._prompt_event, predicted, scores, ranks))
 
-    def _prompt_event(self, token: int, score: tuple[float | None, TopLogProbs], rank: int | None) -> TokenEvent:
+    def _prompt_event(self, token: int, score: tuple[float | None, TopLogProbs], vocab_rank: int | None) -> TokenEvent:
         text = self._prompt_decoder.push(token) if self._prompt_decoder else ""
-        return TokenEvent(self.request_id, token, text, None, 0, *score, is_prompt=True, rank=rank)
+        return TokenEvent(self.request_id, token, text, None, 0, *score, is_prompt=True, vocab_rank=vocab_rank)
 
     def _accept_chosen(self, tokens: Tensor) -> list[TokenEvent]:
         """Greedy search: a proposal is accepted as long as it is what the model itself would have chosen."""

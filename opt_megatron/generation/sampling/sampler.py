@@ -20,9 +20,9 @@ __all__ = [
     "choose_tokens",
     "distribution",
     "filtered_scores",
-    "ranks",
     "sample_token",
     "top_log_probabilities",
+    "vocab_ranks",
 ]
 
 
@@ -162,7 +162,7 @@ def top_log_probabilities(
     ]
 
 
-def ranks(logits: Tensor, chosen: Sequence[int]) -> list[int]:
+def vocab_ranks(logits: Tensor, chosen: Sequence[int]) -> list[int]:
     """Where each row's token stands among all by its probability, from 1; of equal ones the last place, as in vLLM.
 
     Args:

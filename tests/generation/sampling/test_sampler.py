@@ -12,9 +12,9 @@ from opt_megatron.generation.sampling.random_numbers import RandomNumbers
 from opt_megatron.generation.sampling.sampler import (
     SamplerState,
     choose_tokens,
-    ranks,
     sample_token,
     top_log_probabilities,
+    vocab_ranks,
 )
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 
@@ -112,7 +112,10 @@ def test_top_log_probabilities_are_of_the_raw_logits():
     assert [value for _, value in second[1]] == pytest.approx([LN(0.7), LN(0.2)])
     assert top_log_probabilities(logits, [0, 1], 0)[1] == (pytest.approx(LN(0.2)), ())
     assert len(top_log_probabilities(logits, [0, 1], 9)[0][1]) == 3
-    assert ranks(logits, [0, 1]) == [1, 2] and ranks(logits, [2, 0]) == [3, 3]  # of equal ones the last place
+    assert vocab_ranks(logits, [0, 1]) == [1, 2] and vocab_ranks(logits, [2, 0]) == [
+        3,
+        3,
+    ]  # of equal ones the last place
     ((_, given),) = top_log_probabilities(logits[1:], [2], 2, (1, 0))
     assert given == ((1, pytest.approx(LN(0.2))), (0, pytest.approx(LN(0.1))))
 
