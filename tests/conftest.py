@@ -90,8 +90,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
         "pre-norm": {},
         # As 350m is, and with a vocabulary that no tensor parallel size divides.
         "post-norm": {
-            **{"do_layer_norm_before": False, "word_embed_proj_dim": 24, "vocab_size": 517},
-            **{"num_hidden_layers": 4},
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 24,
+            "vocab_size": 517,
+            "num_hidden_layers": 4,
         },
     }.items():
         model = random_model(**overrides)
