@@ -116,7 +116,8 @@ LogitBias = Annotated[
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenIds = Annotated[list[TokenId], FailFast(), Field(max_length=_MAX_TOKEN_IDS)]
 LongTokenIds = Annotated[list[TokenId], FailFast(), Field(max_length=1_000_000)]
-Name = Annotated[str, Field(max_length=256)]
+MAX_NAME_LENGTH = 256
+Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
 ModelName = Annotated[Name | None, Field(description="a name that /v1/models lists; default: the model that is served")]
 
 # By the annotation of an option: the type of its field over HTTP, and the default if it is not the option's.

@@ -12,6 +12,7 @@ from ..version import __version__
 from .async_engine import AsyncEngine, EngineState
 from .engine_requests import decode, encode, make_engine_requests
 from .errors import bad_request
+from .fields import MAX_NAME_LENGTH
 from .metrics import CONTENT_TYPE
 from .protocol import CompletionRequest, DetokenizeRequest, MetaseqRequest, StreamOptions, TokenizeRequest
 from .request_output import OutputCollector
@@ -37,7 +38,7 @@ def add_completion_routes(app: FastAPI, async_engine: AsyncEngine) -> None:
         output, builder = await _submit(
             async_engine,
             body,
-            request_id=request.headers.get("x-request-id") or body.request_id,
+            request_id=_request_id(request) or body.request_id,
             returns_token_ids=body.return_token_ids,
             names_ids=body.return_tokens_as_token_ids,
         )
@@ -75,6 +76,14 @@ async def _submit(
     async_engine.check_queue(body.num_continuations)  # before the work of encoding the prompts
     requests = await make_engine_requests(model, body)
     return async_engine.submit(requests), ResponseBuilder(model, requests, **of_response)
+
+
+def _request_id(request: Request) -> str:
+    """The header X-Request-Id, as long as the field may be."""
+    request_id = request.headers.get("x-request-id", "")
+    if len(request_id) > MAX_NAME_LENGTH:
+        raise bad_request(f"the header X-Request-Id has {len(request_id):,} characters; {MAX_NAME_LENGTH} are the most")
+    return request_id
 
 
 def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine) -> None:

@@ -198,6 +198,8 @@ def test_a_client_names_its_request(server):
     assert server.complete(**body).json["id"] == "cmpl-mine"
     answer = server.request("POST", "/v1/completions", {**body, "stream": True}, {"X-Request-Id": "header"})
     assert {event["id"] for event in answer.events} == {"cmpl-header"}
+    answer = server.request("POST", "/v1/completions", body, {"X-Request-Id": "x" * 257})
+    assert (answer.status, answer.json["error"]["message"][:27]) == (400, "the header X-Request-Id has")
 
 
 def test_special_tokens_can_be_shown_and_words_ruled_out(server, offline):
