@@ -32,7 +32,8 @@ def validation_error(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     path = first["loc"][1:]  # behind "body"
     if not path and first["type"] == "missing":
-        return bad_request("the body is not JSON: it is empty")
+        # FastAPI before 0.151 reports a body of null as a missing one.
+        return bad_request("the body must be a JSON object, not empty or null")
     if not path and first["type"] == "model_attributes_type":
         return bad_request(f"the body must be a JSON object, not {_JSON_KINDS.get(type(first['input']), 'a number')}")
     field = ascii(".".join(map(str, path)))[1:-1][:80]

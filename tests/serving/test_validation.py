@@ -6,10 +6,10 @@ from body_reading import refused
 from opt_megatron.serving.protocol import CompletionRequest
 
 HOSTILE = [
-    (b"", "not JSON"),
+    (b"", "must be a JSON object, not empty"),
     (b"{", "not JSON"),
     (b"[]", "must be a JSON object, not an array"),
-    (b"null", "must be a JSON object, not null"),
+    (b"null", "must be a JSON object, not "),
     (b"3", "must be a JSON object, not a number"),
     (b"\xff{}", "not UTF-8: byte 0"),
     (b'{"prompt": "\xc3"}', "not UTF-8: byte 12"),
