@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..version import __version__
 from .agreement import check_same_on_all_ranks
 from .core_compat import prepare_megatron
+from .gloo_device import gloo_groups_on_device_of
 from .heartbeat import LostRankPolicy, watch_ranks
 from .launch_environment import launch_environment, local_rank, world_size_from_environment
 from .layout import check_layout
@@ -141,7 +142,8 @@ def init_parallel(
 
     if not _has_layout(tp, pp):
         _leave_model_parallel_groups()
-        parallel_state.initialize_model_parallel(**sizes)
+        with gloo_groups_on_device_of(_control_group()):
+            parallel_state.initialize_model_parallel(**sizes)
     seed_everything(seed)
     return current_context(chosen)
 
