@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -35,11 +34,13 @@ class RankPool:
     def __init__(self, world_size: int, *, has_gpus: bool = False) -> None:
         context = get_context("spawn") if has_gpus else forkserver()
         serve = _serve_with_gpus if has_gpus else _serve
-        self._store = tempfile.mktemp(prefix="ranks-")
+        from torch.distributed import TCPStore  # here: a rank with a simulated GPU imports this module before torch
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes, self._pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, world_size, self._store, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, world_size, self._store.port, theirs), daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -65,8 +66,6 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        if os.path.exists(self._store):
-            os.unlink(self._store)
 
 
 def forkserver() -> ForkServerContext:
@@ -80,7 +79,7 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def _serve_with_gpus(rank: int, world_size: int, store: str, pipe: Any) -> None:
+def _serve_with_gpus(rank: int, world_size: int, store_port: int, pipe: Any) -> None:
     from cuda_simulator.installation import install  # before torch
 
     install(devices=world_size)
@@ -89,18 +88,24 @@ def _serve_with_gpus(rank: int, world_size: int, store: str, pipe: Any) -> None:
     def check() -> None:
         assert not (found := take_violations()), found
 
-    _serve(rank, world_size, store, pipe, "nccl", check)
+    _serve(rank, world_size, store_port, pipe, "nccl", check)
 
 
 def _serve(
-    rank: int, world_size: int, store: str, pipe: Any, backend: str = "gloo", check: Callable[[], None] = lambda: None
+    rank: int,
+    world_size: int,
+    store_port: int,
+    pipe: Any,
+    backend: str = "gloo",
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    store = dist.TCPStore("127.0.0.1", store_port)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     while True:
         try:
             function, args = pipe.recv()
