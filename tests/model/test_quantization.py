@@ -84,7 +84,8 @@ def test_the_best_token_is_mostly_the_same(story):
     tokenizer, exact, int8 = story
     text = text_of(exact, tokenizer)
     best = [[event.top_logprobs[0][0] for event in scored(engine, text, 1)] for engine in (exact, int8)]
-    assert sum(a == b for a, b in zip(*best, strict=True)) >= 0.96 * len(best[0])
+    least = 0.96 if torch.cpu._is_vnni_supported() else 0.92  # elsewhere activations have half as many steps
+    assert sum(a == b for a, b in zip(*best, strict=True)) >= least * len(best[0])
 
 
 def test_results_do_not_depend_on_the_batch(story):

@@ -42,17 +42,18 @@ class Int8Linear(LinearMethod):
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
-        largest = x.abs().amax(-1, keepdim=True)  # [T, 1]
+        largest = x.abs().amax(-1, keepdim=True).float()  # [T, 1]
         # zero point + x / largest * levels; adding a half and cutting off rounds to the nearest (in float32: in half
         # precision 128.5 cannot be represented). A row of zeros divides by zero, gives any 8-bit numbers, and is
         # multiplied by zero below.
-        quantized = torch.addcdiv(self._offset, x.float(), largest.float(), value=self.levels).to(torch.uint8)
+        quantized = torch.addcdiv(self._offset, x.float(), largest, value=self.levels).to(torch.uint8)
+        # In float32: a processor without 16-bit products takes a thousand times as long for a 16-bit output.
         product = torch.ops.onednn.qlinear_pointwise.default(
             quantized, 1.0, self.levels + 1, self._weight, self._channels, self._zeros,
-            None, 1.0, 0, x.dtype, "none", [], "",
+            None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        output = product.mul_(largest) if bias is None else torch.addcmul(bias, product, largest)
-        return apply_epilogue(output, relu, residual)
+        output = product.mul_(largest) if bias is None else torch.addcmul(bias.float(), product, largest)
+        return apply_epilogue(output.to(x.dtype), relu, residual)
 
     def unpack(self) -> Tensor:
         """Raises UserError: the float weight was not kept."""
