@@ -19,7 +19,9 @@ class EngineOptions(Options):
         default_text="what the prompts need, in a server what --max-batch-size of the longest sequences need, but at "
         "most 0.9 of the free memory",
     )
-    prefill_chunk_size: int = option(256, help="prompt tokens per step", minimum=1)
+    prefill_chunk_size: int | None = option(
+        None, help="prompt tokens per step", minimum=1, default_text="256 on a CPU, 2048 on a GPU"
+    )
     draft_model: str | None = option(
         None,
         help="a smaller OPT with the same tokenizer that proposes tokens (speculation)",

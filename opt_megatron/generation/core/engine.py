@@ -38,6 +38,8 @@ from .request_queue import RequestQueue
 from .scheduler import ScheduledGroup, Scheduler, SchedulerCounters
 
 _CACHE_SHARE = 0.9  # of the memory that is free; activations need the rest
+# Tokens after which a step takes longer in proportion: fewer leave the device's arithmetic units idle.
+_PREFILL_CHUNK_SIZES = {"cpu": 256, "cuda": 2048}
 _KEEP_ALIVE_SECONDS = 60.0  # without requests, after which the leader sends its followers a keep-alive message
 
 
@@ -50,7 +52,8 @@ class Engine:
         kv_cache_memory: bytes that the cache of a rank may take; by default what the requests need,
             `max_batch_size` sequences of the model's maximum length, or nine tenths of the memory that is free once the
             weights are prepared, whichever is least.
-        prefill_chunk_size: tokens of prompts that are computed in a step, besides those that decode.
+        prefill_chunk_size: tokens of prompts that are computed in a step, besides those that decode; by default 256 on
+            a CPU and 2048 on a GPU.
         eos_token_ids: each of them ends a text; by default the config's one.
         suppress_tokens: ids that are never chosen; by default those that the config says belong to no token.
         draft_model: this rank's part of a smaller model with the same vocabulary, for speculative decoding.
@@ -70,7 +73,7 @@ class Engine:
         *,
         max_batch_size: int = 16,
         kv_cache_memory: int | None = None,
-        prefill_chunk_size: int = 256,
+        prefill_chunk_size: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
         suppress_tokens: Sequence[int] | None = None,
         draft_model: OPTModel | None = None,
@@ -90,7 +93,7 @@ class Engine:
         self._eos_token_ids = (self._config.eos_token_id,) if eos_token_ids is None else tuple(eos_token_ids)
         self._suppressed = _suppressed_ids(self._config, suppress_tokens)
         self._max_batch_size = max_batch_size
-        self._chunk_size = prefill_chunk_size
+        self._chunk_size = prefill_chunk_size or _PREFILL_CHUNK_SIZES[parallel.device.type]
         uses_graphs = cuda_graphs == "auto"
         self._runners: list[Runner] = [ModelRunner(model, parallel, self._suppressed, uses_cuda_graphs=uses_graphs)]
         self._executor = Executor(parallel, self._runners)
