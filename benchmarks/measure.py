@@ -63,9 +63,14 @@ def weight_bytes(config: OPTConfig, dtype: str) -> int:
     return elements * _BYTES[dtype]
 
 
-def cache_bytes(config: OPTConfig, dtype: str, tokens: int) -> int:
-    """Bytes of keys and values that one row's decoding step reads after `tokens` tokens (float32 with int8)."""
-    size = _BYTES["float32" if dtype == "int8" else dtype]
+def float_dtype(dtype: str, device: str) -> str:
+    """The dtype of activations, keys and values: with int8 weights what each device computes fastest."""
+    return dtype if dtype != "int8" else "float16" if device == "cuda" else "float32"
+
+
+def cache_bytes(config: OPTConfig, dtype: str, tokens: int, device: str = "cpu") -> int:
+    """Bytes of keys and values that one row's decoding step reads after `tokens` tokens."""
+    size = _BYTES[float_dtype(dtype, device)]
     return 2 * config.num_layers * config.hidden_size * tokens * size
 
 

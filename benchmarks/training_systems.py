@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opt_megatron.config import OPTConfig
 
@@ -15,8 +15,23 @@ from .system_protocol import Setup
 from .systems import OptMegatron, Transformers
 from .weights import huggingface_directory
 
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.distributed import DistributedDataParallel
+
+    from opt_megatron.parallel.context import ParallelContext
+    from opt_megatron.training.optimizer import TrainingOptimizer
+
 Rows = list[list[int]]  # [b][s + 1] token ids: inputs and shifted targets
 _LR = 1e-5
+
+
+class StepResult(NamedTuple):
+    """A step: its time, the loss of a token before it (nats), and the norm of the gradient before it is clipped."""
+
+    seconds: float
+    loss: float
+    grad_norm: float
 
 
 class TrainingSystem(Protocol):
@@ -29,8 +44,8 @@ class TrainingSystem(Protocol):
     def prepare(setup: Setup) -> None:
         """Import what the system needs."""
 
-    def step(self, rows: Rows) -> tuple[float, float]:
-        """One step: seconds, and the loss before it."""
+    def step(self, rows: Rows) -> StepResult:
+        """One step."""
 
 
 class OptMegatronTraining:
@@ -47,45 +62,63 @@ class OptMegatronTraining:
         import torch
 
         from opt_megatron.parallel.context import init_parallel
-        from opt_megatron.training.lr_schedule import LRSchedule
-        from opt_megatron.training.model_setup import setup_model_and_optimizer
-        from opt_megatron.training.options import TrainerOptions
-        from opt_megatron.training.training_options import TrainingOptions
 
         self._parallel = init_parallel(1, 1, seed=1, device=setup.device)
-        directory = huggingface_directory(setup.model)
-        options = TrainingOptions(
-            config=OPTConfig.from_directory(directory).replace(dropout=0.0, attention_dropout=0.0),
-            schedule=LRSchedule(_LR, _LR, 0, 1),
-            trainer=TrainerOptions(1, 1, 1, 1),
-            load=str(directory),
+        self._model, self._optimizer = training_model(
+            huggingface_directory(setup.model),
+            self._parallel,
             dtype=getattr(torch, setup.dtype),
             recompute_granularity=self.RECOMPUTE,
         )
-        self._model, self._optimizer = setup_model_and_optimizer(options, self._parallel)
-        self._model.train()
 
-    def step(self, rows: Rows) -> tuple[float, float]:
+    def step(self, rows: Rows) -> StepResult:
         """See `TrainingSystem.step`; all rows are one batch."""
-        import torch
-
-        from opt_megatron.training.loss import forward_backward
-
         start = time.perf_counter()
-        tokens = torch.tensor(rows)
-        shape = tokens[:, 1:].shape
-        batch = {
-            "tokens": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "loss_mask": torch.ones(shape),
-            "position_ids": torch.arange(shape[1]).expand(shape),
-        }
-        self._model.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        sums = forward_backward(self._model, [batch], self._parallel.device)
-        self._optimizer.step(_LR)
-        loss = float(sums.total / sums.tokens)
-        return time.perf_counter() - start, loss
+        loss, grad_norm = training_step(self._model, self._optimizer, rows, self._parallel.device)
+        return StepResult(time.perf_counter() - start, loss, grad_norm)
+
+
+def training_model(
+    directory: Path, parallel: ParallelContext, **options: Any
+) -> tuple[DistributedDataParallel, TrainingOptimizer]:
+    """The model of a checkpoint without dropout, and its optimizer; `options` are more of `TrainingOptions`."""
+    from opt_megatron.training.lr_schedule import LRSchedule
+    from opt_megatron.training.model_setup import setup_model_and_optimizer
+    from opt_megatron.training.options import TrainerOptions
+    from opt_megatron.training.training_options import TrainingOptions
+
+    defaults: dict[str, Any] = {
+        "config": OPTConfig.from_directory(directory).replace(dropout=0.0, attention_dropout=0.0),
+        "schedule": LRSchedule(_LR, _LR, 0, 1),
+        "trainer": TrainerOptions(1, 1, 1, 1),
+        "load": str(directory),
+    }
+    model, optimizer = setup_model_and_optimizer(TrainingOptions(**(defaults | options)), parallel)
+    model.train()
+    return model, optimizer
+
+
+def training_step(
+    model: DistributedDataParallel, optimizer: TrainingOptimizer, rows: Rows, device: torch.device
+) -> tuple[float, float]:
+    """One step on a batch: the loss of a token before it, in nats, and the gradient's norm."""
+    import torch
+
+    from opt_megatron.training.loss import forward_backward
+
+    tokens = torch.tensor(rows)
+    shape = tokens[:, 1:].shape
+    batch = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(shape),
+        "position_ids": torch.arange(shape[1]).expand(shape),
+    }
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    sums = forward_backward(model, [batch], device)
+    outcome = optimizer.step(_LR)
+    return float(sums.total / sums.tokens), float(outcome.grad_norm)
 
 
 class RecomputingTraining(OptMegatronTraining):
@@ -117,7 +150,7 @@ class TransformersTraining:
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self._adam = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.95), fused=True)
 
-    def step(self, rows: Rows) -> tuple[float, float]:
+    def step(self, rows: Rows) -> StepResult:
         """See `TrainingSystem.step`; all rows are one batch."""
         import torch
         from torch.nn.functional import cross_entropy
@@ -128,9 +161,10 @@ class TransformersTraining:
         logits = self._model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._adam.step()
-        return time.perf_counter() - start, float(loss.detach())
+        values = float(loss.detach()), float(norm)  # these wait for a GPU
+        return StepResult(time.perf_counter() - start, *values)
 
 
 TRAINING_SYSTEMS: dict[str, type[TrainingSystem]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from opt_megatron.config import OPTConfig
 from opt_megatron.files import PartialDirectory
 
-_WEIGHTS_SEED = 1234
+from .random_weights import save_random
 
 
 def model_directory(work_dir: Path, name: str, config: OPTConfig) -> Path:
@@ -36,7 +36,7 @@ def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ..
     target = huggingface_directory(model)
     if not target.is_dir():
         with PartialDirectory(target) as partial:
-            _save_random(config, partial.path)
+            save_random(config.replace(dtype="float32"), partial.path)
             partial.publish()
     for dtype in ctranslate2_dtypes:
         converted = ctranslate2_directory(model, dtype)
@@ -44,26 +44,6 @@ def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ..
             with PartialDirectory(converted) as partial:
                 _convert(target, partial.path, dtype, config)
                 partial.publish()
-
-
-def _save_random(config: OPTConfig, target: Path) -> None:
-    """transformers' own initialisation, with noise where it puts constants."""
-    import torch
-    from transformers import OPTConfig as HFConfig
-    from transformers import OPTForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(_WEIGHTS_SEED)
-    model = OPTForCausalLM(HFConfig.from_dict(config.replace(dtype="float32").to_hf()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # zeros and ones would hide an error in a bias or a norm
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        # Rows after the tokenizer's last id are padding: this project never chooses them, and with these
-        # weights no other system does, since the best of fifty thousand logits is far above 0.
-        model.get_input_embeddings().weight[config.num_tokens :] = 0
-    model.save_pretrained(target)
 
 
 def _convert(source: Path, target: Path, dtype: str, config: OPTConfig) -> None:

@@ -1,6 +1,7 @@
 """Child processes: each has one system with one model, and runs the methods that the parent calls.
 
 with Worker("transformers", setup) as worker: ...
+model = in_child("a model", threads, make, arguments)
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,17 +31,25 @@ class Worker:
 
     Args:
         kinds: module and name of the dictionary from system names to classes.
+        deadline: of `time.monotonic`, after which every call raises TimeoutError; None: wait for ever.
     """
 
-    def __init__(self, system: str, setup: Setup, kinds: str = "systems:SYSTEMS") -> None:
+    def __init__(
+        self, system: str, setup: Setup, kinds: str = "systems:SYSTEMS", deadline: float | None = None
+    ) -> None:
         self._name = f"{system} ({setup.dtype})"
+        self._deadline = deadline
         self._directory = tempfile.TemporaryDirectory(prefix="benchmark-ranks-")
         store = Path(self._directory.name) / "store"
         self._children = [
             _Child(self._name, _serve_system, system, replace(setup, rank=rank, store=store), kinds)
             for rank in range(setup.ranks)
         ]
-        self._answers()  # loaded
+        try:
+            self._answers()  # loaded
+        except BaseException:
+            self._close(0)
+            raise
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the system's method, on every rank at once, and return the first rank's result."""
@@ -48,24 +58,53 @@ class Worker:
         return self._answers()[0]
 
     def _answers(self) -> list[Any]:
-        return [child.answer() for child in self._children]
+        return [child.answer(self._deadline) for child in self._children]
+
+    def _close(self, patience: float) -> None:
+        for child in self._children:
+            child.close(patience)
+        self._directory.cleanup()
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for child in self._children:
-            child.close(_PATIENCE if kind is None else 0)
-        self._directory.cleanup()
+        self._close(_PATIENCE if kind is None else 0)
 
 
-def in_child(what: str, threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a fresh process with this many threads, which ends with it."""
+def in_child(what: str, threads: int, function: Callable[..., Any], *args: Any, deadline: float | None = None) -> Any:
+    """`function(*args)` in a fresh process with this many threads, which ends with it.
+
+    Args:
+        deadline: of `time.monotonic`, at which the process is killed, and TimeoutError raised.
+    """
     child = _Child(what, _call_once, threads, function, args)
     patience = 0
     try:
-        value, patience = child.answer(), _PATIENCE
+        value, patience = child.answer(deadline), _PATIENCE
         return value
+    finally:
+        child.close(patience)
+
+
+def iterate_in_child(
+    what: str, threads: int, deadline: float, function: Callable[..., Iterator[Any]], *args: Any
+) -> Iterator[Any]:
+    """What `function(*args)` yields in a fresh process, each value as soon as it is there.
+
+    Args:
+        deadline: of `time.monotonic`, at which the process is killed.
+
+    Raises:
+        UserError, RuntimeError: as in `in_child`, after the values that came before.
+        TimeoutError: the deadline has come.
+    """
+    child = _Child(what, _yield_each, threads, function, args)
+    patience = 0
+    try:
+        while value := child.answer(deadline):
+            yield value[0]
+        patience = _PATIENCE
     finally:
         child.close(patience)
 
@@ -84,13 +123,19 @@ class _Child:
     def send(self, message: Any) -> None:
         self._pipe.send(message)
 
-    def answer(self) -> Any:
+    def answer(self, deadline: float | None = None) -> Any:
         """What the child returns.
+
+        Args:
+            deadline: of `time.monotonic`; None: wait for ever.
 
         Raises:
             UserError: it ended, or reports a mistake of the user's.
             RuntimeError: it failed; with its traceback.
+            TimeoutError: the deadline has come.
         """
+        if deadline is not None and not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"the process of {self._name} has taken too long")
         try:
             kind, value = self._pipe.recv()
         except EOFError:
@@ -136,6 +181,20 @@ def _serve_system(pipe: Connection, system: str, setup: Setup, kinds: str) -> No
 def _call_once(pipe: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     _set_environment(threads)
     _answer(pipe, function, *args)
+
+
+def _yield_each(pipe: Connection, threads: int, function: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
+    """Send each value in a tuple, and None after the last one."""
+    _set_environment(threads)
+    values: Iterator[Any] | None = None
+
+    def following() -> tuple[Any] | None:
+        nonlocal values
+        values = function(*args) if values is None else values
+        return next(((value,) for value in values), None)
+
+    while _answer(pipe, following) is not None:
+        pass
 
 
 def _answer(pipe: Connection, function: Callable[..., Any], *args: Any, keep: bool = False) -> Any:

@@ -144,7 +144,7 @@ def context(group: Group) -> Iterator[ResultRow]:
 
         group.warm_up(1, length)
         samples = group.alternate(measure)["ms"]
-        cache = cache_bytes(group.config, group.dtype, length + steps // 2)
+        cache = cache_bytes(group.config, group.dtype, length + steps // 2, group.options.device)
         limit = weight_bytes(group.config, group.dtype) + cache
         yield group.row("context", f"{length} tokens", "ms", samples, limit_bytes=limit, cache_bytes=cache)
 
@@ -156,12 +156,10 @@ def training(group: Group) -> Iterator[ResultRow]:
 
     def measure(worker: Worker, number: int) -> dict[str, float]:
         batch = [list(row) for row in group.prompts(rows, length + 1, number)]
-        seconds, loss = worker.call("step", batch)
-        losses.setdefault(worker, loss)
-        return {"ms": seconds * 1e3}
+        return {"ms": worker.call("step", batch).seconds * 1e3}
 
     first = [list(row) for row in group.prompts(rows, length + 1, "warm-up")]
-    losses |= {worker: worker.call("step", first)[1] for worker in group.workers.values()}
+    losses |= {worker: worker.call("step", first).loss for worker in group.workers.values()}
     samples = group.alternate(measure)["ms"]
     ours = losses[group.workers[group.ours]]
     apart = {system: abs(losses[worker] - ours) for system, worker in group.workers.items()}

@@ -14,5 +14,5 @@ SYSTEMS: dict[str, type[System]] = {OURS: OptMegatron, "transformers": Transform
 # transformers has no int8 of its own on a CPU; CTranslate2's CUDA build is another package.
 DTYPES: dict[str, dict[str, tuple[str, ...]]] = {  # device -> dtype -> systems
     "cpu": {"float32": tuple(SYSTEMS), "int8": (OURS, "ctranslate2")},
-    "cuda": dict.fromkeys(("float32", "bfloat16", "float16"), (OURS, "transformers")),
+    "cuda": dict.fromkeys(("float32", "bfloat16", "float16"), (OURS, "transformers")) | {"int8": (OURS,)},
 }

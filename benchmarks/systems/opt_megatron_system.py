@@ -6,6 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..measure import float_dtype
 from ..static_batching import ServingResult, StepClock, Tokens
 from ..system_protocol import GenerateResult, Setup
 from ..weights import huggingface_directory
@@ -30,8 +31,8 @@ class OptMegatron:
 
         torch.set_num_threads(setup.threads)
         if setup.ranks > 1:
-            method = f"file://{setup.store}"
-            dist.init_process_group("gloo", init_method=method, rank=setup.rank, world_size=setup.ranks)
+            backend, method = "nccl" if setup.device == "cuda" else "gloo", f"file://{setup.store}"
+            dist.init_process_group(backend, init_method=method, rank=setup.rank, world_size=setup.ranks)
         parallel.init_parallel(setup.ranks, 1, seed=1234, device=setup.device)
 
     def __init__(self, setup: Setup) -> None:
@@ -40,7 +41,7 @@ class OptMegatron:
         from opt_megatron.parallel.context import init_parallel
 
         parallel = init_parallel(setup.ranks, 1, seed=1234, device=setup.device)
-        dtype, quantization = ("float32", "int8") if setup.dtype == "int8" else (setup.dtype, None)
+        dtype, quantization = (float_dtype(setup.dtype, setup.device), "int8" if setup.dtype == "int8" else None)
         model = load_model(huggingface_directory(setup.model), None, parallel, dtype, quantization=quantization)
         self._engine = Engine(model, parallel, max_batch_size=self.BATCH, kv_cache_memory=setup.cache_limit)
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ranks import forkserver
 
 from benchmarks import command, options
 from benchmarks.measure import alternate, cache_bytes, measure_bandwidth, percentile, weight_bytes
@@ -44,12 +43,6 @@ TINY_SIZES = WorkloadSizes(
     memory=(1, 8, 2),
 )
 HAS_CTRANSLATE2 = importlib.util.find_spec("ctranslate2") is not None
-
-
-@pytest.fixture(autouse=True)
-def children_of_the_forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children have torch and Megatron-core imported when they start; what they compute is the same."""
-    monkeypatch.setattr("benchmarks.worker.multiprocessing.get_context", lambda method: forkserver())
 
 
 def tiny_options(output: Path, **changes: object) -> BenchmarkOptions:
@@ -229,7 +222,8 @@ def test_arguments_become_options(tmp_path: Path) -> None:
     assert (list(quick.sizes), quick.dtypes, quick.workload_sizes) == (["opt-125m"], ("float32",), QUICK)
     assert quick.workloads == ("decode", "mixed")
     cuda = command.parse(["--device", "cuda"])
-    assert (cuda.systems, cuda.dtypes) == (("opt_megatron", "transformers"), ("float32", "bfloat16", "float16"))
+    assert cuda.systems == ("opt_megatron", "transformers")
+    assert cuda.dtypes == ("float32", "bfloat16", "float16", "int8")
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     (name,) = command.parse(["--sizes", str(tmp_path)]).sizes
     assert name == tmp_path.name

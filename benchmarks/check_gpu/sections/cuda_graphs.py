@@ -1,0 +1,80 @@
+"""Decode steps with CUDA graphs and without: the same tokens, and the time of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from opt_megatron.generation.core.engine import Engine
+
+from ...measure import alternate, spread
+from ...workload import make_prompts
+from .. import models
+from ..case import Case, Figures, attempt
+from ..settings import SMALL, Settings
+from ..timing import Timer
+
+_KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 1},
+}
+_ROUNDS = 3
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Batches of several sizes, greedy and sampled, with 125m's shape in float16."""
+    parallel = models.start(settings)
+    directory = models.make_checkpoint(settings, SMALL)
+    batches = (1, 3) if settings.is_tiny else (1, 5, 16, 64)
+    engines = {
+        state: Engine(
+            models.load(directory, parallel, "float16"), parallel, max_batch_size=max(batches), cuda_graphs=state
+        )
+        for state in ("auto", "off")
+    }
+    for batch in batches:
+        for kind in _KINDS:
+            yield attempt(f"{kind}, batch {batch}", partial(_compare, settings, engines, batch, kind))
+
+
+def _compare(settings: Settings, engines: Mapping[str, Engine], batch: int, kind: str) -> tuple[bool, Figures]:
+    count = 8 if settings.is_tiny else 32
+    prompts = make_prompts(settings.config(SMALL), batch, 16 if settings.is_tiny else 128, seed=1)
+    timer = Timer(settings)
+
+    def generate(engine: Engine, length: int) -> list[tuple[int, ...]]:
+        return models.tokens_of(models.complete(engine, prompts, length, **_KINDS[kind]))
+
+    tokens = {state: generate(engine, count) for state, engine in engines.items()}  # the first captures the graph
+    runs = {
+        state: lambda _, engine=engine: {"ms": timer.milliseconds_a_step(partial(generate, engine), count)}
+        for state, engine in engines.items()
+    }
+    times = alternate(runs, _ROUNDS, 0)["ms"]
+    figures: Figures = {f"ms a step, graphs {state}": spread(values) for state, values in times.items()}
+    if settings.is_cuda:
+        figures |= _gpu_work_a_step(partial(generate, engines["off"]))
+    return tokens["auto"] == tokens["off"], figures
+
+
+def _gpu_work_a_step(generate: Callable[[int], Any]) -> Figures:
+    """What torch's profiler sees without graphs: kernels and copies, those to the host, waits, and the GPU's time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def total(count: int) -> tuple[float, ...]:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            generate(count)
+            torch.cuda.synchronize()
+        events = profiler.events()
+        on_gpu = [event for event in events if event.device_type.name == "CUDA"]
+        copies = sum("DtoH" in event.name for event in on_gpu)
+        waits = sum(event.name in ("cudaStreamSynchronize", "cudaEventSynchronize") for event in events)
+        return len(on_gpu), copies, waits, sum(event.time_range.elapsed_us() for event in on_gpu)
+
+    short, long = 8, 16
+    names = ("kernels a step", "copies to the host a step", "waits a step", "GPU us a step")
+    pairs = zip(names, total(short), total(long), strict=True)
+    return {name: (after - before) / (long - short) for name, before, after in pairs}
