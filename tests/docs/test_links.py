@@ -64,7 +64,7 @@ def test_options_of_commands_exist(page, capsys):
     for line in text.replace("\\\n", " ").splitlines():
         found = re.search(r"(?:opt-megatron(?= [a-z])|tools/(\w+)\.py)((?: [a-z][\w-]*)*)", line)
         options = set(re.findall(r"(?<= )--[a-z][\w-]+", line[found.end() :])) if found else set()
-        if found and options and found[1] not in ("benchmark", "load_test"):
+        if found and options and found[1] not in ("benchmark", "check_gpu", "load_test"):
             known = help_text(found[1], found[2].split(), capsys)
             missing = [option for option in options if not re.search(rf"{option}\b(?!-)", known)]
             assert not missing, f"{page_name(page)}: {missing} in: {line.strip()}"
