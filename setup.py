@@ -7,15 +7,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.54,<0.55", "h11>=0.14,<1", "prometheus-client>=0.20"]
-BENCH = ["ctranslate2>=4.5", "matplotlib>=3.8", "transformers>=4.56"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.54,<0.55", "h11>=0.16,<1", "prometheus-client>=0.20"]
+BENCH = ["ctranslate2>=4.8.5", "matplotlib>=3.8", "transformers>=4.56"]
 EVAL = ["lm-eval>=0.4.13"]
 PLOT = ["matplotlib>=3.8"]
-TRAIN = ["tensorboard>=2.16", *PLOT]
+TRAIN = ["tensorboard>=2.16.2", *PLOT]
 DOCS = ["sphinx>=8", "myst-nb>=1.2", "pydata-sphinx-theme>=0.16"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "transformers>=4.56", "openai>=1.50", "selenium>=4.20"]
-TEST += ["peft>=0.21", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", *SERVE, *TRAIN, *DOCS]
-DEV = ["pre-commit>=3.8", *TEST]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=4.56", "openai>=1.60", "selenium>=4.20"]
+TEST += ["peft>=0.21", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12", "httpx>=0.27", *SERVE, *TRAIN, *DOCS]
+DEV = ["pre-commit>=4.7", *TEST]
 
 setup(
     name="opt-megatron",
@@ -32,17 +32,17 @@ setup(
     # The registry's package named "apex" is unrelated to NVIDIA's and must never be listed here: NVIDIA's
     # Apex is found at run time when the user has built it (docs/guides/multi_gpu.md).
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.20",
-        "numpy",
-        "regex",
+        "numpy>=1.26",
+        "regex>=2024.4.16",
         "safetensors>=0.4.3",
-        "tokenizers>=0.20",
-        "huggingface_hub>=0.25",
-        "psutil",
-        "pyyaml",
-        "tqdm",
-        "xxhash>=3",
+        "tokenizers>=0.22",
+        "huggingface_hub>=0.34",
+        "psutil>=5.9.5",
+        "pyyaml>=6.0.1",
+        "tqdm>=4.66",
+        "xxhash>=3.4",
     ],
     extras_require={
         "serve": SERVE,
