@@ -34,12 +34,17 @@ def gloo_groups_on_device_of(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _made_on(devices: list[Any], original: Any) -> type:
-    """A subclass, since torch tests what it has made with `isinstance`."""
+    """A subclass, since torch tests what it has made with `isinstance`.
+
+    Its other arguments depend on torch's version; each has the name of an attribute of the options.
+    """
 
     class ProcessGroupOnDevices(original):
-        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, **others: Any) -> None:
             options = original._Options()
             options._devices, options._timeout = devices, timeout
+            for name, value in others.items():
+                setattr(options, name, value)
             super().__init__(store, rank, size, options)
 
     return ProcessGroupOnDevices
