@@ -51,12 +51,10 @@ def compared(own: Case, expected: Case | None) -> Case:
         return own
     if expected is None or expected.error:
         return Case(own.name, False, error=f"on the CPU: {expected.error if expected else 'it was not computed'}")
-    pairs = list(zip(own.figures["values"], expected.figures["values"], strict=False))
-    difference = max((abs(one - other) for one, other in pairs), default=0.0)
-    is_whole = len(own.figures["values"]) == len(expected.figures["values"])
-    return Case(
-        own.name, is_whole and difference < _MOST_DIFFERENCE, {"numbers": len(pairs), "largest difference": difference}
-    )
+    numbers, wanted = own.figures["values"], expected.figures["values"]
+    differences = [abs(one - other) for one, other in zip(numbers, wanted, strict=False)]
+    passed = len(numbers) == len(wanted) and all(difference < _MOST_DIFFERENCE for difference in differences)  # no NaN
+    return Case(own.name, passed, {"numbers": len(numbers), "largest difference": max(differences, default=0.0)})
 
 
 def _describe(error: Exception) -> str:

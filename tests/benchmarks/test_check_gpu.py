@@ -62,6 +62,7 @@ def test_a_case_that_raises_has_failed_and_says_where() -> None:
         ([1, 0.5], [1, 0.502], False),
         ([1, 0.5], [1], False),
         ([float("nan")], [0.0], False),
+        ([0.0, float("nan")], [0.0, 0.0], False),
     ],
 )
 def test_a_gpus_numbers_are_compared_with_the_cpus(own: list[float], expected: list[float], passed: bool) -> None:
