@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def _section(rows: list[ResultRow], workload: str) -> str:
             cells += [_cell(row, system), number(row["systems"].get(system, {}).get("ratio"))]
         cells += [number(row.get("limit")), number(_ours(row).get("over_limit"))] if limited else []
         lines.append(names + cells)
-    body = _aligned(lines, left=header.index(systems[0]))
+    body = aligned(lines, left=header.index(systems[0]))
     return "\n".join(["", TITLES[workload], *body, *_throughput(rows, workload), *_growth(rows), *_losses(rows)])
 
 
@@ -155,7 +155,7 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _aligned(lines: list[list[str]], left: int) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
     """Columns of equal width; the first `left` ones begin at the left, numbers end at the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     aligned = []

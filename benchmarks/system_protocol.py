@@ -47,6 +47,11 @@ class GenerateResult:
     steps: list[float]
     tokens: list[Tokens]
 
+    @property
+    def milliseconds_a_step(self) -> float:
+        """From the first step's tokens to the last's."""
+        return (self.steps[-1] - self.steps[0]) / (len(self.steps) - 1) * 1e3
+
 
 class System(Protocol):
     """A system that has loaded a model."""

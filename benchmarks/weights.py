@@ -31,13 +31,19 @@ def ctranslate2_directory(model: Path, dtype: str) -> Path:
     return model / f"ctranslate2-{dtype}"
 
 
-def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ...]) -> None:
-    """Make the random model and its conversions, unless they exist already."""
+def make_huggingface(model: Path, config: OPTConfig, *, device: str = "cpu") -> Path:
+    """The random model's Hugging Face files in the config's dtype, which are made unless they exist already."""
     target = huggingface_directory(model)
     if not target.is_dir():
         with PartialDirectory(target) as partial:
-            save_random(config.replace(dtype="float32"), partial.path)
+            save_random(config, partial.path, device=device)
             partial.publish()
+    return target
+
+
+def make_model(model: Path, config: OPTConfig, ctranslate2_dtypes: tuple[str, ...]) -> None:
+    """Make the random model in float32 and its conversions, unless they exist already."""
+    target = make_huggingface(model, config.replace(dtype="float32"))
     for dtype in ctranslate2_dtypes:
         converted = ctranslate2_directory(model, dtype)
         if not converted.is_dir():

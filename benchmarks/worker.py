@@ -186,14 +186,13 @@ def _call_once(pipe: Connection, threads: int, function: Callable[..., Any], arg
 def _yield_each(pipe: Connection, threads: int, function: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
     """Send each value in a tuple, and None after the last one."""
     _set_environment(threads)
-    values: Iterator[Any] | None = None
 
-    def following() -> tuple[Any] | None:
-        nonlocal values
-        values = function(*args) if values is None else values
-        return next(((value,) for value in values), None)
+    def tuples() -> Iterator[tuple[Any]]:
+        for value in function(*args):
+            yield (value,)
 
-    while _answer(pipe, following) is not None:
+    values = tuples()
+    while _answer(pipe, next, values, None) is not None:
         pass
 
 

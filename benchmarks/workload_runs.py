@@ -139,8 +139,8 @@ def context(group: Group) -> Iterator[ResultRow]:
     for length in group.options.workload_sizes.contexts:
 
         def measure(worker: Worker, number: int, length: int = length) -> dict[str, float]:
-            times = worker.call("generate", group.prompts(1, length, number), steps + 1).steps
-            return {"ms": (times[-1] - times[0]) / steps * 1e3}
+            made = worker.call("generate", group.prompts(1, length, number), steps + 1)
+            return {"ms": made.milliseconds_a_step}
 
         group.warm_up(1, length)
         samples = group.alternate(measure)["ms"]

@@ -12,15 +12,13 @@ import torch
 from opt_megatron.checkpoint.load import load_model
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.config import OPTConfig
-from opt_megatron.files import PartialDirectory
 from opt_megatron.generation.core.engine import Engine
 from opt_megatron.generation.request import Completion, Request
 from opt_megatron.generation.sampling.sampling_params import SamplingParams
 from opt_megatron.model.opt_model import OPTModel
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 
-from ..random_weights import save_random
-from ..weights import huggingface_directory
+from ..weights import make_huggingface
 from ..workload import PromptTokens
 from .settings import SMALL, Settings
 
@@ -35,12 +33,8 @@ def start(settings: Settings) -> ParallelContext:
 
 def make_checkpoint(settings: Settings, size: str) -> Path:
     """The Hugging Face directory of the random model of a size, in float16; made if it is not there yet."""
-    directory = huggingface_directory(settings.checkpoint(size))
-    if not directory.is_dir():
-        with PartialDirectory(directory) as partial:
-            save_random(settings.config(size).replace(dtype="float16"), partial.path, device=settings.device)
-            partial.publish()
-    return directory
+    config = settings.config(size).replace(dtype="float16")
+    return make_huggingface(settings.checkpoint(size), config, device=settings.device)
 
 
 def trained_checkpoint(settings: Settings) -> Path:

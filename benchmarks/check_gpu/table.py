@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..report import aligned
+
 _WORDS = {True: "ok", False: "FAILED", None: "-"}
 _WIDTH = 110  # of the figures
 
@@ -15,13 +17,8 @@ def format_table(result: dict[str, Any]) -> str:
         lines += [(section, name, _WORDS[case["passed"]], _figures(case)) for name, case in found["cases"].items()]
         if "error" in found:
             lines.append((section, "", "FAILED", found["error"].strip().splitlines()[-1]))
-    widths = [max((len(line[column]) for line in lines), default=0) for column in range(3)]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line[:3], widths, strict=True)) + "  " + line[3]
-        for line in lines
-    ]
     verdict = "all passed" if result["passed"] else f"{len(result['failed'])} failed"
-    return "\n".join([*(line.rstrip() for line in text), f"{verdict}, {result['seconds']:.0f} s"])
+    return "\n".join([*aligned(lines, left=4), f"{verdict}, {result['seconds']:.0f} s"])
 
 
 def _figures(case: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.generation.core.engine import Engine
+from opt_megatron.generation.request import Completion
 from opt_megatron.parallel.context import ParallelContext
 
 from ...workload import PromptTokens, make_prompts
@@ -51,8 +52,12 @@ def _parity(settings: Settings, parallel: ParallelContext, directory: Path, dtyp
         if models.has_transformers():
             theirs = models.transformers_model(directory, settings.device, dtype)
             errors["transformers' logits"] = _relative(theirs(inputs).logits[..., :num_tokens].float(), truth)
-        errors |= _cached_errors(parallel, model, exact, plain, prompts, count)
-    agreeing = errors.pop("greedy tokens")
+        engine = Engine(model, parallel, prefill_chunk_size=_CHUNK)
+        completions = models.complete(engine, prompts, count, temperature=0, logprobs=0, prompt_logprobs=0)
+        errors |= _cached_errors(completions, exact, plain, prompts)
+        wanted = exact.greedy(prompts, count)
+    pairs = zip(models.tokens_of(completions), wanted, strict=True)
+    agreeing = sum(_agreeing(own, other) for own, other in pairs) / (count * len(prompts))
     logits_bound = max(2 * errors["plain torch's logits"], _FLOAT32_ERROR)
     logprobs_bound = max(2 * errors["plain torch's log-probabilities"], _FLOAT32_LOGPROB_ERROR)
     passed = errors["logits"] <= logits_bound and errors["log-probabilities"] <= logprobs_bound
@@ -61,28 +66,18 @@ def _parity(settings: Settings, parallel: ParallelContext, directory: Path, dtyp
 
 
 def _cached_errors(
-    parallel: ParallelContext,
-    model: models.OPTModel,
-    exact: PlainOPT,
-    plain: PlainOPT,
-    prompts: Sequence[PromptTokens],
-    count: int,
+    completions: Sequence[Completion], exact: PlainOPT, plain: PlainOPT, prompts: Sequence[PromptTokens]
 ) -> dict[str, float]:
     """Through the KV cache: the largest errors of log-probabilities of prompts and of what is generated."""
-    engine = Engine(model, parallel, prefill_chunk_size=_CHUNK)
-    completions = models.complete(engine, prompts, count, temperature=0, logprobs=0, prompt_logprobs=0)
     texts = [(*prompt, *made.tokens) for prompt, made in zip(prompts, completions, strict=True)]
     truth, peer = (_log_probabilities(one, texts) for one in (exact, plain))
     own = torch.tensor(
         [[*(event.logprob for event in one.prompt_events[1:]), *one.logprobs] for one in completions],
         device=truth.device,
     )
-    wanted = exact.greedy(prompts, count)
-    agreeing = [_agreeing(one.tokens, other) for one, other in zip(completions, wanted, strict=True)]
     return {
         "log-probabilities": float((own - truth).abs().max()),
         "plain torch's log-probabilities": float((peer - truth).abs().max()),
-        "greedy tokens": sum(agreeing) / (count * len(prompts)),
     }
 
 

@@ -25,14 +25,14 @@ def cases(settings: Settings, size: str) -> Iterator[Case]:
     """The machine's limits; float16 against transformers; the other kinds of weights, in turn with each other."""
     models.start(settings)
     models.make_checkpoint(settings, size)
-    limits: Figures = {}
-    yield attempt("limits", lambda: (None, limits.update(_limits(settings)) or limits))
+    limits = attempt("limits", lambda: (None, _limits(settings)))
+    yield limits
     peers = {f"{_PEER} float16": (_PEER, "float16")} if models.has_transformers() else {}
     for group in (
         {f"{OURS} float16": (OURS, "float16")} | peers,
         {"bfloat16": (OURS, "bfloat16"), "int8": (OURS, "int8")},
     ):
-        yield from _group(settings, size, group, limits)
+        yield from _group(settings, size, group, limits.figures)
 
 
 def _group(settings: Settings, size: str, kinds: Mapping[str, tuple[str, str]], limits: Figures) -> Iterator[Case]:
@@ -83,13 +83,12 @@ def _decode(
     length, steps = (16, 4) if settings.is_tiny else (128, 32)
     prompts = make_prompts(config, batch, length, seed=1)
 
-    def measure(system: System) -> dict[str, float]:
-        times = system.generate(prompts, steps + 1).steps
-        return {"ms": (times[-1] - times[0]) / steps * 1e3}
-
     for system in systems.values():
         system.generate(prompts, 6)  # libraries prepare themselves, graphs are captured
-    runs = {name: lambda _, system=system: measure(system) for name, system in systems.items()}
+    runs = {
+        name: lambda _, system=system: {"ms": system.generate(prompts, steps + 1).milliseconds_a_step}
+        for name, system in systems.items()
+    }
     samples = alternate(runs, _ROUNDS, 0)["ms"]
     figures: Figures = {}
     for name, values in samples.items():

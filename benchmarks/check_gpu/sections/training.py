@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -26,19 +27,21 @@ _FLOPS = 6  # of a parameter and a token: a product in the forward pass, two in 
 def cases(settings: Settings) -> Iterator[Case]:
     """Each dtype."""
     models.start(settings)
-    models.make_checkpoint(settings, SMALL)
+    directory = models.make_checkpoint(settings, SMALL)
     for dtype in models.DTYPES:
-        yield attempt(dtype, partial(_train, settings, dtype))
+        yield attempt(dtype, partial(_train, settings, directory, dtype))
 
 
-def _train(settings: Settings, dtype: str) -> tuple[bool, Figures]:
+def _train(settings: Settings, directory: Path, dtype: str) -> tuple[bool, Figures]:
     batch, length = (2, 32) if settings.is_tiny else (8, 1024)
     rows = [list(row) for row in make_prompts(settings.config(SMALL), batch, length + 1, seed=1)]
     setup = Setup(settings.checkpoint(SMALL), dtype, settings.threads, settings.device)
     names = [name for name in TRAINING_SYSTEMS if name == OURS or models.has_transformers()]
+    for name in names:
+        TRAINING_SYSTEMS[name].prepare(setup)
     systems = {name: TRAINING_SYSTEMS[name](setup) for name in names}
     own = systems[OURS].step(rows)
-    loss, norm = _plain_step(settings, dtype, rows)
+    loss, norm = _plain_step(directory, settings.device, dtype, rows)
     figures: Figures = {"loss": own.loss, "plain torch's loss": loss, "norm": own.grad_norm, "plain torch's norm": norm}
     for name in names[1:]:
         systems[name].step(rows)
@@ -52,10 +55,9 @@ def _train(settings: Settings, dtype: str) -> tuple[bool, Figures]:
     return passed, figures
 
 
-def _plain_step(settings: Settings, dtype: str, rows: list[list[int]]) -> tuple[float, float]:
+def _plain_step(directory: Path, device: str, dtype: str, rows: list[list[int]]) -> tuple[float, float]:
     """Loss, and norm of its gradient."""
-    directory = models.make_checkpoint(settings, SMALL)
-    model = PlainOPT(directory, settings.device, getattr(torch, dtype))
+    model = PlainOPT(directory, device, getattr(torch, dtype))
     weights = [weight.requires_grad_() for weight in model.weights.values()]
     loss = model.loss(rows)
     loss.backward()
