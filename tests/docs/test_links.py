@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from doc_pages import ALL_PAGES, REPOSITORY, blocks, page_name
@@ -64,22 +67,24 @@ def test_options_of_commands_exist(page, capsys):
     for line in text.replace("\\\n", " ").splitlines():
         found = re.search(r"(?:opt-megatron(?= [a-z])|tools/(\w+)\.py)((?: [a-z][\w-]*)*)", line)
         options = set(re.findall(r"(?<= )--[a-z][\w-]+", line[found.end() :])) if found else set()
-        if found and options and found[1] not in ("benchmark", "check_gpu", "load_test"):
+        if found and options:
             known = help_text(found[1], found[2].split(), capsys)
             missing = [option for option in options if not re.search(rf"{option}\b(?!-)", known)]
             assert not missing, f"{page_name(page)}: {missing} in: {line.strip()}"
 
 
-_HELP: dict[tuple[str, ...], str] = {}
-_TOOLS = {"convert_checkpoint": "convert", "preprocess_data": "preprocess"}
+_HELP: dict[tuple[str | None, ...], str] = {}
 
 
 def help_text(tool: str | None, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    name = _TOOLS.get(tool, tool.replace("_", "-")) if tool else words.pop(0)
-    key = (name, words[0]) if name == "evaluate" else (name,)
+    name = tool or words.pop(0)
+    arguments = [*(words[:1] if name == "evaluate" else []), "--help"]
+    key = (tool, name, *arguments)
     if key not in _HELP:
-        with pytest.raises(SystemExit):
-            main([*key, "--help"])
+        with pytest.raises(SystemExit), mock.patch.object(sys, "argv", [name, *arguments]):
+            if tool:
+                runpy.run_path(str(REPOSITORY / "tools" / f"{tool}.py"), run_name="__main__")
+            main([name, *arguments])
         _HELP[key] = capsys.readouterr().out
     return _HELP[key]
 
