@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from opt_megatron.generation.core.engine import Engine
 
@@ -38,31 +39,31 @@ def cases(settings: Settings) -> Iterator[Case]:
     for batch in batches:
         for kind in _KINDS:
             yield attempt(f"{kind}, batch {batch}", partial(_compare, settings, engines, batch, kind))
+            if settings.is_cuda and ProfilerActivity.CUDA in supported_activities():
+                generate = partial(_generate, settings, engines["off"], batch, kind)
+                yield attempt(f"{kind}, batch {batch}: the GPU's work", partial(_gpu_work_a_step, generate))
+
+
+def _generate(settings: Settings, engine: Engine, batch: int, kind: str, count: int) -> list[tuple[int, ...]]:
+    prompts = make_prompts(settings.config(SMALL), batch, 16 if settings.is_tiny else 128, seed=1)
+    return models.tokens_of(models.complete(engine, prompts, count, **_KINDS[kind]))
 
 
 def _compare(settings: Settings, engines: Mapping[str, Engine], batch: int, kind: str) -> tuple[bool, Figures]:
     count = 8 if settings.is_tiny else 32
-    prompts = make_prompts(settings.config(SMALL), batch, 16 if settings.is_tiny else 128, seed=1)
     timer = Timer(settings)
-
-    def generate(engine: Engine, length: int) -> list[tuple[int, ...]]:
-        return models.tokens_of(models.complete(engine, prompts, length, **_KINDS[kind]))
-
-    tokens = {state: generate(engine, count) for state, engine in engines.items()}  # the first captures the graph
+    generators = {state: partial(_generate, settings, engine, batch, kind) for state, engine in engines.items()}
+    tokens = {state: generate(count) for state, generate in generators.items()}  # the first captures the graph
     runs = {
-        state: lambda _, engine=engine: {"ms": timer.milliseconds_a_step(partial(generate, engine), count)}
-        for state, engine in engines.items()
+        state: lambda _, generate=generate: {"ms": timer.milliseconds_a_step(generate, count)}
+        for state, generate in generators.items()
     }
     times = alternate(runs, _ROUNDS, 0)["ms"]
-    figures: Figures = {f"ms a step, graphs {state}": spread(values) for state, values in times.items()}
-    if settings.is_cuda:
-        figures |= _gpu_work_a_step(partial(generate, engines["off"]))
-    return tokens["auto"] == tokens["off"], figures
+    return tokens["auto"] == tokens["off"], {f"ms a step, graphs {s}": spread(values) for s, values in times.items()}
 
 
-def _gpu_work_a_step(generate: Callable[[int], Any]) -> Figures:
+def _gpu_work_a_step(generate: Callable[[int], Any]) -> tuple[None, Figures]:
     """What torch's profiler sees without graphs: kernels and copies, those to the host, waits, and the GPU's time."""
-    from torch.profiler import ProfilerActivity, profile
 
     def total(count: int) -> tuple[float, ...]:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -77,4 +78,4 @@ def _gpu_work_a_step(generate: Callable[[int], Any]) -> Figures:
     short, long = 8, 16
     names = ("kernels a step", "copies to the host a step", "waits a step", "GPU us a step")
     pairs = zip(names, total(short), total(long), strict=True)
-    return {name: (after - before) / (long - short) for name, before, after in pairs}
+    return None, {name: (after - before) / (long - short) for name, before, after in pairs}
