@@ -1,8 +1,10 @@
 """Packaging of opt_megatron (ruff and pytest are configured in pyproject.toml)."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = (HERE / "opt_megatron" / "version.py").read_text().split('"')[-2]
@@ -17,6 +19,43 @@ TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=
 TEST += ["peft>=0.21", "ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0.12", "httpx>=0.27", *SERVE, *TRAIN, *DOCS]
 DEV = ["pre-commit>=4.7", *TEST]
 
+# The instruction sets that the CPU kernels are compiled for, and the compiler's options for each.
+INSTRUCTION_SETS = {"base": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS["avx512"] += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
+KERNEL_OPTIONS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+]
+KERNEL_OPTIONS += ["-Wno-maybe-uninitialized"]  # in GCC's own headers
+
+
+class BuildCPUKernels(build_ext):
+    """Compiles csrc/ where there is a compiler; the package runs without it, by torch's own products."""
+
+    def build_extension(self, extension: Extension) -> None:
+        """A shared library that links to no OpenMP: it uses the one that torch has loaded."""
+        try:
+            objects = self._compile(extension.sources[:1], "library", ["-fvisibility=default"])
+            for name, options in INSTRUCTION_SETS.items():
+                objects += self._compile(extension.sources[1:], name, [f"-DKERNELS={name}", *options])
+            self.compiler.link_shared_object(objects, self.get_ext_fullpath(extension.name), target_lang="c++")
+        except Exception as error:  # of any compiler, or none
+            print(f"the CPU kernels are not built, torch's own products are used instead: {error}")
+
+    def _compile(self, sources: list[str], name: str, options: list[str]) -> list[str]:
+        directory = str(Path(self.build_temp) / name)
+        return self.compiler.compile(sources, output_dir=directory, extra_postargs=[*KERNEL_OPTIONS, *options])
+
+
 setup(
     name="opt-megatron",
     version=VERSION,
@@ -26,6 +65,15 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["opt_megatron", "opt_megatron.*"]),  # without benchmarks/ and tests/
+    ext_modules=[
+        Extension(
+            "opt_megatron.model._cpu_kernels",
+            sources=["csrc/library.cpp", "csrc/linear.cpp", "csrc/attention.cpp"],
+            depends=["csrc/kernels.h", "csrc/scratch.h", "csrc/vector.h"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildCPUKernels},
     package_data={
         "opt_megatron": ["py.typed", "assets/*/*", "serving/assets/*", "evaluation/tasks/*"],
     },

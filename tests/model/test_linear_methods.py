@@ -5,6 +5,9 @@ import torch
 from torch.nn.functional import linear
 
 from opt_megatron.errors import UserError
+from opt_megatron.model.linear_methods.base import LinearMethod
+from opt_megatron.model.linear_methods.cpu_float import CPUFloatLinear
+from opt_megatron.model.linear_methods.cpu_int8 import CPUInt8Linear
 from opt_megatron.model.linear_methods.int8 import Int8Linear
 from opt_megatron.model.linear_methods.int8_rows import Int8Rows, quantize_rows
 from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
@@ -37,7 +40,21 @@ def onednn(weight: torch.Tensor) -> OneDNNLinear:
     return OneDNNLinear(weight)
 
 
-@pytest.mark.parametrize("kind", [TorchLinear, onednn, Int8Linear, Int8WeightOnlyLinear])
+def compiled(method: type[LinearMethod]):
+    """The method, where the CPU kernels were compiled."""
+
+    def make(weight: torch.Tensor) -> LinearMethod:
+        if not method.is_available(weight.device, weight.dtype):
+            pytest.skip("there are no CPU kernels here")
+        return method(weight)
+
+    return make
+
+
+KINDS = [TorchLinear, onednn, compiled(CPUFloatLinear), Int8Linear, Int8WeightOnlyLinear, compiled(CPUInt8Linear)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bias_relu_and_residual(shape, kind):
     x, weight, bias, residual = drawn(*shape)
@@ -75,8 +92,8 @@ def test_methods_are_chosen_by_device_and_dtype(monkeypatch):
     assert select_method(None, cpu, torch.float64) is TorchLinear
     assert select_method(None, torch.device("cuda"), torch.float32) is TorchLinear
     assert select_method("int8", torch.device("cuda"), torch.float16) is Int8WeightOnlyLinear
-    best = select_method(None, cpu, torch.float32)
-    assert best is (OneDNNLinear if OneDNNLinear.is_available(cpu, torch.float32) else TorchLinear)
+    by_preference = [m for m in (CPUFloatLinear, OneDNNLinear, TorchLinear) if m.is_available(cpu, torch.float32)]
+    assert select_method(None, cpu, torch.float32) is by_preference[0]
     with pytest.raises(UserError, match=f"quantization 'int4': choose {', '.join(quantizations())} or none"):
         select_method("int4", cpu, torch.float32)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..step import KVCacheBlocks, ScheduledSequence
-from .embedding_bag_kv_cache import EmbeddingBagKVCache
+from .cpu_kv_cache import CPUKVCache, cache_dtype
 from .paged_kv_cache import PagedKVCache
 
 
@@ -54,13 +54,11 @@ def make_kv_cache(
 ) -> KVCache:
     """A cache for `num_tokens` tokens, a multiple of BLOCK_SIZE, in the layers and heads of this rank.
 
-    On a CPU torch's `embedding_bag`, which is fast for float32 alone, reads a cache at the speed of memory.
-
     Args:
         dtype: of the model.
     """
     if device.type == "cpu":
-        return EmbeddingBagKVCache(num_layers, num_heads, head_dim, num_tokens, device=device)
+        return CPUKVCache(num_layers, num_heads, head_dim, num_tokens, dtype=cache_dtype(dtype))
     return PagedKVCache(num_layers, num_heads, head_dim, num_tokens, dtype=dtype, device=device)
 
 
@@ -68,5 +66,5 @@ def cache_bytes_per_token(
     num_layers: int, num_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Bytes for one token in such a cache."""
-    itemsize = torch.float32.itemsize if device.type == "cpu" else dtype.itemsize
+    itemsize = (cache_dtype(dtype) if device.type == "cpu" else dtype).itemsize
     return 2 * num_layers * num_heads * head_dim * itemsize

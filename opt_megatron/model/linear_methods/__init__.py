@@ -1,8 +1,10 @@
 """Linear methods: the ways to store a weight [O, I] and to compute with it in inference. One file a method.
 
+    cpu_float.py         the float weight in 32 or 16 bits, by our own kernels on a CPU (csrc/)
     onednn.py            the float weight in oneDNN's blocked order, on a CPU
     torch_linear.py      the float weight as it is, on any device
-    int8.py              8-bit weights and activations, on a CPU
+    cpu_int8.py          8-bit weights and activations, by our own kernels on a CPU
+    int8.py              8-bit weights and activations by oneDNN, on a CPU
     int8_triton.py       8-bit weights, on a GPU
     int8_weight_only.py  8-bit weights, elsewhere
 

@@ -21,7 +21,7 @@ class EmbeddingRows(ABC):
 
     @abstractmethod
     def __getitem__(self, ids: Tensor) -> Tensor:
-        """Rows [..., W] for ids [...], in the dtype of the table that this was made from."""
+        """Rows [..., W] for ids [...], in any float dtype."""
 
     @abstractmethod
     def table(self) -> Tensor:
@@ -38,12 +38,14 @@ class LinearMethod(ABC):
         keeps_weight: an instance refers to the float weight, so the layer keeps its parameter.
         loads_deferred: the float weights of a model are never held together. Its layers are made on the meta device,
             and loading hands them one float weight after the other.
+        weight_dtype: of the float weights that loading hands over, where it is not that of the model's parameters.
         embedding_rows: how the embedding's table is stored; None leaves it a float parameter. The head is a linear
             layer like the others.
     """
 
     keeps_weight: ClassVar[bool] = False
     loads_deferred: ClassVar[bool] = False
+    weight_dtype: ClassVar[torch.dtype | None] = None
     embedding_rows: ClassVar[type[EmbeddingRows] | None] = None
 
     @classmethod

@@ -30,12 +30,23 @@ class Quantization(NamedTuple):
 _OPTIONAL_PACKAGES = ("triton",)  # comes with torch's builds for CUDA
 
 METHODS: dict[str | None, Quantization] = {  # by --quantization's names; None: without it
-    None: Quantization("the weights as they are", ("onednn.OneDNNLinear", "torch_linear.TorchLinear")),
+    None: Quantization(
+        "the weights as they are",
+        ("cpu_float.CPUFloatLinear", "onednn.OneDNNLinear", "torch_linear.TorchLinear"),
+    ),
     "int8": Quantization(
         "8-bit weights, quantised while loading; a quarter of float32's memory",
-        ("int8.Int8Linear", "int8_triton.Int8TritonLinear", "int8_weight_only.Int8WeightOnlyLinear"),
+        (
+            "cpu_int8.CPUInt8Linear",
+            "int8.Int8Linear",
+            "int8_triton.Int8TritonLinear",
+            "int8_weight_only.Int8WeightOnlyLinear",
+        ),
     ),
 }
+
+# Methods for weights of another dtype than the model's parameters, which is float32, by that dtype.
+_STORING = {"torch.float16": "cpu_float.CPUFloat16Linear", "torch.bfloat16": "cpu_float.CPUBFloat16Linear"}
 
 
 def quantizations() -> tuple[str, ...]:
@@ -60,23 +71,39 @@ def methods_for(quantization: str | None) -> Iterator[type[LinearMethod]]:
     if quantization not in METHODS:
         raise UserError(f"quantization {quantization!r}: choose {', '.join(quantizations())} or none")
     for path in METHODS[quantization].methods:
-        module, _, name = path.partition(".")
         try:
-            yield getattr(import_module(f".{module}", __package__), name)
+            yield _imported(path)
         except ModuleNotFoundError as error:
             if error.name not in _OPTIONAL_PACKAGES:
                 raise
 
 
-def select_method(quantization: str | None, device: torch.device, dtype: torch.dtype) -> type[LinearMethod]:
+def _imported(path: str) -> type[LinearMethod]:
+    module, _, name = path.partition(".")
+    method: type[LinearMethod] = getattr(import_module(f".{module}", __package__), name)
+    return method
+
+
+def can_store(weight_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model of `dtype` on `device` can keep its weights in another dtype."""
+    path = _STORING.get(str(weight_dtype))
+    return path is not None and _imported(path).is_available(device, dtype)
+
+
+def select_method(
+    quantization: str | None, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> type[LinearMethod]:
     """The method for float weights of `dtype` on `device`.
 
     Args:
         quantization: one of `quantizations()`; None for a method that changes no weight.
+        weight_dtype: that weights are kept in without a quantisation, where it is not `dtype` (`can_store`).
 
     Raises:
         UserError: there is no such quantisation, or no method for it on this device.
     """
+    if quantization is None and weight_dtype is not None:
+        return _imported(_STORING[str(weight_dtype)])
     for method in methods_for(quantization):
         if method.is_available(device, dtype):
             return method

@@ -1,10 +1,11 @@
 """Keys and values of many sequences in one memory, and attention over them, on a CPU.
 
-They are kept in float32 for models in half precision too: torch sums rows of 16-bit numbers an order slower, and a step
-of 16 bfloat16 sequences of 400 tokens took three times as long.
+A block holds 64 tokens. Within a block heads come first, keys as [n, d, 64] and values as [n, 64, d], so that scores
+and outputs are sums of whole vectors. Decoding is computed by the kernels of csrc/ (`CPUKernelAttention`), or where
+they were not compiled by `EmbeddingBagAttention`; pieces of prompts by torch's kernel.
 
-A block holds 64 tokens. Within a block heads come first, keys as [n, d, 64] and values as [n, 64, d], the layout that
-`EmbeddingBagAttention` reads fastest. It computes decoding; torch's kernel computes pieces of prompts.
+Without csrc/ the cache is in float32 for models in half precision too: torch sums rows of 16-bit numbers an order
+slower, and a step of 16 bfloat16 sequences of 400 tokens took three times as long.
 
 T = tokens of the step, C = tokens of the cache, L = layers of this pipeline stage, n = attention heads of
 this tensor parallel rank, d = head_dim, t = keys that a query sees.
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...model.cpu_kernels import FORMATS, empty_in_huge_pages, library
 from ..step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence
+from .cpu_kernel_attention import CPUKernelAttention
 from .embedding_bag_attention import EmbeddingBagAttention
 
 _MAX_SINGLE_QUERIES = 8  # a sequence with at most this many tokens in a step is computed as single queries
@@ -38,13 +41,19 @@ class _PromptPiece:
     mask: Tensor | None
 
 
-class EmbeddingBagKVCache:
+def cache_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The cache's dtype for a model of `dtype`."""
+    return dtype if library() is not None and dtype in FORMATS else torch.float32
+
+
+class CPUKVCache:
     """The cache of one model on this rank, and the attention over it (`kv_cache.KVCache`).
 
     Args:
         num_layers: L.
         num_heads: n.
         num_tokens: C, a multiple of BLOCK_SIZE.
+        dtype: of the cache, as `cache_dtype` says.
     """
 
     def __init__(
@@ -54,14 +63,14 @@ class EmbeddingBagKVCache:
         head_dim: int,
         num_tokens: int,
         *,
-        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.num_tokens = num_tokens
         self._num_heads, self._head_dim = num_heads, head_dim
         self._width = num_heads * head_dim
         self._scale = head_dim**-0.5
         # The operating system provides its pages when they are first written.
-        self._memory = torch.empty((num_layers, 2, num_tokens * self._width), device=device)
+        self._memory = empty_in_huge_pages((num_layers, 2, num_tokens * self._width), dtype)
         self._layers = list(self._memory.unbind())
 
     def prepare_step(self, sequences: tuple[ScheduledSequence, ...]) -> Tensor:
@@ -78,13 +87,19 @@ class EmbeddingBagKVCache:
                 mask = self._causal_mask(position, count)
                 self._pieces.append(_PromptPiece(slice(first, first + count), sequence, mask))
             positions += range(position, position + count)
-        self._single = EmbeddingBagAttention(queries, self._num_heads, self._head_dim) if queries else None
-        return torch.tensor(positions, device=self._memory.device)
+        self._single = self._single_queries(queries) if queries else None
+        return torch.tensor(positions)
+
+    def _single_queries(self, queries: list[tuple[int, int, int]]) -> CPUKernelAttention | EmbeddingBagAttention:
+        kernels = library()
+        if kernels is not None:
+            return CPUKernelAttention(queries, kernels)
+        return EmbeddingBagAttention(queries, self._num_heads, self._head_dim)
 
     def _causal_mask(self, position: int, count: int) -> Tensor | None:
         if position == 0:  # is simply causal
             return None
-        every = torch.ones(count, position + count, dtype=torch.bool, device=self._memory.device)
+        every = torch.ones(count, position + count, dtype=torch.bool)
         return every.tril(position)
 
     def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
@@ -108,7 +123,9 @@ class EmbeddingBagKVCache:
         blocks, position, tokens, *_ = piece.sequence
         self._store(blocks, position, key, value, keys, values)
         if position > 0:
-            key, value = self._gather(blocks, position + len(tokens), keys, values)
+            key, value = (
+                cached.to(query.dtype) for cached in self._gather(blocks, position + len(tokens), keys, values)
+            )
         output = scaled_dot_product_attention(
             query[None],
             key[None],

@@ -1,0 +1,342 @@
+// y = x W^T + bias, with ReLU or a residual: products that read each weight once for up to some tens of tokens.
+//
+// A tile's 64 outputs are lanes of a few vectors, to which the products with one input after the other are added. So
+// a token's sums are made in the same order whatever the number of tokens, and a row of weights whose input is zero
+// can be left out without a change of any bit.
+
+#include <cmath>
+#include <type_traits>
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "scratch.h"
+#include "vector.h"
+
+namespace KERNELS {
+namespace {
+
+constexpr int VECTORS = TILE / LANES;
+constexpr int MAX_TOKENS = 6;        // whose sums are in registers together
+constexpr int TOKENS_AT_ONCE = 192;   // whose sums of a tile are in the second-level cache
+constexpr int ROWS_AT_ONCE = 128;     // of a tile, which stay near from one group of tokens to the next
+constexpr int64_t MIN_PARALLEL = 1 << 15;  // products; fewer are computed by one thread
+constexpr double MAX_ROWS_READ = 0.75;  // of all; with more, leaving out rows does not pay
+
+// AVX-512 has 32 registers: 6 x 4 sums, 4 vectors of weights. The others have 16: 6 x 2 sums, 2 vectors of weights.
+constexpr int vectors_at_once(int tokens) {
+    return LANES == 16 ? VECTORS : tokens == 1 ? smaller(VECTORS, 8) : tokens <= 3 ? 4 : 2;
+}
+
+// The rows of a tile that a product reads: number i is row indices[i], or without indices row i.
+struct Rows {
+    const int32_t* indices;
+    int count;
+    int operator[](int number) const { return indices == nullptr ? number : indices[number]; }
+};
+
+// A step over some rows of one tile for all tokens.
+struct TileRows {
+    const Rows& rows;
+    int first, count;  // numbers of rows
+    const float* x;
+    int64_t width;  // of x
+    float* sums;    // [tokens][64]
+};
+
+enum class From { TILE, TILE_AND_KEEP, COPY };  // KEEP: the rows are copied as floats for the tokens that follow
+
+// sums[t] += x[t, i] * row i for T tokens.
+template <int T, From FROM, bool IS_AHEAD, typename W>
+void add_rows(const TileRows& step, const W* tile, float* copy, int token) {
+    constexpr int V = vectors_at_once(T);
+    const float* x = step.x + token * step.width;
+    for (int column = 0; column < TILE; column += V * LANES) {
+        float* sums = step.sums + token * TILE + column;
+        Floats sum[T][V];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) sum[t][v] = load(sums + t * TILE + v * LANES);
+        for (int number = 0; number < step.count; number++) {
+            const int row = step.rows[step.first + number];
+            Floats weights[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+                const int64_t offset = column + v * LANES;
+                if constexpr (FROM == From::COPY) {
+                    weights[v] = load(copy + int64_t{number} * TILE + offset);
+                } else {
+                    weights[v] = load(tile + int64_t{row} * TILE + offset);
+                    if constexpr (FROM == From::TILE_AND_KEEP)
+                        store(copy + int64_t{number} * TILE + offset, weights[v]);
+                }
+            }
+            if constexpr (IS_AHEAD) {  // the memory is idle while rows come from the cache: the next ones can come
+                const char* next = reinterpret_cast<const char*>(tile + int64_t{row + step.count} * TILE + column);
+                for (size_t byte = 0; byte < V * LANES * sizeof(W); byte += 64) __builtin_prefetch(next + byte, 0, 2);
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                const Floats factor = broadcast(x[t * step.width + row]);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++) sum[t][v] += weights[v] * factor;
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) store(sums + t * TILE + v * LANES, sum[t][v]);
+    }
+}
+
+template <From FROM, bool IS_AHEAD, typename W>
+void add_rows(const TileRows& step, const W* tile, float* copy, int token, int tokens) {
+    switch (tokens) {
+        case 1: return add_rows<1, FROM, IS_AHEAD>(step, tile, copy, token);
+        case 2: return add_rows<2, FROM, IS_AHEAD>(step, tile, copy, token);
+        case 3: return add_rows<3, FROM, IS_AHEAD>(step, tile, copy, token);
+        case 4: return add_rows<4, FROM, IS_AHEAD>(step, tile, copy, token);
+        case 5: return add_rows<5, FROM, IS_AHEAD>(step, tile, copy, token);
+        default: return add_rows<6, FROM, IS_AHEAD>(step, tile, copy, token);
+    }
+}
+
+// Calls compute(first token, tokens, number of the group) for groups of nearly equal size.
+template <typename Compute>
+void for_token_groups(int tokens, Compute compute) {
+    const int groups = (tokens + MAX_TOKENS - 1) / MAX_TOKENS;
+    for (int group = 0; group < groups; group++) {
+        const int begin = tokens * group / groups;
+        compute(begin, tokens * (group + 1) / groups - begin, group);
+    }
+}
+
+template <typename W>
+void multiply_tile(
+    const W* tile, const Rows& rows, const float* x, int64_t width, int tokens, float* sums, float* copy) {
+    constexpr From AGAIN = std::is_same_v<W, float> ? From::TILE : From::COPY;
+    constexpr From FIRST = std::is_same_v<W, float> ? From::TILE : From::TILE_AND_KEEP;
+    const int rows_at_once = tokens <= MAX_TOKENS ? larger(1, rows.count) : ROWS_AT_ONCE;
+    for (int first = 0; first < rows.count; first += rows_at_once) {
+        const TileRows step{rows, first, smaller(rows_at_once, rows.count - first), x, width, sums};
+        for_token_groups(tokens, [&](int token, int count, int group) {
+            if (tokens <= MAX_TOKENS) add_rows<From::TILE, false>(step, tile, copy, token, count);
+            else if (group == 0) add_rows<FIRST, false>(step, tile, copy, token, count);
+            else if (group == 1 && rows.indices == nullptr) add_rows<AGAIN, true>(step, tile, copy, token, count);
+            else add_rows<AGAIN, false>(step, tile, copy, token, count);
+        });
+    }
+}
+
+// Activations in 8 bits: each group of inputs of each token has its own scale, so that large ones spoil few others.
+struct Quantized {
+    int groups;
+    int64_t width;          // padded to whole groups
+    const int8_t* values;   // [tokens, width]
+    const float* scales;    // [tokens, groups]
+    const int32_t* totals;  // [tokens, groups]: sums of values
+};
+
+void quantize_group(const float* x, int count, int group, int8_t* values, float* scale, int32_t* total) {
+    float largest = 0;
+    for (int i = 0; i < count; i++) largest = larger(largest, std::fabs(x[i]));
+    const float inverse = largest > 0 ? 127 / largest : 0;
+    int32_t sum = 0;
+    for (int i = 0; i < count; i++) {
+        const float scaled = x[i] * inverse;
+        const int32_t rounded = static_cast<int32_t>(scaled + std::copysign(0.5f, scaled));
+        values[i] = static_cast<int8_t>(rounded);
+        sum += rounded;
+    }
+    fill(values + count, values + group, int8_t{0});
+    *scale = largest / 127;
+    *total = sum;
+}
+
+// sums[t] += scale of the group * (products in 32-bit integers - zero * total), group after group, for T tokens.
+template <int T, bool IS_INT4>
+void add_groups(const Weight& weight, int64_t tile, const Quantized& x, int first, int count, int token, float* sums_) {
+    constexpr int V = vectors_at_once(T);
+    const int64_t bytes_per_input = IS_INT4 ? TILE / 2 : TILE;
+    const uint8_t* values = static_cast<const uint8_t*>(weight.values) + tile * x.width * bytes_per_input;
+    for (int column = 0; column < TILE; column += V * LANES) {
+        for (int group = first; group < first + count; group++) {
+            const int64_t vector = (tile * x.groups + group) * TILE + column;
+            const int8_t* inputs = x.values + token * x.width + int64_t{group} * weight.group;
+            Ints sum[T][V];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                const int32_t total = x.totals[(token + t) * x.groups + group];
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++) {
+                    if constexpr (IS_INT4) {
+                        const uint8_t* zeros = weight.zeros + vector + v * LANES;
+                        Ints zero;
+                        for (int lane = 0; lane < LANES; lane++) zero[lane] = zeros[lane];
+                        sum[t][v] = zero * -total;
+                    } else {
+                        sum[t][v] = broadcast(-128 * total);
+                    }
+                }
+            }
+            const uint8_t* row = values + int64_t{group} * weight.group * bytes_per_input + column * 4;
+            for (int i = 0; i < weight.group; i += IS_INT4 ? 8 : 4, row += 4 * TILE) {
+#pragma GCC unroll 2
+                for (int half = 0; half < (IS_INT4 ? 2 : 1); half++) {
+                    Ints weights[V];
+#pragma GCC unroll 8
+                    for (int v = 0; v < V; v++) {
+                        weights[v] = load_bits<Ints>(row + v * LANES * 4);
+                        if constexpr (IS_INT4) weights[v] = (half ? weights[v] >> 4 : weights[v]) & 0x0f0f0f0f;
+                    }
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++) {
+                        int32_t four;
+                        std::memcpy(&four, inputs + t * x.width + i + 4 * half, sizeof four);
+                        const Ints factors = broadcast(four);
+#pragma GCC unroll 8
+                        for (int v = 0; v < V; v++) sum[t][v] = add_products(sum[t][v], weights[v], factors);
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                const Floats scale = broadcast(x.scales[(token + t) * x.groups + group]);
+                float* sums = sums_ + (token + t) * TILE + column;
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++) {
+                    Floats factor = scale;
+                    if constexpr (IS_INT4) factor *= load(weight.scales + vector + v * LANES);
+                    store(sums + v * LANES, load(sums + v * LANES) + to_floats(sum[t][v]) * factor);
+                }
+            }
+        }
+    }
+}
+
+template <bool IS_INT4>
+void multiply_tile(const Weight& weight, int64_t tile, const Quantized& x, int tokens, float* sums) {
+    const int at_once = tokens <= MAX_TOKENS ? x.groups : larger(1, 4 * ROWS_AT_ONCE / weight.group);
+    for (int first = 0; first < x.groups; first += at_once) {
+        const int count = smaller(at_once, x.groups - first);
+        for_token_groups(tokens, [&](int token, int size, int) {
+            switch (size) {
+                case 1: return add_groups<1, IS_INT4>(weight, tile, x, first, count, token, sums);
+                case 2: return add_groups<2, IS_INT4>(weight, tile, x, first, count, token, sums);
+                case 3: return add_groups<3, IS_INT4>(weight, tile, x, first, count, token, sums);
+                case 4: return add_groups<4, IS_INT4>(weight, tile, x, first, count, token, sums);
+                case 5: return add_groups<5, IS_INT4>(weight, tile, x, first, count, token, sums);
+                default: return add_groups<6, IS_INT4>(weight, tile, x, first, count, token, sums);
+            }
+        });
+    }
+}
+
+// Bias, ReLU or residual, and the outputs of a tile that there are.
+void finish(const Linear& call, int64_t tile, int first, int tokens, const float* sums) {
+    const Weight& weight = *call.weight;
+    const int64_t begin = tile * TILE;
+    const int count = static_cast<int>(smaller<int64_t>(TILE, weight.outputs - begin));
+    const float* scales = weight.format == INT8 ? weight.scales + begin : nullptr;
+    for (int t = 0; t < tokens; t++) {
+        const int64_t offset = int64_t{first + t} * weight.outputs + begin;
+        for (int o = 0; o < count; o++) {
+            float value = sums[t * TILE + o];
+            if (scales != nullptr) value *= scales[o];
+            if (call.bias != nullptr) value += call.bias[begin + o];
+            if (call.relu) value = value > 0 || value != value ? value : 0;
+            if (call.residual != nullptr) value += call.residual[offset + o];
+            call.y[offset + o] = value;
+        }
+    }
+}
+
+// Which inputs are not zero in every token: null where leaving rows out does not pay.
+const int32_t* active_inputs(const Linear& call, int first, int tokens, int* count) {
+    const int inputs = call.weight->inputs;
+    *count = inputs;
+    if (!call.skip_zeros || tokens > 4 * MAX_TOKENS) return nullptr;
+    int32_t* indices = scratch<struct Indices, int32_t>(size_t(inputs));
+    const float* x = call.x + int64_t{first} * inputs;
+    int active = 0;
+    for (int i = 0; i < inputs; i++) {
+        bool is_active = false;
+        for (int t = 0; t < tokens; t++) is_active |= x[int64_t{t} * inputs + i] != 0;
+        indices[active] = i;
+        active += is_active;
+    }
+    if (active > MAX_ROWS_READ * inputs) return nullptr;
+    *count = active;
+    return indices;
+}
+
+void multiply_floats(const Linear& call, int first, int tokens) {
+    const Weight& weight = *call.weight;
+    int count;
+    const int32_t* active = active_inputs(call, first, tokens, &count);
+    const Rows rows{active, count};
+    const float* x = call.x + int64_t{first} * weight.inputs;
+    const int64_t tiles = (weight.outputs + TILE - 1) / TILE, size = int64_t{weight.inputs} * TILE;
+#pragma omp parallel if (tiles > 1 && size * tiles * tokens > MIN_PARALLEL)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const int64_t end = tiles * (thread + 1) / threads;
+        float* sums = scratch<struct Sums, float>(size_t(tokens + ROWS_AT_ONCE) * TILE);
+        for (int64_t tile = tiles * thread / threads; tile < end; tile++) {
+            fill(sums, sums + tokens * TILE, 0.0f);
+            const auto multiply = [&](auto* values) {
+                multiply_tile(values + tile * size, rows, x, weight.inputs, tokens, sums, sums + tokens * TILE);
+            };
+            if (weight.format == FLOAT32) multiply(static_cast<const float*>(weight.values));
+            else if (weight.format == FLOAT16) multiply(static_cast<const Half*>(weight.values));
+            else multiply(static_cast<const BFloat*>(weight.values));
+            finish(call, tile, first, tokens, sums);
+        }
+    }
+}
+
+void multiply_integers(const Linear& call, int first, int tokens) {
+    const Weight& weight = *call.weight;
+    const int groups = (weight.inputs + weight.group - 1) / weight.group;
+    const int64_t width = int64_t{groups} * weight.group, tiles = (weight.outputs + TILE - 1) / TILE;
+    const int64_t cells = int64_t{tokens} * groups;
+    char* memory = scratch<struct Activations, char>(size_t(tokens) * size_t(width) + size_t(cells) * 8 + 64);
+    float* scales = reinterpret_cast<float*>(memory);
+    int32_t* totals = reinterpret_cast<int32_t*>(scales + cells);
+    int8_t* values = reinterpret_cast<int8_t*>(totals + cells);
+    const Quantized x{groups, width, values, scales, totals};
+#pragma omp parallel if (tiles > 1 && width * tiles * TILE * tokens > MIN_PARALLEL)
+    {
+#pragma omp for schedule(static)
+        for (int64_t cell = 0; cell < cells; cell++) {
+            const int64_t token = cell / groups, begin = cell % groups * weight.group;
+            const int count = static_cast<int>(smaller<int64_t>(weight.group, weight.inputs - begin));
+            quantize_group(
+                call.x + (first + token) * weight.inputs + begin, count, weight.group, values + token * width + begin,
+                scales + cell, totals + cell);
+        }
+        float* sums = scratch<struct Sums, float>(size_t(tokens) * TILE);
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            fill(sums, sums + tokens * TILE, 0.0f);
+            if (weight.format == INT4) multiply_tile<true>(weight, tile, x, tokens, sums);
+            else multiply_tile<false>(weight, tile, x, tokens, sums);
+            finish(call, tile, first, tokens, sums);
+        }
+    }
+}
+
+}  // namespace
+
+int linear(const Linear& call) {
+    const bool is_float = call.weight->format <= BFLOAT16;
+    for (int first = 0; first < call.tokens; first += TOKENS_AT_ONCE) {
+        const int tokens = smaller(TOKENS_AT_ONCE, call.tokens - first);
+        if (is_float) multiply_floats(call, first, tokens);
+        else multiply_integers(call, first, tokens);
+    }
+    return 0;
+}
+
+}  // namespace KERNELS

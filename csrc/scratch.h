@@ -1,0 +1,44 @@
+// Memory of a thread that is kept from call to call. No containers of the standard library: their functions would be
+// compiled for several instruction sets under one name, of which the linker keeps any.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace KERNELS {
+
+// `size` elements, not initialised; those of the former call with the same PURPOSE are given up.
+template <typename Purpose, typename Element>
+inline Element* scratch(size_t size) {
+    struct Memory {
+        void* data = nullptr;
+        size_t bytes = 0;
+        ~Memory() { std::free(data); }
+    };
+    thread_local Memory memory;
+    const size_t bytes = (size * sizeof(Element) + 63) / 64 * 64;
+    if (bytes > memory.bytes) {
+        std::free(memory.data);
+        memory.data = std::aligned_alloc(64, bytes);
+        memory.bytes = memory.data == nullptr ? 0 : bytes;
+        if (memory.data == nullptr) throw std::bad_alloc();
+    }
+    return static_cast<Element*>(memory.data);
+}
+
+template <typename Number>
+constexpr Number smaller(Number a, Number b) {
+    return b < a ? b : a;
+}
+template <typename Number>
+constexpr Number larger(Number a, Number b) {
+    return a < b ? b : a;
+}
+
+template <typename Element>
+inline void fill(Element* begin, Element* end, Element value) {
+    for (; begin != end; begin++) *begin = value;
+}
+
+}  // namespace KERNELS

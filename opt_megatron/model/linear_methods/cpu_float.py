@@ -1,0 +1,66 @@
+"""Float weights on a CPU, by the kernels of csrc/: in the checkpoint's dtype, with float32 arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from ..cpu_kernels import FORMATS, TiledWeight, empty_in_huge_pages, in_tiles, library
+from .base import EmbeddingRows, LinearMethod
+
+
+class CPUFloatRows(EmbeddingRows):
+    """An embedding's table in the checkpoint's dtype, whose rows become float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._table = empty_in_huge_pages(tuple(weight.shape), weight.dtype).copy_(weight)
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., W]"""
+        return embedding(ids, self._table).float()
+
+    def table(self) -> Tensor:
+        """[V, W], in the checkpoint's dtype."""
+        return self._table
+
+
+class CPUFloatLinear(LinearMethod):
+    """A float32, float16 or bfloat16 weight, and float32 activations.
+
+    A 16-bit weight becomes float32 in the registers, so the result is that of the float32 weight, at half the bytes.
+    """
+
+    @classmethod
+    def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """On a CPU, for float32 activations, where the kernels were compiled."""
+        return device.type == "cpu" and dtype == torch.float32 and library() is not None
+
+    def __init__(self, weight: Tensor) -> None:
+        tiles = in_tiles(weight).transpose(1, 2)  # [tiles, I, 64]
+        values = empty_in_huge_pages(tuple(tiles.shape), weight.dtype).copy_(tiles)
+        self._weight = TiledWeight(FORMATS[weight.dtype], (weight.shape[0], weight.shape[1]), values)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """[T, I] -> [T, O]"""
+        return self._weight.multiply(x, bias, relu=relu, residual=residual)
+
+    def unpack(self) -> Tensor:
+        """The weight in its ordinary order, a new tensor."""
+        return self._weight.values.transpose(1, 2).flatten(0, 1)[: self._weight.shape[0]].clone()
+
+
+class CPUFloat16Linear(CPUFloatLinear):
+    """A checkpoint's float16 weight."""
+
+    loads_deferred = True
+    weight_dtype = torch.float16
+    embedding_rows = CPUFloatRows
+
+
+class CPUBFloat16Linear(CPUFloatLinear):
+    """A checkpoint's bfloat16 weight."""
+
+    loads_deferred = True
+    weight_dtype = torch.bfloat16
+    embedding_rows = CPUFloatRows
