@@ -69,7 +69,8 @@ class LoadedModel:
 
         Args:
             name_or_dir: as for --load: a directory, a released size, a Hub repository, or "story".
-            dtype: float32, float16, bfloat16, or auto: float32 on a CPU, the checkpoint's on a GPU.
+            dtype: float32, float16, bfloat16, or auto: the checkpoint's on a GPU; float32 on a CPU, where weights of 16
+                bits are kept as they are and computed with in float32.
             device: "cpu" or "cuda"; by default CUDA where there is one.
             adapter: a LoRA adapter of peft, a directory or a Hub repository, which is added to the weights.
             config: used instead of the checkpoint's own.

@@ -30,6 +30,7 @@ from .checkpoint.parameter_mapping import (
 )
 from .checkpoint.storage.blocks import Block
 from .errors import UserError, shorten
+from .model.embedding import OPTEmbedding
 from .model.linear import PackableLinear
 from .model.opt_model import OPTModel
 from .parallel.context import ParallelContext, on_all_ranks
@@ -220,23 +221,32 @@ def _checked(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def _float_weight(model: OPTModel, name: str) -> Tensor:
-    """A parameter of this rank: the tensor itself, or what a linear method has packed, unpacked."""
+    """A parameter of this rank: the tensor itself, or what a linear method has packed, in the model's dtype."""
     module, kind = _module_of(model, name)
     parameter = getattr(module, kind)
-    if parameter is None:
-        assert isinstance(module, PackableLinear) and module.packed is not None
-        return module.packed.unpack()
-    return parameter.detach()
+    if parameter is not None and not parameter.is_meta:
+        return parameter.detach()
+    assert isinstance(module, PackableLinear | OPTEmbedding) and module.packed is not None
+    stored = module.packed.unpack() if isinstance(module, PackableLinear) else module.packed.table()
+    return stored.to(model.params_dtype)
 
 
 def _store(model: OPTModel, name: str, weight: Tensor) -> None:
     """After `weight` of `_float_weight` has been written into: pack it again where it was packed."""
     module, kind = _module_of(model, name)
-    if kind == "weight" and isinstance(module, PackableLinear) and module.packed is not None:
-        module.packed = type(module.packed)(weight)
     head = model.output_layer if model.post_process else None
-    if name == "embedding.word_embeddings.weight" and head is not None and head.packed is not None:
-        head.packed = type(head.packed)(weight)  # tied: made from the embedding
+    layers: list[nn.Module | None] = [module] if kind == "weight" else []
+    if name == "embedding.word_embeddings.weight":
+        layers.append(head)  # tied: made from the embedding
+    for layer in layers:
+        if isinstance(layer, PackableLinear | OPTEmbedding) and layer.packed is not None:
+            layer.packed = type(layer.packed)(_as_stored(weight, layer.method.weight_dtype))
+
+
+def _as_stored(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The weight in the dtype that its layer stores, if no value changes; else as it is: edits are never rounded."""
+    stored = weight if dtype is None else weight.to(dtype)
+    return stored if torch.equal(stored.to(weight.dtype), weight) else weight
 
 
 def _module_of(model: OPTModel, name: str) -> tuple[nn.Module, str]:

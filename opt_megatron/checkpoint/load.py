@@ -79,7 +79,8 @@ def load_model(
     Args:
         source: a checkpoint in any format, opened or not.
         config: by default the checkpoint's own.
-        dtype: `float32`, `float16`, `bfloat16`, or `auto`: float32 on a CPU, the checkpoint's on a GPU.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: on a GPU the checkpoint's; on a CPU float32, where a 16-bit
+            checkpoint's linear weights and embedding stay as they are if there are kernels for that (csrc/).
         quantization: one of `model.linear_methods.registry.quantizations()`; quantised tensor by tensor, so that no
             more than one is ever held as floats.
 
@@ -92,13 +93,29 @@ def load_model(
     def load() -> OPTModel:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source), config)
         torch_dtype = resolve_dtype(dtype, checkpoint.config, parallel.device)
-        model = build_model(checkpoint.config, parallel, torch_dtype, quantization=quantization)
+        weight_dtype = None
+        if dtype == "auto" and quantization is None:
+            weight_dtype = _stored_dtype(checkpoint, torch_dtype, parallel.device)
+        model = build_model(
+            checkpoint.config, parallel, torch_dtype, quantization=quantization, weight_dtype=weight_dtype
+        )
         load_weights(model, checkpoint, parallel)
-        if quantization is not None:
-            model.prepare_inference()  # quantised weights can only be used for inference
+        if quantization is not None or weight_dtype is not None:
+            model.prepare_inference()  # such weights can only be used for inference
         return model.requires_grad_(False)
 
     return on_all_ranks(parallel, load)
+
+
+def _stored_dtype(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype of all the checkpoint's matrices, if a model of `dtype` can keep them in it."""
+    from ..model.linear_methods.registry import can_store
+
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2}
+    if len(dtypes) != 1 or checkpoint.adapter is not None:  # an adapter's sum with a weight is not of 16 bits
+        return None
+    stored = dtypes.pop()
+    return stored if stored is not dtype and can_store(stored, device, dtype) else None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelContext) -> None:

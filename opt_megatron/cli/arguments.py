@@ -96,7 +96,9 @@ class LayoutOptions(Options):
 class RuntimeOptions(LayoutOptions):
     """Where and how a model runs."""
 
-    dtype: str = option("auto", help="float32, float16, bfloat16 or auto (float32 on a CPU, the checkpoint's on a GPU)")
+    dtype: str = option(
+        "auto", help="float32, float16, bfloat16 or auto (the checkpoint's; on a CPU computed in float32)"
+    )
     device: str | None = option(
         None, help="device to run on", choices=("cpu", "cuda"), default_text="cuda where there is one"
     )

@@ -6,8 +6,10 @@ rank. 350m has two bias-free matrices between the widths, replicated on every te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -45,6 +47,7 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, **kwargs)
         self.method = method
+        self._dtype = self._float_table().dtype  # of the rows
         is_projected = embedding_dim != hidden_size
         self.project_in = _projection(embedding_dim, hidden_size, self._float_table()) if is_projected else None
 
@@ -61,7 +64,11 @@ class OPTEmbedding(DeferredWeight, VocabParallelEmbedding):
 
     def rows(self, ids: Tensor) -> Tensor:
         """This rank's rows [..., W] for ids [...] counted from its first row."""
-        return embedding(ids, self._float_table()) if self.packed is None else self.packed[ids]
+        return embedding(ids, self._float_table()) if self.packed is None else self.packed[ids].to(self._dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # model.half() and the like
+        return super()._apply(fn, recurse)
 
     def _float_table(self) -> Tensor:
         assert self.weight is not None

@@ -45,14 +45,21 @@ def mark_sequence_parallel(parameter: Tensor, is_sequence_parallel: bool) -> Non
 
 
 class DeferredWeight(nn.Module):
-    """A module whose `weight` may have a shape and no memory until `store_weight` is given the values."""
+    """A module whose `weight` may have a shape and no memory until `store_weight` is given the values.
+
+    Attributes:
+        method: how `store_weight` stores the weight.
+    """
 
     weight: nn.Parameter | None
 
+    method: type[LinearMethod]
+
     def defer_weight(self) -> None:
-        """Free the weight's memory."""
+        """Free the weight's memory; from now on it has the dtype in which the method takes it."""
         if self.weight is not None:
-            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+            dtype = self.method.weight_dtype or self.weight.dtype
+            self.weight = nn.Parameter(self.weight.to("meta", dtype), requires_grad=False)
 
     def store_weight(self, weight: Tensor) -> None:
         """Store `weight`, which has the shape and dtype of the parameter."""
@@ -72,7 +79,6 @@ class PackableLinear(DeferredWeight):
     """A linear layer whose weight [O, I] a linear method may store instead.
 
     Attributes:
-        method: how `store_weight` stores the weight.
         packed: the weight as the linear method stores it, which computes in inference; None while the weight is an
             ordinary parameter.
     """

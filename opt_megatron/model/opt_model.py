@@ -32,6 +32,8 @@ class OPTModel(GPTModel):
         opt_config: the architecture.
         parallel_output: leave the logits split over the vocabulary (training does). May be set later.
         quantization: None, or the name of a linear method (linear_methods/registry.py): a model that can only be run.
+        weight_dtype: of the linear weights and the embedding, where it is not that of the other parameters
+            (linear_methods.registry.can_store): such a model can only be run, too.
         lora: the layers with low-rank factors, which alone are trained.
     """
 
@@ -43,11 +45,13 @@ class OPTModel(GPTModel):
         *,
         parallel_output: bool = False,
         quantization: str | None = None,
+        weight_dtype: torch.dtype | None = None,
         lora: LoRALayers | None = None,
     ) -> None:
         # Needed by setup_embeddings_and_output_layer, which GPTModel's constructor calls.
         self.opt_config, self.quantization, self._device = opt_config, quantization, parallel.device
-        self._method = select_method(quantization, parallel.device, core_config.params_dtype)
+        self._weight_dtype = weight_dtype
+        self._method = select_method(quantization, parallel.device, core_config.params_dtype, weight_dtype)
         super().__init__(
             config=core_config,
             transformer_layer_spec=block_spec(opt_config, core_config, parallel.device, self._method, lora or {}),
@@ -120,7 +124,7 @@ class OPTModel(GPTModel):
         and writes them. The layers that are prepared already stay as they are.
         """
         like = self._any_parameter()
-        method = select_method(self.quantization, like.device, like.dtype)
+        method = select_method(self.quantization, like.device, like.dtype, self._weight_dtype)
         for module in self.modules():
             if isinstance(module, OPTOutputLayer) and self.pre_process:
                 if module.packed is None:
@@ -169,6 +173,7 @@ def build_model(
     *,
     parallel_output: bool = False,
     quantization: str | None = None,
+    weight_dtype: torch.dtype | None = None,
     lora: LoRALayers | None = None,
     **overrides: Any,
 ) -> OPTModel:
@@ -177,6 +182,7 @@ def build_model(
     Args:
         dtype: of the parameters (with a quantisation, of those that stay as they are, and of activations).
         quantization: None, or one of `linear_methods.registry.quantizations()`.
+        weight_dtype: as for OPTModel.
         lora: the layers with low-rank factors, which alone are trained.
         overrides: fields of TransformerConfig that differ from `transformer_config`'s (for training).
 
@@ -186,10 +192,16 @@ def build_model(
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(config, tp, pp, parallel.world_size)
-    itemsize = dtype.itemsize if quantization is None else 1
+    itemsize = (weight_dtype or dtype).itemsize if quantization is None else 1
     require_memory(config.num_parameters // (tp * pp) * itemsize, "the weights", parallel.device)
     core_config = transformer_config(config, parallel, dtype, **overrides)
     model = OPTModel(
-        config, core_config, parallel, parallel_output=parallel_output, quantization=quantization, lora=lora
+        config,
+        core_config,
+        parallel,
+        parallel_output=parallel_output,
+        quantization=quantization,
+        weight_dtype=weight_dtype,
+        lora=lora,
     )
     return model.to(device=parallel.device, dtype=dtype).eval()

@@ -1,5 +1,7 @@
 """Logits against transformers' OPT in fp32, the oracle: every layout, with and without cache, padded or not."""
 
+import copy
+
 import pytest
 import rank_jobs
 import torch
@@ -21,7 +23,7 @@ def test_one_rank_gives_the_oracles_logits_to_the_bit(models, alone, name):
     directory, oracle = models[name]
     tokens = tokens_for(oracle, 3, 60)
     with torch.no_grad():
-        ours = load_model(directory, None, alone)(tokens)
+        ours = load_model(directory, None, alone, "float32")(tokens)
         assert torch.equal(ours, oracle(tokens).logits)
 
 
@@ -101,3 +103,18 @@ def test_real_125m_dimensions(tmp_path, alone, ranks):
     assert torch.equal(ours, expected)
     for logits in ranks(2).run(rank_jobs.full_logits, directory, 2, tokens):
         assert (logits - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
+def test_a_16_bit_checkpoint_is_computed_as_its_float32(models, ranks, tmp_path, name, dtype, tp, pp):
+    """With --dtype auto, which stores 16 bits a weight where there are CPU kernels."""
+    oracle = copy.deepcopy(models[name][1]).to(dtype)
+    directory = save(oracle, tmp_path / "16")
+    tokens = tokens_for(oracle, 1, 30)
+    with torch.no_grad():
+        expected = oracle.float()(tokens).logits[0]
+    logits = ranks(tp * pp).run(rank_jobs.cached_logits, directory, tp, pp, tokens[0].tolist(), 12)[0]
+    assert (logits - expected[11:]).abs().max() <= TOLERANCE
+    assert torch.equal(logits.argmax(-1), expected[11:].argmax(-1))
