@@ -77,7 +77,8 @@ class LoadedModel:
             tokenizer: where its files are; by default next to the weights. Without one, prompts are ids.
             use_generation_config: end texts, suppress tokens and sample as the checkpoint's generation_config.json says
                 where `generate` and `stream` are not told otherwise.
-            quantization: "int8" for 8-bit weights, quantised while loading.
+            quantization: "int8" or "int4" (also "int4-g32" and so on, by the inputs that share a scale); weights are
+                quantised while they are loaded.
             batch_size: sequences that `score` and `generate` run at a time.
             engine: options of the engine of `generate`, a draft model among them.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, print_notice
-from ..model.linear_methods.registry import quantization_help, quantizations
+from ..model.linear_methods.registry import group_sizes, quantization_help, quantizations
 from ..options import Options, option
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ class RuntimeOptions(LayoutOptions):
     )
     seed: int = option(1234, help="seed of all random choices")
     quantization: str | None = option(None, help=quantization_help(), choices=quantizations())
+    group_size: int | None = option(
+        None,
+        help="inputs that share a scale in --quantization int4; smaller ones are more accurate and take more memory",
+        choices=group_sizes(),
+        default_text="128",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,7 @@ def _evaluate(args: argparse.Namespace, options: TaskOptions, opt: OPT) -> None:
         settings = {
             "dtype": dtype_name(opt.model.params_dtype),
             "quantization": args.quantization,
+            "group_size": args.group_size,
             "batch_size": args.batch_size,
             "limit": args.limit,
             "bootstrap_iters": args.bootstrap_iters,

@@ -75,6 +75,7 @@ def open_model(
     """
     from ..api import OPT
     from ..checkpoint.locate import EMBEDDED_NAME
+    from ..model.linear_methods.registry import with_group_size
     from ..parallel.context import on_all_ranks
 
     return OPT.open(
@@ -87,7 +88,7 @@ def open_model(
         tokenizer=args.tokenizer,
         needs_tokenizer=needs_tokenizer,
         use_generation_config=use_generation_config,
-        quantization=args.quantization,
+        quantization=with_group_size(args.quantization, args.group_size),
         batch_size=batch_size,
         engine=engine,
     )

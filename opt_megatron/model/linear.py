@@ -199,13 +199,13 @@ class OPTOutputLayer(PackableLinear, ColumnParallelLinear):
 
     def __init__(self, *args: Any, num_logits: int, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.method = method
+        self.method = method.head_method or method
         self._num_logits = num_logits
         self._first_padding = max(0, num_logits - self.tp_group.rank() * self.output_size_per_partition)
 
     def prepare_tied(self, weight: Tensor, method: type[LinearMethod]) -> None:
         """As `prepare_inference`, with the embedding's `weight` [V, h]."""
-        self._pack(weight, method)
+        self._pack(weight, method.head_method or method)
 
     def infer(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """[T, hidden] -> [T, vocabulary rows of this rank]"""

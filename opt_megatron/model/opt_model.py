@@ -18,7 +18,7 @@ from ..parallel.memory import require_memory
 from .attention import padding_mask_to_inputs
 from .embedding import OPTEmbedding, ProjectedOutputLayer
 from .linear import DeferredWeight, OPTOutputLayer, PackableLinear
-from .linear_methods.registry import select_method
+from .linear_methods.registry import bytes_per_weight, select_method
 from .lora import freeze_all_but_factors
 from .lora_options import LoRALayers
 from .megatron_config import transformer_config
@@ -192,8 +192,8 @@ def build_model(
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(config, tp, pp, parallel.world_size)
-    itemsize = (weight_dtype or dtype).itemsize if quantization is None else 1
-    require_memory(config.num_parameters // (tp * pp) * itemsize, "the weights", parallel.device)
+    itemsize = (weight_dtype or dtype).itemsize if quantization is None else bytes_per_weight(quantization)
+    require_memory(int(config.num_parameters // (tp * pp) * itemsize), "the weights", parallel.device)
     core_config = transformer_config(config, parallel, dtype, **overrides)
     model = OPTModel(
         config,

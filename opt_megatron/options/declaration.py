@@ -58,7 +58,7 @@ class Option:
     maximum: float | None = None
     below: float | None = None
     must: str | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | tuple[int, ...] = ()
     default_text: str | None = None
     metavar: str | None = None
     flags: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ class Option:
     def range_in_words(self) -> str:
         """The range, as "at least 1"; nothing where there is none."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(map(str, self.choices))}"
         if self.minimum is not None and self.maximum is not None:
             return f"from {self.minimum} to {self.maximum}"
         bounds = (("at least", self.minimum), ("above", self.above), ("at most", self.maximum), ("below", self.below))

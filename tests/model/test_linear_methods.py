@@ -7,7 +7,10 @@ from torch.nn.functional import linear
 from opt_megatron.errors import UserError
 from opt_megatron.model.linear_methods.base import LinearMethod
 from opt_megatron.model.linear_methods.cpu_float import CPUFloatLinear
+from opt_megatron.model.linear_methods.cpu_int4 import CPUInt4Linear
 from opt_megatron.model.linear_methods.cpu_int8 import CPUInt8Linear
+from opt_megatron.model.linear_methods.int4_groups import Int4Weight
+from opt_megatron.model.linear_methods.int4_weight_only import Int4WeightOnlyLinear
 from opt_megatron.model.linear_methods.int8 import Int8Linear
 from opt_megatron.model.linear_methods.int8_rows import Int8Rows, quantize_rows
 from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
@@ -19,6 +22,7 @@ from opt_megatron.model.linear_methods.registry import (
     quantization_help,
     quantizations,
     select_method,
+    with_group_size,
 )
 from opt_megatron.model.linear_methods.torch_linear import TorchLinear
 
@@ -52,6 +56,7 @@ def compiled(method: type[LinearMethod]):
 
 
 KINDS = [TorchLinear, onednn, compiled(CPUFloatLinear), Int8Linear, Int8WeightOnlyLinear, compiled(CPUInt8Linear)]
+KINDS += [Int4WeightOnlyLinear, Int4WeightOnlyLinear.with_group_size(32), compiled(CPUInt4Linear.with_group_size(64))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,8 +99,9 @@ def test_methods_are_chosen_by_device_and_dtype(monkeypatch):
     assert select_method("int8", torch.device("cuda"), torch.float16) is Int8WeightOnlyLinear
     by_preference = [m for m in (CPUFloatLinear, OneDNNLinear, TorchLinear) if m.is_available(cpu, torch.float32)]
     assert select_method(None, cpu, torch.float32) is by_preference[0]
-    with pytest.raises(UserError, match=f"quantization 'int4': choose {', '.join(quantizations())} or none"):
-        select_method("int4", cpu, torch.float32)
+    for wrong in ("int5", "int4-g48", "int4-g", "int8-g64"):
+        with pytest.raises(UserError, match=f"'{wrong}': choose {', '.join(quantizations())}, int4-g32, .* or none"):
+            select_method(wrong, cpu, torch.float32)
 
 
 def test_a_method_that_no_device_here_has(monkeypatch):
@@ -120,6 +126,37 @@ def test_the_weight_comes_back_to_the_bit_or_not_at_all(shape, dtype, name, meth
             stored.unpack()
     else:
         assert torch.equal(stored.unpack(), weight) and stored.unpack().dtype is dtype
+
+
+def test_the_group_size_is_part_of_the_name():
+    assert with_group_size("int4", 64) == "int4-g64" and with_group_size("int8", None) == "int8"
+    assert select_method("int4-g64", torch.device("cuda"), torch.float16).group_size == 64
+    assert select_method("int4", torch.device("cuda"), torch.float16).group_size == 128
+    for other in ("int8", None):
+        with pytest.raises(UserError, match=rf"a group size needs a quantization with groups \(int4\), not {other}"):
+            with_group_size(other, 64)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_4_bit_weights_are_within_half_a_step_and_zero_is_kept(group_size):
+    weight = torch.randn(20, 300) * torch.logspace(-3, 3, 20)[:, None]
+    weight[3], weight[4, :150], weight[5] = 0, 0, weight[5].abs() + 1
+    numbers, scales, zeros = Int4Weight.rounded(weight, group_size)
+    assert numbers.shape == (20, -(-300 // group_size) * group_size) and numbers.max() <= 15
+    steps = scales.repeat_interleave(group_size, 1)
+    rounded = (numbers.float() - zeros.repeat_interleave(group_size, 1)) * steps
+    assert ((rounded[:, :300] - weight).abs() <= steps[:, :300] * 1.0001).all()  # half a step, and half of the zero's
+    assert (rounded[:, :300][weight == 0] == 0).all() and (rounded[:, 300:] == 0).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_the_kernel_and_torch_compute_with_the_same_4_bit_weights(group_size):
+    x, weight, bias, _ = drawn(7, 200, 70)
+    if not CPUInt4Linear.is_available(weight.device, weight.dtype):
+        pytest.skip("there are no CPU kernels here")
+    exact = Int4WeightOnlyLinear.with_group_size(group_size)(weight)(x, bias)
+    ours = CPUInt4Linear.with_group_size(group_size)(weight)(x, bias)
+    assert (ours - exact).norm() <= 0.01 * exact.norm()  # the kernel rounds activations to 8 bits
 
 
 def test_8_bit_rows_of_an_embedding():

@@ -1,4 +1,4 @@
-"""8-bit models against the float ones that they were made of."""
+"""8-bit and 4-bit models against the float ones that they were made of."""
 
 import math
 import weakref
@@ -35,9 +35,10 @@ def test_logits_are_near_the_float_ones(models, ranks, name, tp, pp):
     tokens = tokens_for(oracle)
     with torch.no_grad():
         exact = oracle(tokens).logits[0, 11:]
-    job = directory, tp, pp, tokens[0].tolist(), 12, "int8"
-    logits = ranks(tp * pp).run(rank_jobs.cached_logits, *job)[0]
-    assert error(logits, exact) < 0.05
+    for quantization, bound in (("int8", 0.05), ("int4-g32", 0.3)):
+        job = directory, tp, pp, tokens[0].tolist(), 12, quantization
+        logits = ranks(tp * pp).run(rank_jobs.cached_logits, *job)[0]
+        assert error(logits, exact) < bound, quantization
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -146,5 +147,5 @@ def test_float_weights_are_never_held(tmp_path, alone, monkeypatch):
 
 
 def test_other_kinds_are_refused(models, alone):
-    with pytest.raises(UserError, match=r"quantization 'int4': choose .*int8.* or none"):
-        load_model(models["story"][0], None, alone, quantization="int4")
+    with pytest.raises(UserError, match=r"quantization 'int3': choose .*int8.* or none"):
+        load_model(models["story"][0], None, alone, quantization="int3")

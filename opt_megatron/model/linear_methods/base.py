@@ -39,14 +39,20 @@ class LinearMethod(ABC):
         loads_deferred: the float weights of a model are never held together. Its layers are made on the meta device,
             and loading hands them one float weight after the other.
         weight_dtype: of the float weights that loading hands over, where it is not that of the model's parameters.
-        embedding_rows: how the embedding's table is stored; None leaves it a float parameter. The head is a linear
-            layer like the others.
+        embedding_rows: how the embedding's table is stored; None leaves it a float parameter.
+        head_method: stores the head's weight; None: this method, as that of the other linear layers.
     """
 
     keeps_weight: ClassVar[bool] = False
     loads_deferred: ClassVar[bool] = False
     weight_dtype: ClassVar[torch.dtype | None] = None
     embedding_rows: ClassVar[type[EmbeddingRows] | None] = None
+    head_method: ClassVar[type[LinearMethod] | None] = None
+
+    @classmethod
+    def with_group_size(cls, group_size: int) -> type[LinearMethod]:
+        """The same method with groups of another size, where the registry says that it has groups."""
+        raise NotImplementedError
 
     @classmethod
     @abstractmethod

@@ -21,10 +21,14 @@ class Quantization(NamedTuple):
         help: of --quantization.
         methods: module and class of the linear methods that do it; the first that is available is used. A module that
             needs a package which is not installed is passed over.
+        group_sizes: inputs that may share a scale, which the name can end in ("int4-g64"); none: there are no groups.
+        bytes_per_weight: of a linear layer, scales not counted.
     """
 
     help: str
     methods: tuple[str, ...]
+    group_sizes: tuple[int, ...] = ()
+    bytes_per_weight: float = 1
 
 
 _OPTIONAL_PACKAGES = ("triton",)  # comes with torch's builds for CUDA
@@ -42,6 +46,12 @@ METHODS: dict[str | None, Quantization] = {  # by --quantization's names; None: 
             "int8_triton.Int8TritonLinear",
             "int8_weight_only.Int8WeightOnlyLinear",
         ),
+    ),
+    "int4": Quantization(
+        "4-bit weights in groups (--group-size), 8 bits for embedding and output head",
+        ("cpu_int4.CPUInt4Linear", "int4_weight_only.Int4WeightOnlyLinear"),
+        group_sizes=(32, 64, 128),
+        bytes_per_weight=0.5,
     ),
 }
 
@@ -62,17 +72,55 @@ def quantization_help() -> str:
     return ". ".join(f"{name}: {METHODS[name].help}" for name in names)
 
 
+def group_sizes() -> tuple[int, ...]:
+    """The sizes that --group-size offers."""
+    return tuple(sorted({size for each in METHODS.values() for size in each.group_sizes}))
+
+
+def with_group_size(quantization: str | None, group_size: int | None) -> str | None:
+    """The name of a quantisation with groups of this size.
+
+    Raises:
+        UserError: it has no groups.
+    """
+    if group_size is None:
+        return quantization
+    if quantization not in METHODS or not METHODS[quantization].group_sizes:
+        grouped = [name for name in quantizations() if METHODS[name].group_sizes]
+        raise UserError(f"a group size needs a quantization with groups ({', '.join(grouped)}), not {quantization}")
+    return f"{quantization}-g{group_size}"
+
+
+def bytes_per_weight(quantization: str) -> float:
+    """Of a linear layer, scales not counted.
+
+    Raises:
+        UserError: there is no such quantisation.
+    """
+    return _parts(quantization)[0].bytes_per_weight
+
+
+def _parts(quantization: str | None) -> tuple[Quantization, str]:
+    """Its entry, and the group size in its name, or nothing."""
+    name, dash, size = (None, "", "") if quantization is None else quantization.partition("-g")
+    if name not in METHODS or (dash and size not in map(str, METHODS[name].group_sizes)):
+        choices = list(quantizations())
+        choices += [f"{name}-g{size}" for name in quantizations() for size in METHODS[name].group_sizes]
+        raise UserError(f"quantization {quantization!r}: choose {', '.join(choices)} or none")
+    return METHODS[name], size
+
+
 def methods_for(quantization: str | None) -> Iterator[type[LinearMethod]]:
     """The methods of one name, the preferred one first; each module is imported when its turn comes.
 
     Raises:
         UserError: there is no such quantisation.
     """
-    if quantization not in METHODS:
-        raise UserError(f"quantization {quantization!r}: choose {', '.join(quantizations())} or none")
-    for path in METHODS[quantization].methods:
+    entry, group_size = _parts(quantization)
+    for path in entry.methods:
         try:
-            yield _imported(path)
+            method = _imported(path)
+            yield method.with_group_size(int(group_size)) if group_size else method
         except ModuleNotFoundError as error:
             if error.name not in _OPTIONAL_PACKAGES:
                 raise
@@ -96,7 +144,7 @@ def select_method(
     """The method for float weights of `dtype` on `device`.
 
     Args:
-        quantization: one of `quantizations()`; None for a method that changes no weight.
+        quantization: one of `quantizations()`, or with a group size; None for a method that changes no weight.
         weight_dtype: that weights are kept in without a quantisation, where it is not `dtype` (`can_store`).
 
     Raises:
