@@ -25,6 +25,7 @@ from .launch_environment import START_TIMEOUT, LaunchEnvironment
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_TRIES = 0.1
+_SECONDS_TO_REACH_AGENT = 20
 _GRACE_SECONDS = 1.0  # after a failure rank 0 stays so long, because it has the store in which the others read of it
 _FAILED = "opt_megatron/start/failed"
 
@@ -54,11 +55,16 @@ def meet(environment: LaunchEnvironment, facts: Mapping[str, object], timeout: t
 
 
 def _connect(environment: LaunchEnvironment, deadline: float, timeout: timedelta) -> dist.Store:
-    if environment.has_agent:  # its store is there before the ranks are
-        return next(rendezvous("env://", timeout=timeout))[0]
+    if environment.has_agent:
+        return _connect_to_agent(environment, timeout)
     address, port, is_host = environment.master_addr, environment.master_port, environment.rank == 0
     listener = _listen(port) if is_host else None
-    _wait_for_listener(environment, deadline)
+    _wait_for_listener(
+        environment,
+        deadline,
+        f"rank {environment.rank} has not reached rank 0 at MASTER_ADDR={address}, MASTER_PORT={port} "
+        f"within {environment.start_seconds} s: start all ranks with these two",
+    )
     return _in_time(
         lambda: dist.TCPStore(
             address,
@@ -73,6 +79,22 @@ def _connect(environment: LaunchEnvironment, deadline: float, timeout: timedelta
         f"what listens at MASTER_ADDR={address}, MASTER_PORT={port} does not answer as rank 0 would: set another port "
         "on all ranks",
     )
+
+
+def _connect_to_agent(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
+    """torchrun's store, which is there before the ranks are.
+
+    Raises:
+        LaunchError: it is not: the variables have been left by another launch.
+    """
+    seconds = min(environment.start_seconds, _SECONDS_TO_REACH_AGENT)
+    deadline = time.monotonic() + seconds
+    message = (
+        f"TORCHELASTIC_USE_AGENT_STORE is set, but no torchrun answers at MASTER_ADDR={environment.master_addr}, "
+        f"MASTER_PORT={environment.master_port} within {seconds} s: start the ranks with torchrun, or unset it"
+    )
+    _wait_for_listener(environment, deadline, message)
+    return _in_time(lambda: next(rendezvous("env://", timeout=timeout))[0], deadline, message)
 
 
 def _listen(port: int) -> socket.socket:
@@ -96,8 +118,12 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _wait_for_listener(environment: LaunchEnvironment, deadline: float) -> None:
-    """Return when something listens where rank 0 should; torch would print a line at each try."""
+def _wait_for_listener(environment: LaunchEnvironment, deadline: float, message: str) -> None:
+    """Return when something listens where the store should be; torch would print a line at each try.
+
+    Raises:
+        LaunchError: there is no such host; nothing listens by the deadline (`message` and the system's reason).
+    """
     address, port = environment.master_addr, environment.master_port
     while True:
         try:
@@ -107,10 +133,7 @@ def _wait_for_listener(environment: LaunchEnvironment, deadline: float) -> None:
             raise LaunchError(f"MASTER_ADDR={address[:100]!r} is no host that can be found") from None
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"rank {environment.rank} has not reached rank 0 at MASTER_ADDR={address}, MASTER_PORT={port} "
-                    f"within {environment.start_seconds} s ({error.strerror or error}): start all ranks with these two"
-                ) from None
+                raise LaunchError(f"{message} ({error.strerror or error})") from None
         time.sleep(_SECONDS_BETWEEN_TRIES)
 
 

@@ -80,3 +80,9 @@ def test_a_rank_0_that_cannot_be_reached():
     for rank in range(2):
         told = meet(rank, 2, free_port(), address="no such host")
         assert told == "MASTER_ADDR='no such host' is no host that can be found"
+
+
+def test_a_torchrun_that_is_not_there():
+    left_behind = LaunchEnvironment(0, 1, "127.0.0.1", free_port(), has_agent=True, start_seconds=SHORT)
+    with pytest.raises(LaunchError, match=r"no torchrun answers at .* or unset it \(Connection refused\)"):
+        rendezvous.meet(left_behind, {}, timedelta(seconds=LONG))
