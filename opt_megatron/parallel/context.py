@@ -214,10 +214,17 @@ def shut_down_at_exit() -> None:
 
 
 def shut_down() -> None:
-    """Destroy all process groups."""
+    """Destroy all process groups.
+
+    A gloo group's threads end when nothing refers to it any more; Python must still run then, whose lock they may take.
+    """
+    _control_groups.clear()
     parallel_state = sys.modules.get("megatron.core.parallel_state")  # not imported if the ranks have found a mistake
     if parallel_state is not None and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, dist.ProcessGroup):  # core 0.16 leaves some
+                setattr(parallel_state, name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

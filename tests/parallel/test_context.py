@@ -1,5 +1,8 @@
 """Layout checks, seeding, and errors that reach every rank."""
 
+import subprocess
+import sys
+
 import pytest
 import rank_jobs
 import torch
@@ -76,3 +79,20 @@ def test_tensor_ranks_share_torchs_generator_and_have_megatrons_apart(ranks):
     assert common == other_common
     assert first != other_first and first != second
     assert ranks(2).run(rank_jobs.random_draws, 2, 1)[0] == (common, first, second)  # seeded anew
+
+
+def test_ranks_that_end_before_megatrons_groups_are_made_leave_no_thread_of_gloos():
+    program = """
+import pathlib, torch
+from datetime import timedelta
+from opt_megatron.parallel import agreement, context
+def threads():
+    return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+context._start_distributed(torch.device("cpu"), timedelta(minutes=1), None)
+agreement.check_same_on_all_ranks(context._control_group(), {})
+began = threads()
+context.shut_down()
+print(began > 0, threads())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.split() == ["True", "0"]
