@@ -27,7 +27,7 @@ from .agreement import check_same_on_all_ranks
 from .core_compat import prepare_megatron
 from .gloo_device import gloo_groups_on_device_of
 from .heartbeat import LostRankPolicy, watch_ranks
-from .launch_environment import launch_environment, local_rank, world_size_from_environment
+from .launch_environment import check_network_interfaces, launch_environment, local_rank, world_size_from_environment
 from .layout import check_layout
 from .memory import out_of_memory_message
 from .rendezvous import meet
@@ -294,6 +294,7 @@ def device_in_use() -> torch.device:
 def _start_distributed(device: torch.device, timeout: timedelta, lost_ranks: LostRankPolicy | None) -> None:
     if dist.is_initialized():
         return
+    check_network_interfaces()
     backend = "nccl" if device.type == "cuda" else "gloo"
     launch = launch_environment()
     if launch is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
-from ..errors import LaunchError
+from ..errors import LaunchError, shorten
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START_TIMEOUT = "OPT_MEGATRON_START_TIMEOUT"
@@ -89,6 +90,21 @@ def local_world_size() -> int:
     """
     name = next((name for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") if name in os.environ), None)
     return 1 if name is None else _integer(name, 1, _MAXIMUM)
+
+
+def check_network_interfaces() -> None:
+    """Check the network interfaces that gloo is told to use, which otherwise ends in an error of its own.
+
+    Raises:
+        LaunchError: this machine has none of this name.
+    """
+    names = {name for _, name in socket.if_nameindex()}
+    unknown = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name not in {*names, ""}]
+    if unknown:
+        raise LaunchError(
+            f"the environment says GLOO_SOCKET_IFNAME={unknown[0][:40]!r}, which is no network interface of "
+            f"{socket.gethostname()}: it has {shorten(sorted(names))}"
+        )
 
 
 def order_cuda_kernels(tensor_model_parallel_size: int, device: str | None) -> None:

@@ -1,11 +1,17 @@
 """The launcher's variables: complete, missing, and wrong."""
 
 import os
+import socket
 
 import pytest
 
 from opt_megatron.errors import LaunchError
-from opt_megatron.parallel.launch_environment import launch_environment, order_cuda_kernels, world_size_from_environment
+from opt_megatron.parallel.launch_environment import (
+    check_network_interfaces,
+    launch_environment,
+    order_cuda_kernels,
+    world_size_from_environment,
+)
 
 VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
@@ -74,3 +80,12 @@ def test_the_order_of_cuda_kernels(
     monkeypatch.setattr(os, "environ", {} if given is None else {name: given})
     order_cuda_kernels(tp, device)
     assert os.environ.get(name) == expected
+
+
+def test_a_network_interface_that_is_not_there(monkeypatch):
+    name = socket.if_nameindex()[0][1]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
+    check_network_interfaces()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", f"{name},nosuch0")
+    with pytest.raises(LaunchError, match=f"GLOO_SOCKET_IFNAME='nosuch0', which is no network .* it has .*{name}"):
+        check_network_interfaces()
