@@ -12,7 +12,7 @@ from ..data.jsonl import decode_text, numbered_lines, parse_object, read_text_fi
 from ..errors import UserError
 
 _JSON_LINES = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)  # a file's name
-_BEGINS_AS_JSON = re.compile(r'\s*\{\s*"')  # an object, also one that is damaged
+_BEGINS_AS_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")  # an object, or a list of them; also one that is damaged
 
 
 @dataclass(frozen=True)

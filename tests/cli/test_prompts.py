@@ -38,6 +38,8 @@ def test_a_damaged_compressed_file_is_refused(tmp_path: Path) -> None:
         ("p.txt", '{"prompt": "The king", "opt'),
         ("p.json.gz", "Once"),
         ("p", '{"prompt": 3}'),
+        ("p.txt", "{'prompt': 'The king'}"),
+        ("p", '[{"prompt": "The king"},'),
     ],
 )
 def test_json_lines_that_begin_with_a_damaged_one_are_refused(tmp_path: Path, name: str, first: str) -> None:
