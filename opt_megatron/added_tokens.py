@@ -77,7 +77,9 @@ def _check_ids(added: dict[int, AddedToken], vocab: dict[str, int]) -> None:
     ids = dict(vocab)
     for index, token in added.items():
         content = token.content
-        if names.get(index, content) != content or ids.setdefault(content, index) != index or index < 0:
+        if index < 0:
+            raise CheckpointError(f"the added token {content!r} has the id {index}; ids begin at 0: correct its files")
+        if names.get(index, content) != content or ids.setdefault(content, index) != index:
             other = f"{names[index]!r} has it" if index in names else f"it has the id {ids[content]} too"
             raise CheckpointError(f"the added token {content!r} has the id {index}, but {other}: correct its files")
 

@@ -146,6 +146,7 @@ def test_added_tokens_in_the_older_files(tmp_path):
     assert tokenizer.encode("x y<sep>", add_bos=False) == [4098, 4099] and tokenizer.decode([4098, 4099]) == "x y"
     (tmp_path / "tokenizer_config.json").unlink()
     for tokens, message in (({"<sep>": 2}, "'</s>' has it"), ({"Ġking": 5000}, "the id 5000, but it has the id"),
+                            ({"<x>": -1}, "the id -1; ids begin at 0"),
                             ({"": 5000}, "has no text"), (["x"], "holds a list")):  # fmt: skip
         (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
         with pytest.raises(CheckpointError, match=message):

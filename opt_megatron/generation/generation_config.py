@@ -125,7 +125,7 @@ def _ids(values: dict[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
     value = values.get(name, [])
     ids = value if isinstance(value, list) else [value]
     if not all(type(token) is int for token in ids):
-        raise ValueError(f"{name} is {str(value)[:80]}, not an id or a list of ids")
+        raise ValueError(f"{name} is {repr(value)[:80]}, not an id or a list of ids")
     return tuple(token for token in ids if 0 <= token < vocab_size)
 
 

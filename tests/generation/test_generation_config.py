@@ -97,6 +97,7 @@ def test_the_user_is_told_what_is_followed_and_what_is_not(tmp_path):
         ('{"temperature": "hot"}', "temperature"),
         ('{"top_p": 7}', "top_p is 7, but must be from 0"),
         ('{"eos_token_id": [2, "x"]}', "eos_token_id is .*, not an id or a list of ids"),
+        ('{"eos_token_id": "2"}', "eos_token_id is '2', not an id"),
         ("[2]", "holds a list, not an object"),
         ("{", "Expecting property name"),
     ],
