@@ -220,6 +220,8 @@ class Predictor:
         With one candidate the greedy one. The similarities are of hidden states, as in the paper (Su et al. 2022,
         arXiv:2202.06417); FlagAI's are of logits. Otherwise as for random samples.
         """
+        if beam_size < 1:
+            raise UserError(f"beam_size is {beam_size}, but must be at least 1")
         options: dict[str, Any] = {"penalty_alpha": 0.6, "top_k": beam_size} if beam_size > 1 else {"temperature": 0.0}
         return self._continue(text, input_max_length, out_max_length, **options)
 

@@ -104,6 +104,8 @@ def test_beam_search_is_transformers_and_contrastive_search_runs(models, predict
     contrastive = predictor.predict_generate_contrastive_search
     assert contrastive("The king had a daughter", out_max_length=9) == greedy
     assert contrastive("The king had a daughter", out_max_length=9, beam_size=4) not in (greedy, "")
+    with pytest.raises(UserError, match="beam_size is 0"):
+        contrastive("The king had a daughter", beam_size=0)
 
 
 def test_tokens_instead_of_a_text(predictor):
