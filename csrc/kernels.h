@@ -19,6 +19,7 @@ struct Weight {
     const void* values;
     const float* scales;  // INT8: [tile][64]; INT4: [tile][group][64]
     const uint8_t* zeros; // INT4: [tile][group][64], the number that stands for zero
+    const float* factors; // INT8, INT4: [inputs], of the activations before they are rounded, or null
 };
 
 struct Linear {

@@ -138,7 +138,11 @@ struct Quantized {
     const int32_t* totals;  // [tokens, groups]: sums of values
 };
 
-void quantize_group(const float* x, int count, int group, int8_t* values, float* scale, int32_t* total) {
+// factors: null, or of each input.
+void quantize_group(
+    const float* given, const float* factors, int count, int group, int8_t* values, float* scale, int32_t* total) {
+    float* x = scratch<struct Group, float>(size_t(group));
+    for (int i = 0; i < count; i++) x[i] = factors == nullptr ? given[i] : given[i] * factors[i];
     float largest = 0;
     for (int i = 0; i < count; i++) largest = larger(largest, std::fabs(x[i]));
     const float inverse = largest > 0 ? 127 / largest : 0;
@@ -313,8 +317,9 @@ void multiply_integers(const Linear& call, int first, int tokens) {
             const int64_t token = cell / groups, begin = cell % groups * weight.group;
             const int count = static_cast<int>(smaller<int64_t>(weight.group, weight.inputs - begin));
             quantize_group(
-                call.x + (first + token) * weight.inputs + begin, count, weight.group, values + token * width + begin,
-                scales + cell, totals + cell);
+                call.x + (first + token) * weight.inputs + begin,
+                weight.factors == nullptr ? nullptr : weight.factors + begin, count, weight.group,
+                values + token * width + begin, scales + cell, totals + cell);
         }
         float* sums = scratch<struct Sums, float>(size_t(tokens) * TILE);
 #pragma omp for schedule(static)

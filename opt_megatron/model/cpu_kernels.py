@@ -27,14 +27,14 @@ TILE = 64
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INT8, INT4 = 3, 4
 _VARIABLE = "OPT_MEGATRON_CPU_KERNELS"
-_INTERFACE = 1  # of csrc/library.cpp
+_INTERFACE = 2  # of csrc/library.cpp
 _OPENMP = re.compile(r"(/\S*/lib[gi]?omp[^/\s]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
 
 
 class _Weight(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("format", "outputs", "inputs", "group")),
-        *((name, c_void_p) for name in ("values", "scales", "zeros")),
+        *((name, c_void_p) for name in ("values", "scales", "zeros", "factors")),
     )
 
 
@@ -65,7 +65,7 @@ class TiledWeight:
     Args:
         format: of FORMATS, or INT8 or INT4.
         shape: O and I.
-        values, scales, zeros: as csrc/kernels.h says.
+        values, scales, zeros, factors: as csrc/kernels.h says.
         group: inputs with a scale of their own.
     """
 
@@ -76,10 +76,11 @@ class TiledWeight:
         values: Tensor,
         scales: Tensor | None = None,
         zeros: Tensor | None = None,
+        factors: Tensor | None = None,
         group: int = 0,
     ) -> None:
-        self.shape, self.values, self.scales, self.zeros, self.group = shape, values, scales, zeros, group
-        pointers = (_pointer(values), _pointer(scales), _pointer(zeros))
+        self.shape, self.values, self._kept = shape, values, (scales, zeros, factors)
+        pointers = map(_pointer, (values, *self._kept))
         self._weight = _Weight(format, *shape, group, *pointers)
         self._address = ctypes.pointer(self._weight)
         self._library = library()

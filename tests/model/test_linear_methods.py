@@ -12,7 +12,7 @@ from opt_megatron.model.linear_methods.cpu_int8 import CPUInt8Linear
 from opt_megatron.model.linear_methods.int4_groups import Int4Weight
 from opt_megatron.model.linear_methods.int4_weight_only import Int4WeightOnlyLinear
 from opt_megatron.model.linear_methods.int8 import Int8Linear
-from opt_megatron.model.linear_methods.int8_rows import Int8Rows, quantize_rows
+from opt_megatron.model.linear_methods.int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows
 from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
 from opt_megatron.model.linear_methods.onednn import OneDNNLinear
 from opt_megatron.model.linear_methods.registry import (
@@ -157,6 +157,19 @@ def test_the_kernel_and_torch_compute_with_the_same_4_bit_weights(group_size):
     exact = Int4WeightOnlyLinear.with_group_size(group_size)(weight)(x, bias)
     ours = CPUInt4Linear.with_group_size(group_size)(weight)(x, bias)
     assert (ours - exact).norm() <= 0.01 * exact.norm()  # the kernel rounds activations to 8 bits
+
+
+def test_columns_far_from_the_others_are_equalised():
+    weight = torch.randn(40, 64)
+    weight[:, 3] = 0
+    same, factors = equalize_columns(weight)
+    assert same is weight and factors is None
+    weight[:, 5] *= 100
+    weight[:, 6] /= 100
+    x = torch.randn(7, 64)
+    equal, factors = equalize_columns(weight)
+    assert factors[factors != 1].numel() == 2 and factors[5] > 50 and factors[6] < 1 / 50
+    assert torch.allclose(multiplied(x, factors) @ equal.T, x @ weight.T, atol=1e-3)
 
 
 def test_8_bit_rows_of_an_embedding():

@@ -1,5 +1,6 @@
 """8-bit and 4-bit models against the float ones that they were made of."""
 
+import copy
 import math
 import weakref
 
@@ -149,3 +150,29 @@ def test_float_weights_are_never_held(tmp_path, alone, monkeypatch):
 def test_other_kinds_are_refused(models, alone):
     with pytest.raises(UserError, match=r"quantization 'int3': choose .*int8.* or none"):
         load_model(models["story"][0], None, alone, quantization="int3")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4-g32"])
+@pytest.mark.parametrize("factor", [100, 0.01])
+def test_outlier_channels_cost_nothing(models, alone, tmp_path, quantization, factor):
+    """Two channels of both norms multiplied, the columns that read them divided: the same function, in floats."""
+    directory, oracle = models["story"]
+    planted = copy.deepcopy(oracle)
+    with torch.no_grad():
+        for layer in planted.model.decoder.layers:
+            attention = layer.self_attn
+            for norm, linears in (
+                (layer.self_attn_layer_norm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.final_layer_norm, (layer.fc1,)),
+            ):
+                for parameter in (norm.weight, norm.bias):
+                    parameter[[7, 100]] *= factor
+                for linear in linears:
+                    linear.weight[:, [7, 100]] /= factor
+        tokens = tokens_for(oracle)
+        exact = oracle(tokens).logits
+        ordinary, outliers = (
+            error(load_model(path, None, alone, quantization=quantization)(tokens), exact)
+            for path in (directory, save(planted, tmp_path))
+        )
+    assert outliers <= 1.1 * ordinary

@@ -11,6 +11,7 @@ from ..cpu_kernels import INT4, TiledWeight, empty_in_huge_pages, in_tiles
 from .base import LinearMethod
 from .cpu_int8 import CPUInt8Linear
 from .int4_groups import Int4Method, Int4Weight
+from .int8_rows import equalize_columns
 
 
 class CPUInt4Linear(Int4Method):
@@ -24,13 +25,14 @@ class CPUInt4Linear(Int4Method):
         return CPUInt8Linear.is_available(device, dtype)
 
     def __init__(self, weight: Tensor) -> None:
+        weight, factors = equalize_columns(weight)
         numbers, scales, zeros = Int4Weight.rounded(weight, self.group_size)
         eights = in_tiles(numbers).unflatten(2, (-1, 2, 4))  # [tiles, 64, I / 8, 2, 4]
         bytes_ = (eights[..., 0, :] | eights[..., 1, :] << 4).transpose(1, 2)  # [tiles, I / 8, 64, 4]
         values = empty_in_huge_pages(tuple(bytes_.shape), torch.uint8).copy_(bytes_)
         scales, zeros = (in_tiles(each).transpose(1, 2).contiguous() for each in (scales, zeros))  # [tiles, groups, 64]
         self._weight = TiledWeight(
-            INT4, (weight.shape[0], weight.shape[1]), values, scales, zeros, group=self.group_size
+            INT4, (weight.shape[0], weight.shape[1]), values, scales, zeros, factors, self.group_size
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:

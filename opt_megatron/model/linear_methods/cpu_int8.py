@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from ..cpu_kernels import INT8, TiledWeight, empty_in_huge_pages, in_tiles, library
 from .base import LinearMethod
-from .int8_rows import Int8Rows, quantize_rows, refuse_to_unpack
+from .int8_rows import Int8Rows, equalize_columns, quantize_rows, refuse_to_unpack
 
 _GROUP = 64  # inputs
 
@@ -32,11 +32,14 @@ class CPUInt8Linear(LinearMethod):
 
     def __init__(self, weight: Tensor) -> None:
         num_outputs, num_inputs = weight.shape
+        weight, factors = equalize_columns(weight)
         quantized, scales = quantize_rows(weight)
         padded = pad(quantized, (0, -num_inputs % _GROUP)).to(torch.int16) + 128
         tiles = in_tiles(padded.to(torch.uint8)).unflatten(2, (-1, 4)).transpose(1, 2)  # [tiles, I / 4, 64, 4]
         values = empty_in_huge_pages(tuple(tiles.shape), torch.uint8).copy_(tiles)
-        self._weight = TiledWeight(INT8, (num_outputs, num_inputs), values, in_tiles(scales), group=_GROUP)
+        self._weight = TiledWeight(
+            INT8, (num_outputs, num_inputs), values, in_tiles(scales), factors=factors, group=_GROUP
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""

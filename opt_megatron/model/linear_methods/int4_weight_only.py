@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from .base import LinearMethod, apply_epilogue
 from .int4_groups import Int4Method, Int4Weight
+from .int8_rows import equalize_columns, multiplied
 from .int8_weight_only import Int8WeightOnlyLinear
 
 
@@ -24,6 +25,7 @@ class Int4WeightOnlyLinear(Int4Method):
         return True
 
     def __init__(self, weight: Tensor) -> None:
+        weight, self._factors = equalize_columns(weight)
         numbers, self._scales, self._zeros = Int4Weight.rounded(weight, self.group_size)
         self._bytes = numbers[:, ::2] | numbers[:, 1::2] << 4
         self._num_inputs = weight.shape[1]
@@ -33,4 +35,4 @@ class Int4WeightOnlyLinear(Int4Method):
         numbers = torch.stack((self._bytes & 15, self._bytes >> 4), dim=-1).flatten(1)  # [O, I padded]
         groups = numbers.unflatten(1, (-1, self.group_size)).to(x.dtype) - self._zeros[..., None].to(x.dtype)
         weight = groups.mul_(self._scales[..., None].to(x.dtype)).flatten(1)[:, : self._num_inputs]
-        return apply_epilogue(linear(x, weight, bias), relu, residual)
+        return apply_epilogue(linear(multiplied(x, self._factors), weight, bias), relu, residual)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import LinearMethod, apply_epilogue
-from .int8_rows import Int8Rows, quantize_rows, refuse_to_unpack
+from .int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows, refuse_to_unpack
 
 
 class Int8Linear(LinearMethod):
@@ -32,6 +32,7 @@ class Int8Linear(LinearMethod):
         )
 
     def __init__(self, weight: Tensor) -> None:
+        weight, self._factors = equalize_columns(weight)
         quantized, scales = quantize_rows(weight)
         self._zeros = torch.zeros(len(scales), dtype=torch.int32)
         self._weight = torch.ops.onednn.qlinear_prepack(quantized, None)
@@ -42,6 +43,7 @@ class Int8Linear(LinearMethod):
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
+        x = multiplied(x, self._factors)
         largest = x.abs().amax(-1, keepdim=True).float()  # [T, 1]
         # zero point + x / largest * levels; adding a half and cutting off rounds to the nearest (in float32: in half
         # precision 128.5 cannot be represented). A row of zeros divides by zero, gives any 8-bit numbers, and is

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .base import LinearMethod
-from .int8_rows import Int8Rows, quantize_rows, refuse_to_unpack
+from .int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows, refuse_to_unpack
 
 _INPUTS = 128  # of a block
 
@@ -31,6 +31,7 @@ class Int8TritonLinear(LinearMethod):
         return device.type == "cuda" and torch.version.cuda is not None
 
     def __init__(self, weight: Tensor) -> None:
+        weight, self._factors = equalize_columns(weight)
         self._weight, self._channels = quantize_rows(weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
@@ -39,7 +40,7 @@ class Int8TritonLinear(LinearMethod):
         output = x.new_empty(num_tokens, num_outputs)
         tokens, outputs = _block_sizes(num_tokens)
         _linear[(triton.cdiv(num_outputs, outputs), triton.cdiv(num_tokens, tokens))](
-            x.contiguous(),
+            multiplied(x, self._factors).contiguous(),
             self._weight,
             self._channels,
             # Where there is none, any pointer does: it is not read.

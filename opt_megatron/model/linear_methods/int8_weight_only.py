@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .base import LinearMethod, apply_epilogue
-from .int8_rows import Int8Rows, quantize_rows, refuse_to_unpack
+from .int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows, refuse_to_unpack
 
 
 class Int8WeightOnlyLinear(LinearMethod):
@@ -25,12 +25,13 @@ class Int8WeightOnlyLinear(LinearMethod):
         return True
 
     def __init__(self, weight: Tensor) -> None:
+        weight, self._factors = equalize_columns(weight)
         self._weight, self._channels = quantize_rows(weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
         weight = self._weight.to(x.dtype).mul_(self._channels[:, None].to(x.dtype))
-        return apply_epilogue(linear(x, weight, bias), relu, residual)
+        return apply_epilogue(linear(multiplied(x, self._factors), weight, bias), relu, residual)
 
     def unpack(self) -> Tensor:
         """Raises UserError: the float weight was not kept."""
