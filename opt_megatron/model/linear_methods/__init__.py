@@ -7,6 +7,7 @@
     int8.py              8-bit weights and activations by oneDNN, on a CPU
     int8_triton.py       8-bit weights, on a GPU
     cpu_int4.py          4-bit weights and 8-bit activations, by our own kernels on a CPU
+    int4_triton.py       4-bit weights, on a GPU
     int4_weight_only.py  4-bit weights, elsewhere
     int8_weight_only.py  8-bit weights, elsewhere
 

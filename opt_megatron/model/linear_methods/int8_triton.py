@@ -38,7 +38,7 @@ class Int8TritonLinear(LinearMethod):
         """[T, I] -> [T, O]"""
         num_tokens, (num_outputs, num_inputs) = len(x), self._weight.shape
         output = x.new_empty(num_tokens, num_outputs)
-        tokens, outputs = _block_sizes(num_tokens)
+        tokens, outputs = block_sizes(num_tokens)
         _linear[(triton.cdiv(num_outputs, outputs), triton.cdiv(num_tokens, tokens))](
             multiplied(x, self._factors).contiguous(),
             self._weight,
@@ -64,7 +64,7 @@ class Int8TritonLinear(LinearMethod):
         refuse_to_unpack()
 
 
-def _block_sizes(num_tokens: int) -> tuple[int, int]:
+def block_sizes(num_tokens: int) -> tuple[int, int]:
     """Tokens and outputs of a block: for few tokens many narrow blocks, to read the weights with the whole GPU."""
     tokens = min(64, max(16, triton.next_power_of_2(num_tokens)))  # a product of Triton has 16 rows or more
     return tokens, 16 if tokens == 16 else 64

@@ -49,7 +49,7 @@ METHODS: dict[str | None, Quantization] = {  # by --quantization's names; None: 
     ),
     "int4": Quantization(
         "4-bit weights in groups (--group-size), 8 bits for embedding and output head",
-        ("cpu_int4.CPUInt4Linear", "int4_weight_only.Int4WeightOnlyLinear"),
+        ("cpu_int4.CPUInt4Linear", "int4_triton.Int4TritonLinear", "int4_weight_only.Int4WeightOnlyLinear"),
         group_sizes=(32, 64, 128),
         bytes_per_weight=0.5,
     ),
