@@ -23,9 +23,12 @@ def resolve_target(target: Path) -> Path:
         UserError: it cannot be looked up.
     """
     try:
-        return target.resolve()
+        resolved = target.resolve()
+        if resolved.is_symlink():  # from Python 3.13 on; before, an error is raised
+            raise OSError("its links lead in a circle")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{str(target)[:100]!r}: is no path that can be written: {error}") from None
+    return resolved
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
