@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import re
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_uint64, c_void_p
@@ -27,6 +28,7 @@ TILE = 64
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INT8, INT4 = 3, 4
 _VARIABLE = "OPT_MEGATRON_CPU_KERNELS"
+_HUGE_PAGE = 2**21  # bytes
 _INTERFACE = 2  # of csrc/library.cpp
 _OPENMP = re.compile(r"(/\S*/lib[gi]?omp[^/\s]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
 
@@ -131,11 +133,14 @@ def in_tiles(rows: Tensor, padding: float = 0) -> Tensor:
 
 def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU, not initialised, for which pages of 2 MiB are asked: weights are read faster from them."""
-    tensor = torch.empty(shape, dtype=dtype)
-    kernels = library()
-    if kernels is not None:
-        kernels.ask_for_huge_pages(tensor)
-    return tensor
+    kernels, size = library(), math.prod(shape) * dtype.itemsize
+    if kernels is None or size < _HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype)
+    memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)  # what is not written takes no memory
+    begin = -memory.data_ptr() % _HUGE_PAGE
+    aligned = memory[begin : begin + size]
+    kernels.ask_for_huge_pages(aligned)
+    return aligned.view(dtype).view(shape)
 
 
 class SingleQueries(NamedTuple):

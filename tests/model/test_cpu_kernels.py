@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from opt_megatron.model import cpu_kernels
-from opt_megatron.model.cpu_kernels import INT4, SingleQueries, TiledWeight, in_tiles, library
+from opt_megatron.model.cpu_kernels import INT4, SingleQueries, TiledWeight, empty_in_huge_pages, in_tiles, library
 from opt_megatron.model.linear_methods.cpu_float import CPUFloatLinear
 from opt_megatron.model.linear_methods.cpu_int8 import CPUInt8Linear
 from opt_megatron.model.linear_methods.int8_rows import quantize_rows
@@ -157,6 +157,14 @@ def test_keys_and_values_are_rounded_as_torch_does(instruction_set, dtype):
     for stored, given_ in ((keys[0, 0, :, 0], step[0, 0, 1]), (values[0, 0, 0], step[0, 0, 2])):
         assert torch.equal(stored.isnan(), given_.isnan())
         assert torch.equal(stored.nan_to_num(7), given_.to(dtype).nan_to_num(7))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (1024, 1024), (5, 1000, 777)])
+def test_memory_for_huge_pages_begins_with_one(shape):
+    tensor = empty_in_huge_pages(shape, torch.float16)
+    assert tensor.shape == shape and tensor.dtype is torch.float16 and tensor.is_contiguous()
+    assert tensor.nbytes < 2**21 or tensor.data_ptr() % 2**21 == 0
+    assert torch.equal(tensor.fill_(3), torch.full(shape, 3.0, dtype=torch.float16))
 
 
 def test_without_the_library_torch_computes(monkeypatch):
