@@ -26,7 +26,7 @@ struct Linear {
     const Weight* weight;
     int32_t tokens;
     int32_t relu;        // of the output; excludes a residual
-    int32_t skip_zeros;  // reads only the rows of inputs that are not zero in every token, where they are few
+    int32_t skip_zeros;  // leaves out the rows of inputs that are zero in every token, where the others are few
     const float* x;      // [tokens, inputs]
     const float* bias;   // [outputs], or null
     const float* residual;  // [tokens, outputs], or null

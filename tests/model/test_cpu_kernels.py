@@ -80,7 +80,7 @@ def test_products_of_one_to_many_tokens(instruction_set, shape):
             assert torch.equal(product[0], alone), (name, tokens)  # to the bit, whatever else is in the batch
 
 
-@given(tokens=st.integers(1, 30), share=st.sampled_from([0.0, 0.02, 0.3, 1.0]), seed=st.integers(0, 99))
+@given(tokens=st.integers(1, 30), share=st.sampled_from([0.0, 0.02, 0.2, 1.0]), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_leaving_out_rows_of_zeros_changes_no_bit(tokens, share, seed):
     weight = drawn(130, 700, seed=seed)
