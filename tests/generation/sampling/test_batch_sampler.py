@@ -67,7 +67,7 @@ def logits_of(kind: str, seed: int, size: int) -> torch.Tensor:
 
 
 def expected(logits: torch.Tensor, params: SamplingParams, number: float, suppressed: torch.Tensor) -> int:
-    if params.is_greedy and not logits.max() > NEVER:
+    if params.is_greedy and not logits.index_fill(-1, suppressed, NEVER).max() > NEVER:
         return NO_TOKEN  # greedy search alone does not look
     try:
         return choose_token(logits, SamplerState(ProcessorChain(params, suppressed), history(), Given(number)))
