@@ -9,10 +9,11 @@ from opt_megatron.model.linear_methods.base import LinearMethod
 from opt_megatron.model.linear_methods.cpu_float import CPUFloatLinear
 from opt_megatron.model.linear_methods.cpu_int4 import CPUInt4Linear
 from opt_megatron.model.linear_methods.cpu_int8 import CPUInt8Linear
+from opt_megatron.model.linear_methods.equalization import equalize_columns, multiplied
 from opt_megatron.model.linear_methods.int4_groups import Int4Weight
 from opt_megatron.model.linear_methods.int4_weight_only import Int4WeightOnlyLinear
 from opt_megatron.model.linear_methods.int8 import Int8Linear
-from opt_megatron.model.linear_methods.int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows
+from opt_megatron.model.linear_methods.int8_rows import Int8Rows, quantize_rows
 from opt_megatron.model.linear_methods.int8_weight_only import Int8WeightOnlyLinear
 from opt_megatron.model.linear_methods.onednn import OneDNNLinear
 from opt_megatron.model.linear_methods.registry import (
@@ -92,7 +93,7 @@ def test_onednn_does_not_refer_to_the_weight():
 
 
 def test_methods_are_chosen_by_device_and_dtype(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)  # with a build for CUDA, int8 is test_int8_triton.py's
+    monkeypatch.setattr(torch.version, "cuda", None)  # with a build for CUDA, it is test_triton_product.py's
     cpu = torch.device("cpu")
     assert select_method(None, cpu, torch.float64) is TorchLinear
     assert select_method(None, torch.device("cuda"), torch.float32) is TorchLinear

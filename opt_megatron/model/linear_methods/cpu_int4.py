@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from ..cpu_kernels import INT4, TiledWeight, empty_in_huge_pages, in_tiles
-from .base import LinearMethod
 from .cpu_int8 import CPUInt8Linear
+from .equalization import equalize_columns
 from .int4_groups import Int4Method, Int4Weight
-from .int8_rows import equalize_columns
 
 
 class CPUInt4Linear(Int4Method):
     """4-bit weights with a scale and a zero for each group of inputs; activations have a scale for the same groups."""
 
-    head_method: ClassVar[type[LinearMethod] | None] = CPUInt8Linear
+    head_method = CPUInt8Linear
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:

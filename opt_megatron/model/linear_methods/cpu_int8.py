@@ -7,21 +7,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cpu_kernels import INT8, TiledWeight, empty_in_huge_pages, in_tiles, library
-from .base import LinearMethod
-from .int8_rows import Int8Rows, equalize_columns, quantize_rows, refuse_to_unpack
+from .equalization import equalize_columns
+from .int8_rows import quantize_rows
+from .quantized_method import QuantizedMethod
 
 _GROUP = 64  # inputs
 
 
-class CPUInt8Linear(LinearMethod):
+class CPUInt8Linear(QuantizedMethod):
     """8-bit weights with a scale for each output channel, 8-bit activations with a scale for each 64 inputs of a token.
 
     Products are added in 32-bit integers. Activations are quantised within the kernel; a large one costs the other 63
     of its group their precision, and no others.
     """
-
-    loads_deferred = True
-    embedding_rows = Int8Rows
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
@@ -44,7 +42,3 @@ class CPUInt8Linear(LinearMethod):
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
         return self._weight.multiply(x, bias, relu=relu, residual=residual)
-
-    def unpack(self) -> Tensor:
-        """Raises UserError: the float weight was not kept."""
-        refuse_to_unpack()

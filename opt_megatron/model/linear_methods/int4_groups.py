@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .base import LinearMethod
-from .int8_rows import Int8Rows, refuse_to_unpack
+from .quantized_method import QuantizedMethod
 
 
 class Int4Weight(NamedTuple):
@@ -36,7 +36,7 @@ class Int4Weight(NamedTuple):
         return cls(numbers.flatten(1).to(torch.uint8), scales, zeros.to(torch.uint8))
 
 
-class Int4Method(LinearMethod):
+class Int4Method(QuantizedMethod):
     """A linear method with 4-bit weights. The embedding and the output head have 8 bits: their rows have no groups
     to spare, and every logit depends on them.
 
@@ -44,15 +44,9 @@ class Int4Method(LinearMethod):
         group_size: inputs that share a scale.
     """
 
-    loads_deferred = True
-    embedding_rows = Int8Rows
     group_size: ClassVar[int] = 128
 
     @classmethod
     def with_group_size(cls, group_size: int) -> type[LinearMethod]:
         """The same method with groups of another size."""
         return type(f"{cls.__name__}Of{group_size}", (cls,), {"group_size": group_size})
-
-    def unpack(self) -> Tensor:
-        """Raises UserError: the float weight was not kept."""
-        refuse_to_unpack()

@@ -2,13 +2,9 @@
 
 Each weight is half a byte of the memory's traffic, and its group's scale and zero 5 bytes. (torch's own
 `_weight_int4pack_mm` takes bfloat16 alone, and only sizes that its tiles divide.)
-
-Not yet run on a GPU: the tests run the kernel in Triton's interpreter, in float32 and float16.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 import triton
@@ -16,75 +12,50 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import LinearMethod
+from .equalization import equalize_columns, multiplied
 from .int4_groups import Int4Method, Int4Weight
-from .int8_rows import equalize_columns, multiplied
-from .int8_triton import Int8TritonLinear, block_sizes
+from .int8_triton import Int8TritonLinear
+from .triton_product import finish, is_for_triton, multiply
 
-_INPUTS = 128  # of a block; byte j of its 64 has input j in its lower half, and input j + 64 in its upper
+_HALF = 64  # of a block's inputs; byte j of the 64 has input j in its lower half, and input j + 64 in its upper
 
 
 class Int4TritonLinear(Int4Method):
     """4-bit weights that become the activations' dtype in the registers; sums in float32."""
 
-    head_method: ClassVar[type[LinearMethod] | None] = Int8TritonLinear
+    head_method = Int8TritonLinear
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
-        """On CUDA devices, but not with a CPU build of torch."""
-        return device.type == "cuda" and torch.version.cuda is not None
+        """See `is_for_triton`."""
+        return is_for_triton(device)
 
     def __init__(self, weight: Tensor) -> None:
-        self._num_inputs = weight.shape[1]
         weight, self._factors = equalize_columns(weight)
         numbers, self._scales, self._zeros = Int4Weight.rounded(weight, self.group_size)
-        halves = pad(numbers, (0, -numbers.shape[1] % _INPUTS)).unflatten(1, (-1, 2, _INPUTS // 2))
+        halves = pad(numbers, (0, -numbers.shape[1] % (2 * _HALF))).unflatten(1, (-1, 2, _HALF))
         self._bytes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)  # [O, inputs / 2]
 
     def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[T, I] -> [T, O]"""
-        num_tokens, num_outputs = len(x), len(self._bytes)
-        output = x.new_empty(num_tokens, num_outputs)
-        tokens, outputs = block_sizes(num_tokens)
-        _linear[(triton.cdiv(num_outputs, outputs), triton.cdiv(num_tokens, tokens))](
-            multiplied(x, self._factors).contiguous(),
-            self._bytes,
-            self._scales,
-            self._zeros,
-            # Where there is none, any pointer does: it is not read.
-            x if bias is None else bias,
-            x if residual is None else residual.contiguous(),
-            output,
-            num_tokens,
-            num_outputs,
-            self._num_inputs,
-            self._bytes.shape[1],
-            self._scales.shape[1],
-            HAS_BIAS=bias is not None,
-            HAS_RELU=relu,
-            HAS_RESIDUAL=residual is not None,
-            TOKENS=tokens,
-            OUTPUTS=outputs,
-            HALF=_INPUTS // 2,
-            GROUP=self.group_size,
-        )
-        return output
+        weight = self._bytes, self._scales, self._zeros
+        x = multiplied(x, self._factors)
+        sizes = {"HALF": _HALF, "GROUP": self.group_size}
+        return multiply(_linear, x, weight, len(self._bytes), bias, relu, residual, **sizes)
 
 
 @triton.jit
 def _linear(  # type: ignore[no-untyped-def]  # compiled by Triton
     x_pointer,
-    bytes_pointer,
-    scales_pointer,
-    zeros_pointer,
     bias_pointer,
     residual_pointer,
     output_pointer,
+    bytes_pointer,
+    scales_pointer,
+    zeros_pointer,
     num_tokens,
     num_outputs,
     num_inputs,
-    num_bytes,
-    num_groups,
     HAS_BIAS: tl.constexpr,
     HAS_RELU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -96,6 +67,8 @@ def _linear(  # type: ignore[no-untyped-def]  # compiled by Triton
     rows = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     is_row, is_token = rows < num_outputs, tokens < num_tokens
+    num_groups = tl.cdiv(num_inputs, GROUP)
+    num_bytes = tl.cdiv(num_groups * GROUP, 2 * HALF) * HALF  # of a row
     tokens_begin = x_pointer + tokens[:, None].to(tl.int64) * num_inputs
     sums = tl.zeros((TOKENS, OUTPUTS), dtype=tl.float32)
     for first in range(0, num_bytes, HALF):
@@ -111,12 +84,7 @@ def _linear(  # type: ignore[no-untyped-def]  # compiled by Triton
             number = (both >> (4 * half)) & 15
             weight = (number.to(tl.float32) - zero) * scale
             sums = tl.dot(x, tl.trans(weight.to(x.dtype)), sums, input_precision="ieee")
-    if HAS_BIAS:
-        sums += tl.load(bias_pointer + rows, mask=is_row, other=0.0)[None, :].to(tl.float32)
-    if HAS_RELU:
-        sums = tl.maximum(sums, 0.0)
-    place = tokens[:, None].to(tl.int64) * num_outputs + rows[None, :]
-    is_output = is_token[:, None] & is_row[None, :]
-    if HAS_RESIDUAL:
-        sums += tl.load(residual_pointer + place, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(output_pointer + place, sums.to(output_pointer.dtype.element_ty), mask=is_output)
+    finish(
+        sums, tokens, rows, num_tokens, num_outputs, bias_pointer, residual_pointer, output_pointer,
+        HAS_BIAS, HAS_RELU, HAS_RESIDUAL,
+    )  # fmt: skip

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .base import LinearMethod, apply_epilogue
+from .base import apply_epilogue
+from .equalization import equalize_columns, multiplied
 from .int4_groups import Int4Method, Int4Weight
-from .int8_rows import equalize_columns, multiplied
 from .int8_weight_only import Int8WeightOnlyLinear
 
 
 class Int4WeightOnlyLinear(Int4Method):
     """4-bit weights, two a byte, that become the activations' dtype before the product."""
 
-    head_method: ClassVar[type[LinearMethod] | None] = Int8WeightOnlyLinear
+    head_method = Int8WeightOnlyLinear
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:

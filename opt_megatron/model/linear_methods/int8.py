@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LinearMethod, apply_epilogue
-from .int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows, refuse_to_unpack
+from .base import apply_epilogue
+from .equalization import equalize_columns, multiplied
+from .int8_rows import quantize_rows
+from .quantized_method import QuantizedMethod
 
 
-class Int8Linear(LinearMethod):
+class Int8Linear(QuantizedMethod):
     """8-bit weights with a scale for each output channel, 8-bit activations with a scale for each token.
 
     Each token has its own scale, where torch's dynamic linear has one for the whole batch, so that a request's
@@ -17,9 +19,6 @@ class Int8Linear(LinearMethod):
     by row, and activations likewise by token; with half as many steps where the processor adds pairs of
     products in 16 bits, which could overflow.
     """
-
-    loads_deferred = True
-    embedding_rows = Int8Rows
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
@@ -56,10 +55,6 @@ class Int8Linear(LinearMethod):
         )  # fmt: skip
         output = product.mul_(largest) if bias is None else torch.addcmul(bias.float(), product, largest)
         return apply_epilogue(output.to(x.dtype), relu, residual)
-
-    def unpack(self) -> Tensor:
-        """Raises UserError: the float weight was not kept."""
-        refuse_to_unpack()
 
 
 def _adds_in_32_bits() -> bool:

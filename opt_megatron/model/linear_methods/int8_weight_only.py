@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .base import LinearMethod, apply_epilogue
-from .int8_rows import Int8Rows, equalize_columns, multiplied, quantize_rows, refuse_to_unpack
+from .base import apply_epilogue
+from .equalization import equalize_columns, multiplied
+from .int8_rows import quantize_rows
+from .quantized_method import QuantizedMethod
 
 
-class Int8WeightOnlyLinear(LinearMethod):
+class Int8WeightOnlyLinear(QuantizedMethod):
     """8-bit weights that are converted to the activations' dtype before the product.
 
     The weights are scaled before the product: sums of 8-bit numbers times activations could exceed float16's range.
     """
-
-    loads_deferred = True
-    embedding_rows = Int8Rows
 
     @classmethod
     def is_available(cls, device: torch.device, dtype: torch.dtype) -> bool:
@@ -32,7 +31,3 @@ class Int8WeightOnlyLinear(LinearMethod):
         """[T, I] -> [T, O]"""
         weight = self._weight.to(x.dtype).mul_(self._channels[:, None].to(x.dtype))
         return apply_epilogue(linear(multiplied(x, self._factors), weight, bias), relu, residual)
-
-    def unpack(self) -> Tensor:
-        """Raises UserError: the float weight was not kept."""
-        refuse_to_unpack()
