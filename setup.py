@@ -25,17 +25,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS["avx512"] += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
-KERNEL_OPTIONS = [
-    "-O3",
-    "-g0",
-    "-std=c++17",
-    "-fPIC",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-    "-Wno-psabi",
-]
-KERNEL_OPTIONS += ["-Wno-maybe-uninitialized"]  # in GCC's own headers
+KERNEL_OPTIONS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"]
+KERNEL_OPTIONS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # the latter in GCC's own headers
 
 
 class BuildCPUKernels(build_ext):

@@ -2,7 +2,6 @@
 //
 // Keys of a block are stored by dimension, so that 64 scores are sums of whole vectors; values by token.
 
-
 #include "kernels.h"
 #include "scratch.h"
 #include "vector.h"
@@ -81,13 +80,15 @@ void sum_values(const Head<W>& head, const float* weights, int count, float* out
     }
 }
 
+// False: there was no memory for the scores; the output is not complete.
 template <typename W>
-void attend(const Attention& call) {
+bool attend(const Attention& call) {
     const int64_t dim = call.dim, heads = call.heads, head_size = dim * BLOCK, block_size = heads * head_size;
     W* keys = static_cast<W*>(call.keys);
     W* values = static_cast<W*>(call.values);
     const int64_t pairs = heads * call.queries;
-#pragma omp parallel if (pairs > 1)
+    bool is_complete = true;
+#pragma omp parallel reduction(&& : is_complete) if (pairs > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < pairs; pair++) {  // every key before any query: some are of one sequence
@@ -105,6 +106,10 @@ void attend(const Attention& call) {
             const int64_t begin = call.first_blocks[query] * block_size + head * head_size;
             const Head<W> own{keys + begin, values + begin, block_size, call.dim};
             float* scores = scratch<struct Scores, float>(size_t(blocks) * BLOCK);
+            if (scores == nullptr) {
+                is_complete = false;
+                continue;
+            }
             const float* vector = call.query_key_value + pair * 3 * dim;
             for (int block = 0; block < blocks; block++)
                 score_block(own, own.keys + block * block_size, vector, call.scale, scores + block * BLOCK);
@@ -114,15 +119,14 @@ void attend(const Attention& call) {
             for (int64_t i = 0; i < dim; i++) output[i] /= total;
         }
     }
+    return is_complete;
 }
 
 }  // namespace
 
-int attention(const Attention& call) {
-    if (call.format == FLOAT32) attend<float>(call);
-    else if (call.format == FLOAT16) attend<Half>(call);
-    else attend<BFloat>(call);
-    return 0;
+bool attention(const Attention& call) {
+    if (call.format == FLOAT32) return attend<float>(call);
+    return call.format == FLOAT16 ? attend<Half>(call) : attend<BFloat>(call);
 }
 
 }  // namespace KERNELS

@@ -48,16 +48,16 @@ struct Attention {
     float* output;  // [queries, heads * dim]
 };
 
-// The same kernels, compiled for each instruction set.
+// The same kernels, compiled for each instruction set. False: there was no memory, and the output is not complete.
 namespace base {
-int linear(const Linear&);
-int attention(const Attention&);
+bool linear(const Linear&);
+bool attention(const Attention&);
 }  // namespace base
 namespace avx2 {  // with FMA and F16C
-int linear(const Linear&);
-int attention(const Attention&);
+bool linear(const Linear&);
+bool attention(const Attention&);
 }  // namespace avx2
 namespace avx512 {  // F, BW, DQ, VL and VNNI
-int linear(const Linear&);
-int attention(const Attention&);
+bool linear(const Linear&);
+bool attention(const Attention&);
 }  // namespace avx512

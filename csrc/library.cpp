@@ -1,8 +1,7 @@
 // The library's C interface, and the choice of the instruction set. Called through ctypes (model/cpu_kernels.py).
 
-#include <cstdlib>
+#include <cstdint>
 #include <cstring>
-#include <exception>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -14,8 +13,8 @@ namespace {
 
 struct KernelTable {
     const char* name;
-    int (*linear)(const Linear&);
-    int (*attention)(const Attention&);
+    bool (*linear)(const Linear&);
+    bool (*attention)(const Attention&);
 };
 
 const KernelTable base_kernels = {"base", base::linear, base::attention};
@@ -46,15 +45,6 @@ const KernelTable* choose(const char* wanted) {
 
 const KernelTable* kernels = choose(nullptr);
 
-template <typename Call>
-int guarded(int (*kernel)(const Call&), const Call* call) {
-    try {
-        return kernel(*call);
-    } catch (const std::exception&) {  // of memory
-        return 1;
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -70,9 +60,10 @@ int32_t opt_use_instruction_set(const char* name) {
     return chosen == nullptr;
 }
 
-int32_t opt_linear(const Linear* call) { return guarded(kernels->linear, call); }
+// 0, or 1 where there was no memory.
+int32_t opt_linear(const Linear* call) { return !kernels->linear(*call); }
 
-int32_t opt_attention(const Attention* call) { return guarded(kernels->attention, call); }
+int32_t opt_attention(const Attention* call) { return !kernels->attention(*call); }
 
 // Asks for pages of 2 MiB, where the system has them, for the whole ones within [begin, begin + size).
 void opt_ask_for_huge_pages(void* begin, uint64_t size) {

@@ -7,8 +7,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "scratch.h"
 #include "vector.h"
@@ -17,11 +15,11 @@ namespace KERNELS {
 namespace {
 
 constexpr int VECTORS = TILE / LANES;
-constexpr int MAX_TOKENS = 6;        // whose sums are in registers together
+constexpr int MAX_TOKENS = 6;         // whose sums are in registers together
 constexpr int TOKENS_AT_ONCE = 192;   // whose sums of a tile are in the second-level cache
 constexpr int ROWS_AT_ONCE = 128;     // of a tile, which stay near from one group of tokens to the next
 constexpr int64_t MIN_PARALLEL = 1 << 15;  // products; fewer are computed by one thread
-constexpr int SAMPLE = 128;             // inputs that tell whether counting the zeros of all is worth its time
+constexpr int SAMPLE = 128;            // inputs that tell whether counting the zeros of all is worth its time
 constexpr double MAX_ROWS_READ = 0.25;  // of all; with more, reading every row in turn is faster
 
 // AVX-512 has 32 registers: 6 x 4 sums, 4 vectors of weights. The others have 16: 6 x 2 sums, 2 vectors of weights.
@@ -44,6 +42,9 @@ struct TileRows {
     int64_t width;  // of x
     float* sums;    // [tokens][64]
 };
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
 
 enum class From { TILE, TILE_AND_KEEP, COPY };  // KEEP: the rows are copied as floats for the tokens that follow
 
@@ -91,25 +92,20 @@ void add_rows(const TileRows& step, const W* tile, float* copy, int token) {
     }
 }
 
-template <From FROM, bool IS_AHEAD, typename W>
-void add_rows(const TileRows& step, const W* tile, float* copy, int token, int tokens) {
-    switch (tokens) {
-        case 1: return add_rows<1, FROM, IS_AHEAD>(step, tile, copy, token);
-        case 2: return add_rows<2, FROM, IS_AHEAD>(step, tile, copy, token);
-        case 3: return add_rows<3, FROM, IS_AHEAD>(step, tile, copy, token);
-        case 4: return add_rows<4, FROM, IS_AHEAD>(step, tile, copy, token);
-        case 5: return add_rows<5, FROM, IS_AHEAD>(step, tile, copy, token);
-        default: return add_rows<6, FROM, IS_AHEAD>(step, tile, copy, token);
-    }
-}
-
-// Calls compute(first token, tokens, number of the group) for groups of nearly equal size.
+// Calls compute(first token, number of tokens as a constant, number of the group) for groups of nearly equal size.
 template <typename Compute>
 void for_token_groups(int tokens, Compute compute) {
     const int groups = (tokens + MAX_TOKENS - 1) / MAX_TOKENS;
     for (int group = 0; group < groups; group++) {
         const int begin = tokens * group / groups;
-        compute(begin, tokens * (group + 1) / groups - begin, group);
+        switch (tokens * (group + 1) / groups - begin) {
+            case 1: compute(begin, Constant<1>{}, group); break;
+            case 2: compute(begin, Constant<2>{}, group); break;
+            case 3: compute(begin, Constant<3>{}, group); break;
+            case 4: compute(begin, Constant<4>{}, group); break;
+            case 5: compute(begin, Constant<5>{}, group); break;
+            default: compute(begin, Constant<6>{}, group);
+        }
     }
 }
 
@@ -121,11 +117,12 @@ void multiply_tile(
     const int rows_at_once = tokens <= MAX_TOKENS ? larger(1, rows.count) : ROWS_AT_ONCE;
     for (int first = 0; first < rows.count; first += rows_at_once) {
         const TileRows step{rows, first, smaller(rows_at_once, rows.count - first), x, width, sums};
-        for_token_groups(tokens, [&](int token, int count, int group) {
-            if (tokens <= MAX_TOKENS) add_rows<From::TILE, false>(step, tile, copy, token, count);
-            else if (group == 0) add_rows<FIRST, false>(step, tile, copy, token, count);
-            else if (group == 1 && rows.indices == nullptr) add_rows<AGAIN, true>(step, tile, copy, token, count);
-            else add_rows<AGAIN, false>(step, tile, copy, token, count);
+        for_token_groups(tokens, [&](int token, auto count, int group) {
+            constexpr int T = decltype(count)::value;
+            if (tokens <= MAX_TOKENS) add_rows<T, From::TILE, false>(step, tile, copy, token);
+            else if (group == 0) add_rows<T, FIRST, false>(step, tile, copy, token);
+            else if (group == 1) add_rows<T, AGAIN, true>(step, tile, copy, token);
+            else add_rows<T, AGAIN, false>(step, tile, copy, token);
         });
     }
 }
@@ -142,14 +139,13 @@ struct Quantized {
 // factors: null, or of each input.
 void quantize_group(
     const float* given, const float* factors, int count, int group, int8_t* values, float* scale, int32_t* total) {
-    float* x = scratch<struct Group, float>(size_t(group));
-    for (int i = 0; i < count; i++) x[i] = factors == nullptr ? given[i] : given[i] * factors[i];
+    const auto x = [&](int i) { return factors == nullptr ? given[i] : given[i] * factors[i]; };
     float largest = 0;
-    for (int i = 0; i < count; i++) largest = larger(largest, std::fabs(x[i]));
+    for (int i = 0; i < count; i++) largest = larger(largest, std::fabs(x(i)));
     const float inverse = largest > 0 ? 127 / largest : 0;
     int32_t sum = 0;
     for (int i = 0; i < count; i++) {
-        const float scaled = x[i] * inverse;
+        const float scaled = x(i) * inverse;
         const int32_t rounded = static_cast<int32_t>(scaled + std::copysign(0.5f, scaled));
         values[i] = static_cast<int8_t>(rounded);
         sum += rounded;
@@ -225,15 +221,8 @@ void multiply_tile(const Weight& weight, int64_t tile, const Quantized& x, int t
     const int at_once = tokens <= MAX_TOKENS ? x.groups : larger(1, 4 * ROWS_AT_ONCE / weight.group);
     for (int first = 0; first < x.groups; first += at_once) {
         const int count = smaller(at_once, x.groups - first);
-        for_token_groups(tokens, [&](int token, int size, int) {
-            switch (size) {
-                case 1: return add_groups<1, IS_INT4>(weight, tile, x, first, count, token, sums);
-                case 2: return add_groups<2, IS_INT4>(weight, tile, x, first, count, token, sums);
-                case 3: return add_groups<3, IS_INT4>(weight, tile, x, first, count, token, sums);
-                case 4: return add_groups<4, IS_INT4>(weight, tile, x, first, count, token, sums);
-                case 5: return add_groups<5, IS_INT4>(weight, tile, x, first, count, token, sums);
-                default: return add_groups<6, IS_INT4>(weight, tile, x, first, count, token, sums);
-            }
+        for_token_groups(tokens, [&](int token, auto size, int) {
+            add_groups<decltype(size)::value, IS_INT4>(weight, tile, x, first, count, token, sums);
         });
     }
 }
@@ -263,6 +252,7 @@ const int32_t* active_inputs(const Linear& call, int first, int tokens, int* cou
     *count = inputs;
     if (!call.skip_zeros || tokens > MAX_TOKENS) return nullptr;
     int32_t* indices = scratch<struct Indices, int32_t>(size_t(inputs));
+    if (indices == nullptr) return nullptr;
     const float* x = call.x + int64_t{first} * inputs;
     int active = 0;
     for (int i = 0; i < inputs; i++) {
@@ -277,19 +267,22 @@ const int32_t* active_inputs(const Linear& call, int first, int tokens, int* cou
     return indices;
 }
 
-void multiply_floats(const Linear& call, int first, int tokens) {
+// False: there was no memory for the sums; the output is not complete.
+bool multiply_floats(const Linear& call, int first, int tokens) {
     const Weight& weight = *call.weight;
     int count;
     const int32_t* active = active_inputs(call, first, tokens, &count);
     const Rows rows{active, count};
     const float* x = call.x + int64_t{first} * weight.inputs;
     const int64_t tiles = (weight.outputs + TILE - 1) / TILE, size = int64_t{weight.inputs} * TILE;
-#pragma omp parallel if (tiles > 1 && size * tiles * tokens > MIN_PARALLEL)
+    bool is_complete = true;
+#pragma omp parallel reduction(&& : is_complete) if (tiles > 1 && size * tiles * tokens > MIN_PARALLEL)
     {
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const int64_t end = tiles * (thread + 1) / threads;
         float* sums = scratch<struct Sums, float>(size_t(tokens + ROWS_AT_ONCE) * TILE);
-        for (int64_t tile = tiles * thread / threads; tile < end; tile++) {
+        is_complete = sums != nullptr;
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            if (sums == nullptr) continue;
             fill(sums, sums + tokens * TILE, 0.0f);
             const auto multiply = [&](auto* values) {
                 multiply_tile(values + tile * size, rows, x, weight.inputs, tokens, sums, sums + tokens * TILE);
@@ -300,19 +293,22 @@ void multiply_floats(const Linear& call, int first, int tokens) {
             finish(call, tile, first, tokens, sums);
         }
     }
+    return is_complete;
 }
 
-void multiply_integers(const Linear& call, int first, int tokens) {
+bool multiply_integers(const Linear& call, int first, int tokens) {
     const Weight& weight = *call.weight;
     const int groups = (weight.inputs + weight.group - 1) / weight.group;
     const int64_t width = int64_t{groups} * weight.group, tiles = (weight.outputs + TILE - 1) / TILE;
     const int64_t cells = int64_t{tokens} * groups;
-    char* memory = scratch<struct Activations, char>(size_t(tokens) * size_t(width) + size_t(cells) * 8 + 64);
+    char* memory = scratch<struct Activations, char>(size_t(tokens) * size_t(width) + size_t(cells) * 8);
+    if (memory == nullptr) return false;
     float* scales = reinterpret_cast<float*>(memory);
     int32_t* totals = reinterpret_cast<int32_t*>(scales + cells);
     int8_t* values = reinterpret_cast<int8_t*>(totals + cells);
     const Quantized x{groups, width, values, scales, totals};
-#pragma omp parallel if (tiles > 1 && width * tiles * TILE * tokens > MIN_PARALLEL)
+    bool is_complete = true;
+#pragma omp parallel reduction(&& : is_complete) if (tiles > 1 && width * tiles * TILE * tokens > MIN_PARALLEL)
     {
 #pragma omp for schedule(static)
         for (int64_t cell = 0; cell < cells; cell++) {
@@ -324,26 +320,26 @@ void multiply_integers(const Linear& call, int first, int tokens) {
                 values + token * width + begin, scales + cell, totals + cell);
         }
         float* sums = scratch<struct Sums, float>(size_t(tokens) * TILE);
+        is_complete = sums != nullptr;
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < tiles; tile++) {
+            if (sums == nullptr) continue;
             fill(sums, sums + tokens * TILE, 0.0f);
             if (weight.format == INT4) multiply_tile<true>(weight, tile, x, tokens, sums);
             else multiply_tile<false>(weight, tile, x, tokens, sums);
             finish(call, tile, first, tokens, sums);
         }
     }
+    return is_complete;
 }
 
 }  // namespace
 
-int linear(const Linear& call) {
-    const bool is_float = call.weight->format <= BFLOAT16;
-    for (int first = 0; first < call.tokens; first += TOKENS_AT_ONCE) {
-        const int tokens = smaller(TOKENS_AT_ONCE, call.tokens - first);
-        if (is_float) multiply_floats(call, first, tokens);
-        else multiply_integers(call, first, tokens);
-    }
-    return 0;
+bool linear(const Linear& call) {
+    const auto multiply = call.weight->format <= BFLOAT16 ? multiply_floats : multiply_integers;
+    for (int first = 0; first < call.tokens; first += TOKENS_AT_ONCE)
+        if (!multiply(call, first, smaller(TOKENS_AT_ONCE, call.tokens - first))) return false;
+    return true;
 }
 
 }  // namespace KERNELS

@@ -4,11 +4,11 @@
 
 #include <cstddef>
 #include <cstdlib>
-#include <new>
 
 namespace KERNELS {
 
-// `size` elements, not initialised; those of the former call with the same PURPOSE are given up.
+// `size` elements, not initialised; those of the former call with the same PURPOSE are given up. Null: no memory. (An
+// exception could not leave a parallel region.)
 template <typename Purpose, typename Element>
 inline Element* scratch(size_t size) {
     struct Memory {
@@ -22,7 +22,6 @@ inline Element* scratch(size_t size) {
         std::free(memory.data);
         memory.data = std::aligned_alloc(64, bytes);
         memory.bytes = memory.data == nullptr ? 0 : bytes;
-        if (memory.data == nullptr) throw std::bad_alloc();
     }
     return static_cast<Element*>(memory.data);
 }

@@ -245,7 +245,9 @@ def _store(model: OPTModel, name: str, weight: Tensor) -> None:
 
 def _as_stored(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The weight in the dtype that its layer stores, if no value changes; else as it is: edits are never rounded."""
-    stored = weight if dtype is None else weight.to(dtype)
+    if dtype is None or dtype == weight.dtype:
+        return weight
+    stored = weight.to(dtype)
     return stored if torch.equal(stored.to(weight.dtype), weight) else weight
 
 

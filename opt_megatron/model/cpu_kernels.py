@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 import os
 import re
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_uint64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 TILE = 64
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -30,7 +32,7 @@ INT8, INT4 = 3, 4
 _VARIABLE = "OPT_MEGATRON_CPU_KERNELS"
 _HUGE_PAGE = 2**21  # bytes
 _INTERFACE = 2  # of csrc/library.cpp
-_OPENMP = re.compile(r"(/\S*/lib[gi]?omp[^/\s]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
+_OPENMP = re.compile(r"(/.*/lib[gi]?omp[^/]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
 
 
 class _Weight(Structure):
@@ -143,18 +145,6 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return aligned.view(dtype).view(shape)
 
 
-class SingleQueries(NamedTuple):
-    """The sequences of queries [Q] in a cache of blocks of 64 tokens.
-
-    Attributes:
-        first_blocks: int64, the block where the query's sequence begins.
-        positions: int64, in its sequence.
-    """
-
-    first_blocks: Tensor
-    positions: Tensor
-
-
 class CPUKernels:
     """The loaded library.
 
@@ -185,14 +175,22 @@ class CPUKernels:
             raise MemoryError("no memory for the sums of a product")
 
     def attend(
-        self, queries: SingleQueries, query_key_value: Tensor, keys: Tensor, values: Tensor, scale: float
+        self,
+        query_key_value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first_blocks: Tensor,
+        positions: Tensor,
+        scale: float,
     ) -> Tensor:
         """Store each query's key and value, and attend over its sequence so far.
 
         Args:
             query_key_value: float32 [Q, n, 3, d]
-            keys: blocks [..., n, d, 64], a dtype of FORMATS.
+            keys: blocks [..., n, d, 64] of 64 tokens, a dtype of FORMATS.
             values: blocks [..., n, 64, d], of the same dtype.
+            first_blocks: int64 [Q], the block where the query's sequence begins.
+            positions: int64 [Q], in its sequence.
 
         Returns:
             softmax(q scale k^T) v, [Q, n * d]
@@ -207,8 +205,8 @@ class CPUKernels:
             dim,
             scale,
             query_key_value.data_ptr(),
-            queries.first_blocks.data_ptr(),
-            queries.positions.data_ptr(),
+            first_blocks.data_ptr(),
+            positions.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             output.data_ptr(),
@@ -244,7 +242,8 @@ def library() -> CPUKernels | None:
         return None
     try:
         kernels = CPUKernels(path)
-    except OSError:  # no OpenMP of torch's that it could use
+    except OSError as error:  # no OpenMP of torch's that it could use
+        _logger.warning("the CPU kernels cannot be loaded, torch's own products are used instead: %s", error)
         return None
     if wanted and not kernels.use_instruction_set(wanted):
         raise UserError(f"{_VARIABLE}={wanted}: give base, avx2 or avx512, as far as this processor has them, or off")

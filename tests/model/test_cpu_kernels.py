@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from opt_megatron.model import cpu_kernels
-from opt_megatron.model.cpu_kernels import INT4, SingleQueries, TiledWeight, empty_in_huge_pages, in_tiles, library
+from opt_megatron.model.cpu_kernels import INT4, TiledWeight, empty_in_huge_pages, in_tiles, library
 from opt_megatron.model.linear_methods.cpu_float import CPUFloatLinear
 from opt_megatron.model.linear_methods.cpu_int8 import CPUInt8Linear
 from opt_megatron.model.linear_methods.int8_rows import quantize_rows
@@ -106,13 +106,10 @@ def test_every_16_bit_number_is_read_as_torch_does(instruction_set, dtype):
     )
 
 
-def attended(query, keys, values, positions, heads, dim):
-    """Attention of each query over the keys up to its position by torch."""
-    outputs = []
-    for number, position in enumerate(positions):
-        k, v = (cached[: position + 1].transpose(0, 1) for cached in (keys, values))  # [n, t, d]
-        outputs.append(scaled_dot_product_attention(query[number][:, None], k, v).reshape(heads * dim))
-    return torch.stack(outputs)
+def attended(query, keys, values, position):
+    """Attention of a query [n, d] over the keys [t, n, d] up to its position by torch: [n * d]"""
+    k, v = (cached[: position + 1].transpose(0, 1) for cached in (keys, values))
+    return scaled_dot_product_attention(query[:, None], k, v).flatten()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -134,15 +131,14 @@ def test_attention_of_single_queries(instruction_set, dim, dtype):
         key, value = history[sequence]
         step[number] = torch.stack((drawn(heads, dim, seed=number), key[position], value[position]), dim=1)
     first_blocks = torch.tensor([starts[sequence] for sequence, _ in queries])
-    single = SingleQueries(first_blocks, torch.tensor([position for _, position in queries]))
-    found = library().attend(single, step, keys, values, dim**-0.5)
+    positions = torch.tensor([position for _, position in queries])
+    found = library().attend(step, keys, values, first_blocks, positions, dim**-0.5)
     for number, (sequence, position) in enumerate(queries):
-        expected = attended(step[number : number + 1, :, 0], *history[sequence], [position], heads, dim)[0]
+        expected = attended(step[number, :, 0], *history[sequence], position)
         assert (found[number] - expected).abs().max() <= 2e-6
-        alone = SingleQueries(*(each[number : number + 1] for each in single))
-        assert torch.equal(
-            library().attend(alone, step[number : number + 1], keys, values, dim**-0.5)[0], found[number]
-        )
+        one = slice(number, number + 1)
+        alone = library().attend(step[one], keys, values, first_blocks[one], positions[one], dim**-0.5)
+        assert torch.equal(alone[0], found[number])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,9 +147,8 @@ def test_keys_and_values_are_rounded_as_torch_does(instruction_set, dtype):
     step = bits.to(torch.int32).view(torch.float32)
     step[..., :8] = torch.tensor([65504.0, 65519.9, 65520.0, 2.0**-24, 2.0**-25, 2.0**-25 * 1.5, 2.0**-14, -0.0])
     keys, values = torch.zeros(1, 1, 4096, 64, dtype=dtype), torch.zeros(1, 1, 64, 4096, dtype=dtype)
-    library().attend(
-        SingleQueries(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)), step, keys, values, 1.0
-    )
+    first = torch.zeros(1, dtype=torch.int64)
+    library().attend(step, keys, values, first, first, 1.0)
     for stored, given_ in ((keys[0, 0, :, 0], step[0, 0, 1]), (values[0, 0, 0], step[0, 0, 2])):
         assert torch.equal(stored.isnan(), given_.isnan())
         assert torch.equal(stored.nan_to_num(7), given_.to(dtype).nan_to_num(7))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...model.cpu_kernels import CPUKernels, SingleQueries
+from ...model.cpu_kernels import CPUKernels
 
 
 class CPUKernelAttention:
@@ -22,10 +22,9 @@ class CPUKernelAttention:
     """
 
     def __init__(self, queries: list[tuple[int, int, int]], kernels: CPUKernels) -> None:
-        self.tokens, first_blocks, positions = torch.tensor(queries).T.contiguous()  # [Q]
-        self._queries = SingleQueries(first_blocks, positions)
+        self.tokens, self._first_blocks, self._positions = torch.tensor(queries).T.contiguous()  # [Q]
         self._kernels = kernels
 
     def attend(self, query_key_value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Store and attend: [Q, n, 3, d] -> [Q, n * d]."""
-        return self._kernels.attend(self._queries, query_key_value, keys, values, scale)
+        return self._kernels.attend(query_key_value, keys, values, self._first_blocks, self._positions, scale)
