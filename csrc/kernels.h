@@ -34,8 +34,9 @@ struct Linear {
 };
 
 // Keys [block][head][dim][64] and values [block][head][64][dim] of blocks of 64 tokens.
+// INT8: each token's key and value of a head is a scale times signed numbers.
 struct Attention {
-    int32_t format;  // FLOAT32, FLOAT16 or BFLOAT16
+    int32_t format;  // of the cache: FLOAT32, FLOAT16, BFLOAT16 or INT8
     int32_t queries;
     int32_t heads;
     int32_t dim;
@@ -45,6 +46,8 @@ struct Attention {
     const int64_t* positions;      // [queries], in its sequence
     void* keys;
     void* values;
+    float* key_scales;    // INT8: [block][head][64]
+    float* value_scales;
     float* output;  // [queries, heads * dim]
 };
 

@@ -20,21 +20,33 @@ constexpr int TOKENS_AT_ONCE = 192;   // whose sums of a tile are in the second-
 constexpr int ROWS_AT_ONCE = 128;     // of a tile, which stay near from one group of tokens to the next
 constexpr int64_t MIN_PARALLEL = 1 << 15;  // products; fewer are computed by one thread
 constexpr int SAMPLE = 128;            // inputs that tell whether counting the zeros of all is worth its time
-constexpr double MAX_ROWS_READ = 0.25;  // of all; with more, reading every row in turn is faster
+constexpr double MAX_ROWS_READ = 0.4;  // of all; with more, reading every row in turn is faster
+constexpr double MAX_INTEGER_ROWS_READ = 0.55;  // each for 4 or 8 inputs
+// A processor asks for memory ahead by itself, but begins anew at each page of 4 KiB.
+constexpr int BYTES_AHEAD = 8192;
+constexpr int INDICES_AHEAD = 8;
 
 // AVX-512 has 32 registers: 6 x 4 sums, 4 vectors of weights. The others have 16: 6 x 2 sums, 2 vectors of weights.
 constexpr int vectors_at_once(int tokens) {
     return LANES == 16 ? VECTORS : tokens == 1 ? smaller(VECTORS, 8) : tokens <= 3 ? 4 : 2;
 }
 
-// The rows of a tile that a product reads: number i is row indices[i], or without indices row i.
-struct Rows {
-    const int32_t* indices;
+// The rows of a tile that a product reads. `later`: the one to ask for while row `number` is computed, which may follow
+// the last one.
+struct AllRows {
     int count;
-    int operator[](int number) const { return indices == nullptr ? number : indices[number]; }
+    int operator[](int number) const { return number; }
+    int64_t later(int number, int distance) const { return int64_t{number} + distance; }
+};
+struct ActiveRows {
+    int count;
+    const int32_t* indices;
+    int operator[](int number) const { return indices[number]; }
+    int64_t later(int number, int) const { return indices[smaller(number + INDICES_AHEAD, count - 1)]; }
 };
 
 // A step over some rows of one tile for all tokens.
+template <typename Rows>
 struct TileRows {
     const Rows& rows;
     int first, count;  // numbers of rows
@@ -46,11 +58,16 @@ struct TileRows {
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
+// Asks for `bytes` from `begin`, which need not be memory of the weight.
+inline void prefetch(const void* begin, size_t bytes) {
+    for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(begin) + byte, 0, 2);
+}
+
 enum class From { TILE, TILE_AND_KEEP, COPY };  // KEEP: the rows are copied as floats for the tokens that follow
 
 // sums[t] += x[t, i] * row i for T tokens.
-template <int T, From FROM, bool IS_AHEAD, typename W>
-void add_rows(const TileRows& step, const W* tile, float* copy, int token) {
+template <int T, From FROM, bool IS_AHEAD, typename Rows, typename W>
+void add_rows(const TileRows<Rows>& step, const W* tile, float* copy, int token) {
     constexpr int V = vectors_at_once(T);
     const float* x = step.x + token * step.width;
     for (int column = 0; column < TILE; column += V * LANES) {
@@ -74,9 +91,10 @@ void add_rows(const TileRows& step, const W* tile, float* copy, int token) {
                         store(copy + int64_t{number} * TILE + offset, weights[v]);
                 }
             }
-            if constexpr (IS_AHEAD) {  // the memory is idle while rows come from the cache: the next ones can come
-                const char* next = reinterpret_cast<const char*>(tile + int64_t{row + step.count} * TILE + column);
-                for (size_t byte = 0; byte < V * LANES * sizeof(W); byte += 64) __builtin_prefetch(next + byte, 0, 2);
+            if constexpr (FROM != From::COPY || IS_AHEAD) {
+                // With IS_AHEAD these rows are near, and the memory is idle: the next ones can come.
+                const int distance = IS_AHEAD ? step.count : BYTES_AHEAD / int(TILE * sizeof(W));
+                prefetch(tile + step.rows.later(step.first + number, distance) * TILE + column, V * LANES * sizeof(W));
             }
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
@@ -109,14 +127,14 @@ void for_token_groups(int tokens, Compute compute) {
     }
 }
 
-template <typename W>
+template <typename Rows, typename W>
 void multiply_tile(
     const W* tile, const Rows& rows, const float* x, int64_t width, int tokens, float* sums, float* copy) {
     constexpr From AGAIN = std::is_same_v<W, float> ? From::TILE : From::COPY;
     constexpr From FIRST = std::is_same_v<W, float> ? From::TILE : From::TILE_AND_KEEP;
     const int rows_at_once = tokens <= MAX_TOKENS ? larger(1, rows.count) : ROWS_AT_ONCE;
     for (int first = 0; first < rows.count; first += rows_at_once) {
-        const TileRows step{rows, first, smaller(rows_at_once, rows.count - first), x, width, sums};
+        const TileRows<Rows> step{rows, first, smaller(rows_at_once, rows.count - first), x, width, sums};
         for_token_groups(tokens, [&](int token, auto count, int group) {
             constexpr int T = decltype(count)::value;
             if (tokens <= MAX_TOKENS) add_rows<T, From::TILE, false>(step, tile, copy, token);
@@ -134,7 +152,11 @@ struct Quantized {
     const int8_t* values;   // [tokens, width]
     const float* scales;    // [tokens, groups]
     const int32_t* totals;  // [tokens, groups]: sums of values
+    const uint32_t* active; // [groups], or null: bit i is 0 where row i of the group's weights has only zeros to multiply
 };
+
+// A row of a tile: its weights for 4 inputs in 8 bits, or for 8 in 4 bits.
+constexpr int inputs_per_row(bool is_int4) { return is_int4 ? 8 : 4; }
 
 // factors: null, or of each input.
 void quantize_group(
@@ -156,13 +178,18 @@ void quantize_group(
 }
 
 // sums[t] += scale of the group * (products in 32-bit integers - zero * total), group after group, for T tokens.
-template <int T, bool IS_INT4>
+template <int T, bool IS_INT4, bool IS_SPARSE>
 void add_groups(const Weight& weight, int64_t tile, const Quantized& x, int first, int count, int token, float* sums_) {
     constexpr int V = vectors_at_once(T);
     const int64_t bytes_per_input = IS_INT4 ? TILE / 2 : TILE;
     const uint8_t* values = static_cast<const uint8_t*>(weight.values) + tile * x.width * bytes_per_input;
     for (int column = 0; column < TILE; column += V * LANES) {
         for (int group = first; group < first + count; group++) {
+            uint32_t active = 0;
+            if constexpr (IS_SPARSE) {
+                active = x.active[group];
+                if (active == 0) continue;
+            }
             const int64_t vector = (tile * x.groups + group) * TILE + column;
             const int8_t* inputs = x.values + token * x.width + int64_t{group} * weight.group;
             Ints sum[T][V];
@@ -181,8 +208,14 @@ void add_groups(const Weight& weight, int64_t tile, const Quantized& x, int firs
                     }
                 }
             }
-            const uint8_t* row = values + int64_t{group} * weight.group * bytes_per_input + column * 4;
-            for (int i = 0; i < weight.group; i += IS_INT4 ? 8 : 4, row += 4 * TILE) {
+            const uint8_t* rows = values + int64_t{group} * weight.group * bytes_per_input + column * 4;
+            for (int i = 0; IS_SPARSE ? active != 0 : i < weight.group; i += inputs_per_row(IS_INT4)) {
+                if constexpr (IS_SPARSE) {
+                    i = __builtin_ctz(active) * inputs_per_row(IS_INT4);
+                    active &= active - 1;
+                }
+                const uint8_t* row = rows + i * bytes_per_input;
+                if constexpr (!IS_SPARSE) prefetch(row + BYTES_AHEAD, V * LANES * 4);
 #pragma GCC unroll 2
                 for (int half = 0; half < (IS_INT4 ? 2 : 1); half++) {
                     Ints weights[V];
@@ -222,7 +255,9 @@ void multiply_tile(const Weight& weight, int64_t tile, const Quantized& x, int t
     for (int first = 0; first < x.groups; first += at_once) {
         const int count = smaller(at_once, x.groups - first);
         for_token_groups(tokens, [&](int token, auto size, int) {
-            add_groups<decltype(size)::value, IS_INT4>(weight, tile, x, first, count, token, sums);
+            constexpr int T = decltype(size)::value;
+            if (x.active == nullptr) add_groups<T, IS_INT4, false>(weight, tile, x, first, count, token, sums);
+            else add_groups<T, IS_INT4, true>(weight, tile, x, first, count, token, sums);
         });
     }
 }
@@ -267,12 +302,33 @@ const int32_t* active_inputs(const Linear& call, int first, int tokens, int* cou
     return indices;
 }
 
+// `active` becomes Quantized's; false where leaving rows out does not pay.
+bool find_active_rows(const Linear& call, const Quantized& x, int tokens, uint32_t* active) {
+    const int size = call.weight->group, words = inputs_per_row(call.weight->format == INT4) / 4;
+    int64_t rows = 0;
+    for (int group = 0; group < x.groups; group++) {
+        active[group] = 0;
+        for (int i = 0; i < size / 4; i++) {
+            uint32_t any = 0, word;
+            for (int t = 0; t < tokens; t++) {
+                std::memcpy(&word, x.values + t * x.width + int64_t{group} * size + 4 * i, sizeof word);
+                any |= word;
+            }
+            active[group] |= uint32_t{any != 0} << i / words;
+        }
+        rows += __builtin_popcount(active[group]);
+        const int64_t looked_at = int64_t{group + 1} * size / 4 / words;
+        if (group + 1 == x.groups || looked_at == SAMPLE)
+            if (rows > MAX_INTEGER_ROWS_READ * looked_at) return false;
+    }
+    return true;
+}
+
 // False: there was no memory for the sums; the output is not complete.
 bool multiply_floats(const Linear& call, int first, int tokens) {
     const Weight& weight = *call.weight;
     int count;
     const int32_t* active = active_inputs(call, first, tokens, &count);
-    const Rows rows{active, count};
     const float* x = call.x + int64_t{first} * weight.inputs;
     const int64_t tiles = (weight.outputs + TILE - 1) / TILE, size = int64_t{weight.inputs} * TILE;
     bool is_complete = true;
@@ -285,7 +341,10 @@ bool multiply_floats(const Linear& call, int first, int tokens) {
             if (sums == nullptr) continue;
             fill(sums, sums + tokens * TILE, 0.0f);
             const auto multiply = [&](auto* values) {
-                multiply_tile(values + tile * size, rows, x, weight.inputs, tokens, sums, sums + tokens * TILE);
+                const auto* own = values + tile * size;
+                float* copy = sums + tokens * TILE;
+                if (active == nullptr) multiply_tile(own, AllRows{count}, x, weight.inputs, tokens, sums, copy);
+                else multiply_tile(own, ActiveRows{count, active}, x, weight.inputs, tokens, sums, copy);
             };
             if (weight.format == FLOAT32) multiply(static_cast<const float*>(weight.values));
             else if (weight.format == FLOAT16) multiply(static_cast<const Half*>(weight.values));
@@ -301,12 +360,13 @@ bool multiply_integers(const Linear& call, int first, int tokens) {
     const int groups = (weight.inputs + weight.group - 1) / weight.group;
     const int64_t width = int64_t{groups} * weight.group, tiles = (weight.outputs + TILE - 1) / TILE;
     const int64_t cells = int64_t{tokens} * groups;
-    char* memory = scratch<struct Activations, char>(size_t(tokens) * size_t(width) + size_t(cells) * 8);
+    char* memory = scratch<struct Activations, char>(size_t(tokens) * size_t(width) + size_t(cells) * 8 + size_t(groups) * 4);
     if (memory == nullptr) return false;
     float* scales = reinterpret_cast<float*>(memory);
     int32_t* totals = reinterpret_cast<int32_t*>(scales + cells);
-    int8_t* values = reinterpret_cast<int8_t*>(totals + cells);
-    const Quantized x{groups, width, values, scales, totals};
+    uint32_t* active = reinterpret_cast<uint32_t*>(totals + cells);
+    int8_t* values = reinterpret_cast<int8_t*>(active + groups);
+    Quantized x{groups, width, values, scales, totals, nullptr};
     bool is_complete = true;
 #pragma omp parallel reduction(&& : is_complete) if (tiles > 1 && width * tiles * TILE * tokens > MIN_PARALLEL)
     {
@@ -318,6 +378,10 @@ bool multiply_integers(const Linear& call, int first, int tokens) {
                 call.x + (first + token) * weight.inputs + begin,
                 weight.factors == nullptr ? nullptr : weight.factors + begin, count, weight.group,
                 values + token * width + begin, scales + cell, totals + cell);
+        }
+        if (call.skip_zeros && tokens <= MAX_TOKENS) {
+#pragma omp single
+            if (find_active_rows(call, x, tokens, active)) x.active = active;
         }
         float* sums = scratch<struct Sums, float>(size_t(tokens) * TILE);
         is_complete = sums != nullptr;

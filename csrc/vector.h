@@ -80,6 +80,21 @@ inline Floats load(const Half* source) {
 #endif
 }
 
+inline Floats load(const int8_t* source) {
+#if defined(__AVX512F__)
+    __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+    return __builtin_convertvector(reinterpret_cast<Ints>(wide), Floats);
+#elif defined(__AVX2__)
+    __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+    return __builtin_convertvector(reinterpret_cast<Ints>(wide), Floats);
+#else
+    Floats wide;
+    for (int lane = 0; lane < LANES; lane++) wide[lane] = static_cast<float>(source[lane]);
+    return wide;
+#endif
+}
+
+inline float to_float(int8_t value) { return static_cast<float>(value); }
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat value) {
     uint32_t bits = uint32_t{value.bits} << 16;

@@ -235,4 +235,6 @@ class LoadedModel:
             prompt_lookup=options.prompt_lookup,
             num_speculative_tokens=options.num_speculative_tokens,
             cuda_graphs=options.cuda_graphs,
+            kv_cache_dtype=options.kv_cache_dtype,
+            skip_silent_neurons=options.skip_silent_neurons,
         )

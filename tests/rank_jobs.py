@@ -389,4 +389,4 @@ def bytes_held_and_read(directory: Path, tp: int, pp: int, batch: int, context: 
     weights = sum(parameter.nbytes for parameter in model.parameters())
     runner = ModelRunner(model, parallel, NO_IDS)
     runner.allocate(batch * context)
-    return weights, runner._cache._memory.nbytes, checkpoint.bytes_read
+    return weights, runner._cache._blocks._numbers.nbytes, checkpoint.bytes_read

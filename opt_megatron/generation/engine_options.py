@@ -34,4 +34,14 @@ class EngineOptions(Options):
         help="on a GPU, record the kernels of a decode step and launch them together (auto: with one pipeline stage)",
         choices=("auto", "off"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        help="dtype of keys and values (int8: with a scale for each token and head; auto: the model's)",
+        choices=("auto", "float32", "float16", "bfloat16", "int8"),
+    )
+    skip_silent_neurons: str = option(
+        "auto",
+        help="on a CPU, do not read the weights of neurons that ReLU has silenced (auto: where few are active)",
+        choices=("auto", "off"),
+    )
     num_speculative_tokens: int = option(4, help="tokens proposed at a time", minimum=1)

@@ -18,6 +18,7 @@ import re
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_uint64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ _logger = logging.getLogger(__name__)
 TILE = 64
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INT8, INT4 = 3, 4
+_CACHE_FORMATS = FORMATS | {torch.int8: INT8}
 _VARIABLE = "OPT_MEGATRON_CPU_KERNELS"
 _HUGE_PAGE = 2**21  # bytes
-_INTERFACE = 2  # of csrc/library.cpp
-_OPENMP = re.compile(r"(/.*/lib[gi]?omp[^/]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
+_INTERFACE = 3  # of csrc/library.cpp
+_OPENMP = re.compile(r"(/.*/lib[gi]?omp[^/\n]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
 
 
 class _Weight(Structure):
@@ -55,7 +57,7 @@ class _Attention(Structure):
         *((name, c_int32) for name in ("format", "queries", "heads", "dim")),
         ("scale", c_float),
         *((name, c_void_p) for name in ("query_key_value", "first_blocks", "positions")),
-        *((name, c_void_p) for name in ("keys", "values", "output")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales", "output")),
     )
 
 
@@ -145,6 +147,21 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return aligned.view(dtype).view(shape)
 
 
+class CachedKeysValues(NamedTuple):
+    """A layer's keys and values in blocks of 64 tokens.
+
+    Attributes:
+        keys: [..., n, d, 64] in a dtype of FORMATS, or int8.
+        values: [..., n, 64, d] in the same dtype.
+        key_scales, value_scales: float32 [..., n, 64] of int8: each number stands for itself times its token's scale.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
 class CPUKernels:
     """The loaded library.
 
@@ -177,8 +194,7 @@ class CPUKernels:
     def attend(
         self,
         query_key_value: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: CachedKeysValues,
         first_blocks: Tensor,
         positions: Tensor,
         scale: float,
@@ -187,8 +203,6 @@ class CPUKernels:
 
         Args:
             query_key_value: float32 [Q, n, 3, d]
-            keys: blocks [..., n, d, 64] of 64 tokens, a dtype of FORMATS.
-            values: blocks [..., n, 64, d], of the same dtype.
             first_blocks: int64 [Q], the block where the query's sequence begins.
             positions: int64 [Q], in its sequence.
 
@@ -199,7 +213,7 @@ class CPUKernels:
         count, heads, _, dim = query_key_value.shape
         output = query_key_value.new_empty(count, heads * dim)
         call = _Attention(
-            FORMATS[keys.dtype],
+            _CACHE_FORMATS[cache.keys.dtype],
             count,
             heads,
             dim,
@@ -207,8 +221,7 @@ class CPUKernels:
             query_key_value.data_ptr(),
             first_blocks.data_ptr(),
             positions.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            *map(_pointer, cache),
             output.data_ptr(),
         )
         if self._library.opt_attention(ctypes.byref(call)):

@@ -41,10 +41,13 @@ class IncrementalForward:
 
     Args:
         model: its weights are packed by a linear method (`OPTModel.prepare_inference`).
+        skip_silent_neurons: fc2's weights of neurons that ReLU has silenced need not be read.
     """
 
-    def __init__(self, model: OPTModel, parallel: ParallelContext) -> None:
+    def __init__(self, model: OPTModel, parallel: ParallelContext, *, skip_silent_neurons: bool = True) -> None:
         model.prepare_inference()
+        for layer in model.decoder.layers:
+            layer.mlp.linear_fc2.skip_zeros = skip_silent_neurons
         self.collectives = tensor_parallel_collectives(parallel)
         self._model = model
         self._all_reduce = self.collectives.all_reduce

@@ -156,7 +156,12 @@ class OPTRowParallelLinear(PackableLinear, RowParallelLinear):
 
     Args:
         method: as of OPTColumnParallelLinear.
+
+    Attributes:
+        skip_zeros: inputs follow ReLU, and the weights of those that are zero need not be read.
     """
+
+    skip_zeros: bool = False
 
     def __init__(self, *args: Any, method: type[LinearMethod] = TorchLinear, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -172,7 +177,9 @@ class OPTRowParallelLinear(PackableLinear, RowParallelLinear):
         """
         packed = self.packed
         assert packed is not None and not relu, "ReLU of a part is not a part of the sum's"
-        return packed(x, self.bias, residual=residual) if self._adds_bias else packed(x, None)
+        if not self._adds_bias:
+            return packed(x, None, skip_zeros=self.skip_zeros)
+        return packed(x, self.bias, residual=residual, skip_zeros=self.skip_zeros)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, inputs of this rank] -> [s, b, outputs], and the bias where core leaves it to the caller"""

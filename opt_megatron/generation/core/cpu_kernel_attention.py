@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...model.cpu_kernels import CPUKernels
+from ...model.cpu_kernels import CachedKeysValues, CPUKernels
 
 
 class CPUKernelAttention:
@@ -25,6 +25,6 @@ class CPUKernelAttention:
         self.tokens, self._first_blocks, self._positions = torch.tensor(queries).T.contiguous()  # [Q]
         self._kernels = kernels
 
-    def attend(self, query_key_value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, query_key_value: Tensor, cache: CachedKeysValues, scale: float) -> Tensor:
         """Store and attend: [Q, n, 3, d] -> [Q, n * d]."""
-        return self._kernels.attend(query_key_value, keys, values, self._first_blocks, self._positions, scale)
+        return self._kernels.attend(query_key_value, cache, self._first_blocks, self._positions, scale)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...model.cpu_kernels import CachedKeysValues
 from ..step import BLOCK_SIZE
 
 
@@ -74,9 +75,10 @@ class EmbeddingBagAttention:
         offsets[1:] = lengths.repeat_interleave(self._n).cumsum(0)
         self._value_offsets = offsets
 
-    def attend(self, query_key_value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, query_key_value: Tensor, cache: CachedKeysValues, scale: float) -> Tensor:
         """Store and attend: [Q, n, 3, d] -> [Q, n * d]."""
         n, d = self._n, self._d
+        keys, values = cache.keys, cache.values
         query, key, value = query_key_value.unbind(2)
         value_rows = values.view(-1, d)
         keys.index_copy_(0, self._key_slots, key.reshape(-1))

@@ -59,6 +59,9 @@ class Engine:
         draft_model: this rank's part of a smaller model with the same vocabulary, for speculative decoding.
         prompt_lookup: speculate with what followed the newest tokens earlier in the sequence.
         num_speculative_tokens: proposed at a time.
+        kv_cache_dtype: float32, float16, bfloat16 or int8; auto: the model's, without the CPU kernels float32 on a CPU.
+        skip_silent_neurons: "auto" leaves out the weights of neurons that ReLU has silenced, on a CPU where few are
+            active; "off" reads all.
         cuda_graphs: "auto" records the kernels of decode steps on a GPU, and launches them together, where there is one
             pipeline stage; "off" does not.
 
@@ -79,12 +82,16 @@ class Engine:
         draft_model: OPTModel | None = None,
         prompt_lookup: bool = False,
         num_speculative_tokens: int = 4,
+        kv_cache_dtype: str = "auto",
+        skip_silent_neurons: str = "auto",
         cuda_graphs: str = "auto",
     ) -> None:
         EngineOptions(  # checks the ranges
             max_batch_size=max_batch_size,
             prefill_chunk_size=prefill_chunk_size,
             num_speculative_tokens=num_speculative_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            skip_silent_neurons=skip_silent_neurons,
             cuda_graphs=cuda_graphs,
         )
         _check_no_data_parallelism(parallel)
@@ -94,13 +101,19 @@ class Engine:
         self._suppressed = _suppressed_ids(self._config, suppress_tokens)
         self._max_batch_size = max_batch_size
         self._chunk_size = prefill_chunk_size or _PREFILL_CHUNK_SIZES[parallel.device.type]
-        uses_graphs = cuda_graphs == "auto"
-        self._runners: list[Runner] = [ModelRunner(model, parallel, self._suppressed, uses_cuda_graphs=uses_graphs)]
+        make_runner = partial(
+            ModelRunner,
+            parallel=parallel,
+            suppressed=self._suppressed,
+            kv_cache_dtype=kv_cache_dtype,
+            skips_silent_neurons=skip_silent_neurons == "auto",
+        )
+        self._runners: list[Runner] = [make_runner(model, uses_cuda_graphs=cuda_graphs == "auto")]
         self._executor = Executor(parallel, self._runners)
         self._draft: Draft | None = PromptLookup(num_speculative_tokens) if prompt_lookup else None
         if draft_model is not None:
             _check_draft_model(draft_model, model, prompt_lookup)
-            self._runners.append(ModelRunner(draft_model, parallel, self._suppressed))
+            self._runners.append(make_runner(draft_model))
             self._draft = DraftModel(partial(self._executor.forward, runner=1), num_speculative_tokens)
         # Speculation needs the tokens, and of sampled ones the distributions.
         self._runs_ahead = self._runners[0].keeps_tokens and self._draft is None

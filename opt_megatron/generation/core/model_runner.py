@@ -26,7 +26,7 @@ from ..step import (
 )
 from .cuda_graphs import CudaGraphs
 from .decode_step import MAX_ROWS, DecodeStep
-from .kv_cache import KVCache, cache_bytes_per_token, make_kv_cache
+from .kv_cache import KVCache, cache_bytes_per_token, cache_dtype, make_kv_cache
 from .packed_upload import upload
 from .paged_kv_cache import PagedKVCache
 from .stage_transfer import StageTransfer
@@ -39,14 +39,24 @@ class ModelRunner:
     Args:
         model: is prepared for inference (`IncrementalForward`).
         suppressed: [ids] int64 that are never chosen in a step.
+        kv_cache_dtype: of --kv-cache-dtype.
+        skips_silent_neurons: see `IncrementalForward`.
         uses_cuda_graphs: decode steps are captured and replayed, where there is one pipeline stage on GPUs.
     """
 
     def __init__(
-        self, model: OPTModel, parallel: ParallelContext, suppressed: Tensor, *, uses_cuda_graphs: bool = False
+        self,
+        model: OPTModel,
+        parallel: ParallelContext,
+        suppressed: Tensor,
+        *,
+        kv_cache_dtype: str = "auto",
+        skips_silent_neurons: bool = True,
+        uses_cuda_graphs: bool = False,
     ) -> None:
         self._dtype = model.params_dtype
-        self._model = IncrementalForward(model, parallel)
+        self._cache_dtype = cache_dtype(kv_cache_dtype, self._dtype, parallel.device)
+        self._model = IncrementalForward(model, parallel, skip_silent_neurons=skips_silent_neurons)
         self._parallel = parallel
         self._config = model.opt_config
         self._chooser = TokenChooser(self._config, parallel, self._model.collectives, suppressed)
@@ -63,13 +73,7 @@ class ModelRunner:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of this rank's cache for one token."""
-        return cache_bytes_per_token(
-            self._model.num_layers,
-            self._num_heads,
-            self._config.head_dim,
-            dtype=self._dtype,
-            device=self._parallel.device,
-        )
+        return cache_bytes_per_token(self._model.num_layers, self._num_heads, self._config.head_dim, self._cache_dtype)
 
     def allocate(self, num_tokens: int) -> None:
         """Allocate a cache of at least `num_tokens` tokens, unless the present one is as large."""
@@ -99,7 +103,7 @@ class ModelRunner:
             self._num_heads,
             self._config.head_dim,
             num_tokens,
-            dtype=self._dtype,
+            dtype=self._cache_dtype,
             device=self._parallel.device,
         )
 

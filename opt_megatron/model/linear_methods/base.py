@@ -64,7 +64,15 @@ class LinearMethod(ABC):
         """Make it from the float weight [O, I], which has no gradient."""
 
     @abstractmethod
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """x A^T + bias + residual, or relu(x A^T + bias); nothing is written into the arguments.
 
         Args:
@@ -72,6 +80,7 @@ class LinearMethod(ABC):
             bias: [O]
             relu: excludes `residual`.
             residual: [T, O]
+            skip_zeros: many inputs are zero in every token, as after ReLU: a method may read their weights or not.
 
         Returns:
             [T, O] in the dtype of `x`.

@@ -42,9 +42,17 @@ class CPUFloatLinear(LinearMethod):
         values = empty_in_huge_pages(tuple(tiles.shape), weight.dtype).copy_(tiles)
         self._weight = TiledWeight(FORMATS[weight.dtype], (weight.shape[0], weight.shape[1]), values)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
-        return self._weight.multiply(x, bias, relu=relu, residual=residual, skip_zeros=True)
+        return self._weight.multiply(x, bias, relu=relu, residual=residual, skip_zeros=skip_zeros)
 
     def unpack(self) -> Tensor:
         """The weight in its ordinary order, a new tensor."""

@@ -32,6 +32,14 @@ class CPUInt4Linear(Int4Method):
             INT4, (weight.shape[0], weight.shape[1]), values, scales, zeros, factors, self.group_size
         )
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
-        return self._weight.multiply(x, bias, relu=relu, residual=residual)
+        return self._weight.multiply(x, bias, relu=relu, residual=residual, skip_zeros=skip_zeros)

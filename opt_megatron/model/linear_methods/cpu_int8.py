@@ -39,6 +39,14 @@ class CPUInt8Linear(QuantizedMethod):
             INT8, (num_outputs, num_inputs), values, in_tiles(scales), factors=factors, group=_GROUP
         )
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
-        return self._weight.multiply(x, bias, relu=relu, residual=residual)
+        return self._weight.multiply(x, bias, relu=relu, residual=residual, skip_zeros=skip_zeros)

@@ -36,7 +36,15 @@ class Int4TritonLinear(Int4Method):
         halves = pad(numbers, (0, -numbers.shape[1] % (2 * _HALF))).unflatten(1, (-1, 2, _HALF))
         self._bytes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)  # [O, inputs / 2]
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         weight = self._bytes, self._scales, self._zeros
         x = multiplied(x, self._factors)

@@ -28,7 +28,15 @@ class Int4WeightOnlyLinear(Int4Method):
         self._bytes = numbers[:, ::2] | numbers[:, 1::2] << 4
         self._num_inputs = weight.shape[1]
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         numbers = torch.stack((self._bytes & 15, self._bytes >> 4), dim=-1).flatten(1)  # [O, I padded]
         groups = numbers.unflatten(1, (-1, self.group_size)).to(x.dtype) - self._zeros[..., None].to(x.dtype)

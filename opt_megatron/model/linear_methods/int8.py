@@ -40,7 +40,15 @@ class Int8Linear(QuantizedMethod):
         # One factor for the whole product: oneDNN's kernels for few and for many tokens round two in different orders.
         self._channels = scales / self.levels
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         x = multiplied(x, self._factors)
         largest = x.abs().amax(-1, keepdim=True).float()  # [T, 1]

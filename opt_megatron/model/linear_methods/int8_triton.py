@@ -31,7 +31,15 @@ class Int8TritonLinear(QuantizedMethod):
         weight, self._factors = equalize_columns(weight)
         self._weight, self._channels = quantize_rows(weight)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         weight = self._weight, self._channels
         x = multiplied(x, self._factors)

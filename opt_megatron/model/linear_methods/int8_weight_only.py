@@ -27,7 +27,15 @@ class Int8WeightOnlyLinear(QuantizedMethod):
         weight, self._factors = equalize_columns(weight)
         self._weight, self._channels = quantize_rows(weight)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         weight = self._weight.to(x.dtype).mul_(self._channels[:, None].to(x.dtype))
         return apply_epilogue(linear(multiplied(x, self._factors), weight, bias), relu, residual)

@@ -35,7 +35,15 @@ class OneDNNLinear(LinearMethod):
     def __init__(self, weight: Tensor) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, bias, "add")

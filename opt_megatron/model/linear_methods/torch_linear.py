@@ -22,7 +22,15 @@ class TorchLinear(LinearMethod):
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
-    def __call__(self, x: Tensor, bias: Tensor | None, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        skip_zeros: bool = False,
+    ) -> Tensor:
         """[T, I] -> [T, O]"""
         if relu and bias is not None and x.is_cuda:  # one kernel: ReLU in the product's epilogue
             return torch._addmm_activation(bias, x, self.weight.t())

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_megatron.generation.core.kv_cache import cache_bytes_per_token, make_kv_cache
+from opt_megatron.errors import UserError
+from opt_megatron.generation.core import kv_cache
+from opt_megatron.generation.core.kv_cache import cache_bytes_per_token, cache_dtype, make_kv_cache
 from opt_megatron.generation.core.paged_kv_cache import PagedKVCache
 from opt_megatron.generation.step import BLOCK_SIZE, KVCacheBlocks, ScheduledSequence
 
@@ -15,22 +17,36 @@ COUNTS = [1, 1, 2, 5, 8, 9, 16, 17, 60, 130]  # on both sides of where another w
 BLOCKS = [KVCacheBlocks(sum(SIZES[:n]), size) for n, size in enumerate(SIZES)]
 
 
+# The model's dtype, the cache's, and whether it is a CPU's.
 CACHES = [
-    (torch.float32, make_kv_cache),  # a CPU's
-    (torch.bfloat16, make_kv_cache),
-    (torch.float32, PagedKVCache),
-    (torch.bfloat16, PagedKVCache),
+    (torch.float32, torch.float32, make_kv_cache),
+    (torch.float32, torch.float16, make_kv_cache),
+    (torch.bfloat16, torch.bfloat16, make_kv_cache),
+    (torch.float32, torch.int8, make_kv_cache),
+    (torch.float32, torch.float32, PagedKVCache),
+    (torch.bfloat16, torch.bfloat16, PagedKVCache),
 ]
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 0.03, torch.int8: 0.05}
+
+
+def memory_of(cache) -> list[torch.Tensor]:
+    if isinstance(cache, PagedKVCache):
+        return [cache._memory]
+    return [memory for memory in (cache._blocks._numbers, cache._blocks._scales) if memory is not None]
 
 
 class Reference:
     """Sequences as lists of keys and values, one for each layer, beside the cache."""
 
-    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, make=make_kv_cache) -> None:
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, cache_dtype=None, make=make_kv_cache) -> None:
         self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
-        self.cache = make(LAYERS, heads, head_dim, sum(SIZES), dtype=dtype, device=CPU)
-        # Whatever is read before it was written shows.
-        self.cache._memory.fill_(1e4 if isinstance(self.cache, PagedKVCache) else torch.nan)
+        cache_dtype = cache_dtype or dtype
+        self.tolerance = TOLERANCES[cache_dtype]
+        self.cache = make(LAYERS, heads, head_dim, sum(SIZES), dtype=cache_dtype, device=CPU)
+        for memory in memory_of(self.cache):  # whatever is read before it was written shows
+            memory.fill_(
+                1e4 if isinstance(self.cache, PagedKVCache) else torch.nan if memory.is_floating_point() else 99
+            )
         self.held = [[torch.empty(0, 2, heads, head_dim, dtype=dtype) for _ in SIZES] for _ in range(LAYERS)]
         self.generator = torch.Generator().manual_seed(1)
 
@@ -54,8 +70,7 @@ class Reference:
                 expected += [self._attention(layer, sequence, q, position + i) for i, q in enumerate(fresh[:, :, 0])]
                 first += count
             assert output.shape == (len(positions), self.heads * self.head_dim) and output.dtype is self.dtype
-            tolerance = 2e-5 if self.dtype == torch.float32 else 0.03
-            assert (output - torch.stack(expected)).abs().max() <= tolerance
+            assert (output - torch.stack(expected)).abs().max() <= self.tolerance
 
     def _attention(self, layer: int, sequence: int, query: torch.Tensor, position: int) -> torch.Tensor:
         keys, values = self.held[layer][sequence][: position + 1].double().unbind(1)  # [t, n, d]
@@ -104,7 +119,17 @@ def test_a_sequence_fills_its_blocks():
     reference.step([(n, size - 1, 1) for n, size in enumerate(SIZES)])
 
 
-def test_bytes():
-    options = {"dtype": torch.bfloat16, "device": CPU}
-    cache = make_kv_cache(3, 4, 8, 2 * BLOCK_SIZE, **options)
-    assert cache._memory.nbytes == 2 * BLOCK_SIZE * cache_bytes_per_token(3, 4, 8, **options)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_bytes(dtype):
+    cache = make_kv_cache(3, 4, 8, 2 * BLOCK_SIZE, dtype=dtype, device=CPU)
+    assert sum(memory.nbytes for memory in memory_of(cache)) == 2 * BLOCK_SIZE * cache_bytes_per_token(3, 4, 8, dtype)
+
+
+def test_the_choice_of_a_dtype(monkeypatch):
+    assert cache_dtype("auto", torch.bfloat16, torch.device("cuda")) is torch.bfloat16
+    with pytest.raises(UserError, match=r"on a GPU the cache has the model's dtype, torch.float16; give auto"):
+        cache_dtype("int8", torch.float16, torch.device("cuda"))
+    monkeypatch.setattr(kv_cache, "library", lambda: None)
+    assert cache_dtype("auto", torch.bfloat16, CPU) is torch.float32
+    with pytest.raises(UserError, match="int8 needs the CPU kernels, which are not there: give auto or float32"):
+        cache_dtype("int8", torch.float32, CPU)
