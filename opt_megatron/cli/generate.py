@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..generation.engine_options import EngineOptions
 from ..generation.sampling.sampling_params import SamplingParams
+from ..generation.sampling.watermark_options import WatermarkOptions
 from ..options import Options, option
 from .arguments import GenerationConfigOptions, ModelOptions, RuntimeOptions
 from .engine_options import check_engine_options, engine_options
@@ -51,6 +52,7 @@ class OutputOptions(Options):
 OPTIONS: Groups = {
     "": (ModelOptions, RuntimeOptions, GenerationConfigOptions),
     "prompts (default: standard input, read like --prompt-file)": (PromptOptions,),
+    "watermark": (WatermarkOptions,),
     "sampling and search": (SamplingParams,),
     "engine": (EngineOptions,),
     "output": (OutputOptions,),

@@ -38,6 +38,7 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "top_h": (),
     "guidance_scale": (1,),
     "stop_strings": ([],),
+    "watermarking_config": ({},),
 }
 
 

@@ -129,7 +129,7 @@ class StepInput:
         return cls(tuple(sequences), OutputKind(output_kind))
 
 
-_SAMPLING = struct.Struct("=dqddqq")  # the fields of a SamplingRow
+_SAMPLING = struct.Struct("=dqddqqddqq")  # the fields of a SamplingRow
 _SAMPLING_SIZE = len(SamplingRow._fields)
 _INTEGERS = struct.Struct(f"={_SAMPLING_SIZE}q")
 

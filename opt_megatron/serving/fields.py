@@ -125,6 +125,7 @@ FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "int": (int, None),
     "float": (float, None),
     "bool": (bool, None),
+    "str": (str, None),
     "tuple[str, ...]": (Stop, []),
     "tuple[int, ...]": (TokenIds, []),
     "tuple[tuple[int, float], ...]": (LogitBias, {}),

@@ -123,6 +123,8 @@ def _field_of(option: Option, overrides: dict[str, Any]) -> tuple[Any, Any]:
     kind, default = FIELD_TYPES[option.annotation.removesuffix(" | None")]
     if default is None:
         default = option.default
+    if option.choices:
+        kind = Literal[option.choices]
     bounds: dict[str, Any] = {} if option.kind.is_list else dict(option.bounds(api=True))
     if kind is int and not {"le", "lt"} & bounds.keys():
         bounds["le"] = MAX_INT

@@ -21,6 +21,10 @@ SEQUENCES = st.builds(
         st.floats(0, 1),
         st.integers(-(2**63), 2**63 - 1),
         st.integers(0, 128),
+        st.floats(0, 100),
+        st.floats(0, 1),
+        st.integers(0, 2**63 - 1),
+        st.integers(0, 50272),
     ),
 )
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ...model.incremental_forward import IncrementalForward
 from ...parallel.context import ParallelContext
-from ..sampling.batch_sampler import GREEDY, SamplingRow, SamplingTensors
+from ..sampling.batch_sampler import GREEDY, SamplingRow, SamplingTensors, green_bits_of_rows
 from ..step import BLOCK_SIZE, NEWEST, ScheduledSequence, StepInput, sampling_numbers
 from .cuda_graphs import CudaGraphs
-from .packed_upload import upload
+from .packed_upload import upload, upload_tensor
 from .paged_kv_cache import PagedKVCache
 from .stage_transfer import StageTransfer
 from .token_chooser import TokenChooser
@@ -49,6 +49,7 @@ class DecodeState:
         first_blocks, positions, increments: [MAX_ROWS] int64; a row without a sequence stays at position 0.
         sampling: [MAX_ROWS] each; has no meaning if all rows are greedy.
         has_sampled: some row is not greedy.
+        has_watermark: some row has a watermark; its newest token must be known to the leader (`SamplingGroup`).
     """
 
     def __init__(self, unused_block: int, vocab_size: int, device: torch.device) -> None:
@@ -56,7 +57,8 @@ class DecodeState:
         self._fields = torch.zeros(_FIELDS, MAX_ROWS, dtype=torch.int64, device=device)
         self.first_blocks, self.positions, self._given, self.increments = self._fields[:4]
         self.sampling = SamplingTensors.of(self._fields[4:], vocab_size)
-        self.has_sampled = False
+        self.has_sampled = self.has_watermark = False
+        self._green = torch.zeros(0, -(-vocab_size // 8), dtype=torch.uint8, device=device)
         self._offsets = torch.arange(1, _NUMBERS + 1, device=device)
         self._numbers = torch.zeros(MAX_ROWS, _NUMBERS, dtype=torch.float64, device=device)
         self._next_number = torch.zeros(1, dtype=torch.int64, device=device)
@@ -89,9 +91,22 @@ class DecodeState:
             given_options = SamplingTensors.of(self._fields[4:, :num_rows], self._vocab_size)
             for values, given in zip(self.sampling.first(num_rows), given_options, strict=True):
                 values.copy_(given)
+        self._describe_green_lists(options, [sequence.tokens[0] for sequence in sequences])
         first_blocks, given = self.first_blocks[:num_rows], self._given[:num_rows]
         newest[first_blocks] = torch.where(given == NEWEST, newest[first_blocks], given)
         self._num_numbers_left = 0
+
+    def _describe_green_lists(self, rows: list[SamplingRow], newest: list[int]) -> None:
+        green = green_bits_of_rows(rows, newest, self._vocab_size)
+        self.has_watermark = green is not None
+        if green is not None:
+            if not len(self._green):  # 6 MB for OPT, which most programs do not need
+                self._green = self._green.new_zeros(MAX_ROWS, self._green.size(1))
+            self._green[: len(rows)] = upload_tensor(self._device, green)
+
+    def green(self, num_rows: int) -> Tensor | None:
+        """The green lists of this step, [B, ceil(V / 8)] uint8, where there is a watermark."""
+        return self._green[:num_rows] if self.has_watermark else None
 
     def _make_numbers(self, num_rows: int) -> None:
         positions = self.positions[:num_rows, None] + self._offsets
@@ -147,7 +162,7 @@ class DecodeStep:
         if self._graphs is None:
             tokens = run()
         else:
-            tokens = self._graphs.run((num_rows, num_blocks, self._state.has_sampled), run)
+            tokens = self._graphs.run((num_rows, num_blocks, self._state.has_sampled, self._state.has_watermark), run)
         return tokens[: len(step.sequences)]
 
     def _sizes(self, sequences: tuple[ScheduledSequence, ...]) -> tuple[int, int]:
@@ -183,4 +198,5 @@ class DecodeStep:
         state = self._state
         if not state.has_sampled:
             return self._chooser.greedy(local)
-        return self._chooser.sampled(local, state.sampling.first(num_rows), state.numbers(num_rows))
+        sampling = state.sampling.first(num_rows)
+        return self._chooser.sampled(local, sampling, state.numbers(num_rows), state.green(num_rows))

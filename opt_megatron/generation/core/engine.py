@@ -339,6 +339,7 @@ class Engine:
             group.mark_computed(sequences)
         choosing = [group for group, _, _ in scheduled if isinstance(group, SamplingGroup) and group.sampling]
         is_read_later = self._runs_ahead and len(choosing) == len(scheduled)
+        is_read_later = is_read_later and not any(group.needs_newest_token for group in choosing)
         if is_read_later:
             for group in choosing:
                 group.expect_token()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...model.incremental_forward import IncrementalForward
 from ...model.opt_model import OPTModel
 from ...parallel.context import ParallelContext
-from ..sampling.batch_sampler import GREEDY, SamplingRow, SamplingTensors
+from ..sampling.batch_sampler import GREEDY, SamplingRow, SamplingTensors, green_bits_of_rows
 from ..step import (
     BLOCK_SIZE,
     NEWEST,
@@ -27,7 +27,7 @@ from ..step import (
 from .cuda_graphs import CudaGraphs
 from .decode_step import MAX_ROWS, DecodeStep
 from .kv_cache import KVCache, cache_bytes_per_token, cache_dtype, make_kv_cache
-from .packed_upload import upload
+from .packed_upload import upload, upload_tensor
 from .paged_kv_cache import PagedKVCache
 from .stage_transfer import StageTransfer
 from .token_chooser import TokenChooser
@@ -170,15 +170,23 @@ class ModelRunner:
         """The next tokens [chosen] of the sequences with `sampling`, from this rank's part of their logits."""
         if all(sequence.sampling in (None, GREEDY) for sequence in sequences):
             return self._chooser.greedy(local)
+        rows: list[SamplingRow] = []
         options: list[int] = []
+        newest: list[int] = []
         for sequence in sequences:
             if sequence.sampling is not None:
                 end = sequence.position + len(sequence.tokens)
+                rows += [sequence.sampling] * sequence.num_logits
+                newest += sequence.tokens[len(sequence.tokens) - sequence.num_logits :]
                 for position in range(end - sequence.num_logits + 1, end + 1):
                     options += (*sampling_numbers(sequence.sampling), position)
-        fields = upload(self._parallel.device, options)[0].view(-1, len(SamplingRow._fields) + 1).T
+        device = self._parallel.device
+        fields = upload(device, options)[0].view(-1, len(SamplingRow._fields) + 1).T
         sampling = SamplingTensors.of(fields[:-1], self._config.vocab_size)
-        return self._chooser.sampled(local, sampling, sampling.numbers(fields[-1]))
+        green = green_bits_of_rows(rows, newest, self._config.vocab_size)
+        if green is not None:
+            green = upload_tensor(device, green)
+        return self._chooser.sampled(local, sampling, sampling.numbers(fields[-1]), green)
 
     def _rows(self, local: Tensor, hidden: Tensor, kind: OutputKind) -> Tensor:
         logits = self._chooser.gather(local)

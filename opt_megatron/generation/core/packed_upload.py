@@ -14,3 +14,8 @@ def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
     return packed.split([len(numbers) for numbers in lists])
+
+
+def upload_tensor(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor of the host on the device, in the same way."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -47,9 +47,9 @@ class TokenChooser:
         winner = every[..., 1].argmax(-1, keepdim=True)  # of equal ones the first, hence the lowest ids
         return every[..., 0].gather(1, winner).squeeze(1).long()
 
-    def sampled(self, local: Tensor, rows: SamplingTensors, numbers: Tensor) -> Tensor:
-        """The ids [R], of logits [R, v], by options and random numbers [R] float64."""
-        return sample_rows(self.gather(local), rows, numbers, self._suppressed)
+    def sampled(self, local: Tensor, rows: SamplingTensors, numbers: Tensor, green: Tensor | None = None) -> Tensor:
+        """The ids [R], of logits [R, v], by options, random numbers [R] float64, and green lists if there are any."""
+        return sample_rows(self.gather(local), rows, numbers, self._suppressed, green)
 
     def gather(self, local: Tensor) -> Tensor:
         """Logits of the whole vocabulary, [R, v] -> [R, V]."""

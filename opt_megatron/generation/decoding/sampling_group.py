@@ -69,6 +69,12 @@ class SamplingGroup(SequenceGroup):
         return row_of(chain, self.request.params.seed, self.choice) if can_choose else None
 
     @property
+    def needs_newest_token(self) -> bool:
+        """The next token is chosen in a step, and the newest one must have been read before: the host makes the list of
+        the ids that a watermark prefers after it."""
+        return self.sampling is not None and self.sampling.delta > 0
+
+    @property
     def max_proposed_tokens(self) -> int:
         """How many tokens a draft may propose: the last new token is never computed."""
         # None for the first new token, whether the prompt was computed or copied: a seed always gives the same text.

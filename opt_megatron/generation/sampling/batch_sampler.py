@@ -11,13 +11,17 @@ B = rows, V = vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .green_lists import green_bits, left_hash_seed
 from .logits_processors import COLD, HUGE, TINY, ProcessorChain
 from .random_numbers import Purpose, uniform
+from .watermark_options import LEFT_HASH
 
 _BELOW_ONE = 1 - 2**-24  # the largest number below 1 in float32
 NO_TOKEN = -1  # in place of an id where no token is possible
@@ -30,6 +34,7 @@ class SamplingRow(NamedTuple):
         temperature: 0 takes the best token; the other options are not looked at then.
         top_k: 0 for all; top_p: 1 for all; min_p: 0 for all.
         seed, choice: of the random numbers (`random_numbers.uniform`).
+        delta: of the watermark, 0 for none; gamma, key: of its green lists; num_listed: their ids, 0 for all.
     """
 
     temperature: float
@@ -38,6 +43,10 @@ class SamplingRow(NamedTuple):
     min_p: float
     seed: int
     choice: int
+    delta: float = 0.0
+    gamma: float = 0.0
+    key: int = 0
+    num_listed: int = 0
 
 
 GREEDY = SamplingRow(0.0, 0, 1.0, 0.0, 0, 0)
@@ -55,6 +64,7 @@ class SamplingTensors(NamedTuple):
         min_p: float32.
         seed, choice: int64.
         is_sampled: float64, 1; 0 in a greedy row.
+        delta: float32, added to the logits of green ids.
     """
 
     temperature: Tensor
@@ -65,12 +75,13 @@ class SamplingTensors(NamedTuple):
     seed: Tensor
     choice: Tensor
     is_sampled: Tensor
+    delta: Tensor
 
     @classmethod
     def of(cls, fields: Tensor, vocab_size: int) -> SamplingTensors:
-        """From [6, B] int64: the fields of SamplingRows, those that are float64 by their bits."""
+        """From [10, B] int64: the fields of SamplingRows, those that are float64 by their bits."""
         seed, choice, top_k = fields[4], fields[5], fields[1]
-        temperature, top_p, min_p = (fields[index].contiguous().view(torch.float64) for index in (0, 2, 3))
+        temperature, top_p, min_p, delta = (fields[index].contiguous().view(torch.float64) for index in (0, 2, 3, 6))
         return cls(
             temperature.clamp(min=TINY).float(),
             torch.where(temperature < COLD, -1.0, HUGE).float(),
@@ -80,6 +91,7 @@ class SamplingTensors(NamedTuple):
             seed,
             choice,
             (temperature > 0).double(),
+            delta.float(),
         )
 
     def first(self, count: int) -> SamplingTensors:
@@ -99,11 +111,45 @@ def row_of(chain: ProcessorChain, seed: int, choice: int) -> SamplingRow | None:
     params = chain.params
     if chain.is_plain_greedy:
         return GREEDY
-    if chain.is_greedy or chain.processors or not all(filter_.is_batched for filter_ in chain.sampling_processors):
+    if not all(processor.is_batched for processor in (*chain.processors, *chain.sampling_processors)):
         return None
     if params.lambda_decay < 1:  # top-p then depends on the tokens so far
         return None
-    return SamplingRow(params.temperature, params.top_k, params.top_p, params.min_p, seed, choice)
+    row = GREEDY
+    if not chain.is_greedy:
+        row = SamplingRow(params.temperature, params.top_k, params.top_p, params.min_p, seed, choice)
+    if params.watermark_delta == 0:
+        return row
+    if params.watermark_scheme != LEFT_HASH or params.watermark_context_width > 1:
+        return None  # the list depends on more than the newest token
+    return row._replace(
+        delta=params.watermark_delta,
+        gamma=params.watermark_gamma,
+        key=params.watermark_key,
+        num_listed=params.watermark_vocab_size or 0,
+    )
+
+
+def green_bits_of_rows(rows: Sequence[SamplingRow], newest: Sequence[int], vocab_size: int) -> Tensor | None:
+    """The green lists of rows, for `sample_rows`; None where no row has a watermark. They are made on the host.
+
+    Args:
+        newest: the token before the one that is chosen, of each row; that of a row without a watermark is not used.
+        vocab_size: V.
+
+    Returns:
+        [B, ceil(V / 8)] uint8, a bit for each id, the lowest first.
+    """
+    if not any(row.delta for row in rows):
+        return None
+    packed = np.zeros((len(rows), -(-vocab_size // 8)), dtype=np.uint8)
+    for index, (row, token) in enumerate(zip(rows, newest, strict=True)):
+        if row.delta:
+            assert token >= 0, "the leader has not read the newest token"
+            listed = row.num_listed or vocab_size
+            bits = green_bits(left_hash_seed(row.key, token), listed, int(listed * row.gamma))
+            packed[index, : len(bits)] = bits
+    return torch.from_numpy(packed)
 
 
 def argmax_rows(logits: Tensor, suppressed: Tensor) -> Tensor:
@@ -111,7 +157,9 @@ def argmax_rows(logits: Tensor, suppressed: Tensor) -> Tensor:
     return _suppress(logits, suppressed).argmax(-1)
 
 
-def sample_rows(logits: Tensor, rows: SamplingTensors, numbers: Tensor, suppressed: Tensor) -> Tensor:
+def sample_rows(
+    logits: Tensor, rows: SamplingTensors, numbers: Tensor, suppressed: Tensor, green: Tensor | None = None
+) -> Tensor:
     """The next token of every row.
 
     A greedy row is one at the lowest temperature, where only the best tokens have a weight, with the number 0, which
@@ -121,16 +169,26 @@ def sample_rows(logits: Tensor, rows: SamplingTensors, numbers: Tensor, suppress
         logits: [B, V] float32.
         numbers: [B] float64, from 0 up to but not including 1 (`SamplingTensors.numbers`).
         suppressed: [ids] int64 that are never chosen.
+        green: the rows' green lists (`green_bits_of_rows`), where there is a watermark.
 
     Returns:
         [B] int64; NO_TOKEN where a row has no possible token.
     """
+    if green is not None:
+        logits = _prefer_green(logits, green, rows.delta)
     logits = _suppress(logits, suppressed)
     best = logits.amax(-1, keepdim=True)
     reached = _weights(_tempered(logits, best, rows), rows).cumsum(-1, dtype=torch.float64)
     # Below the total also when it is rounded: a number is at most 1 - 2^-53.
     is_before = reached <= numbers[:, None] * reached[:, -1:]
     return torch.where(best[:, 0] > -math.inf, is_before.sum(-1), NO_TOKEN)  # NaN is not above it either
+
+
+def _prefer_green(logits: Tensor, green: Tensor, delta: Tensor) -> Tensor:
+    """`green_lists.prefer_green` of every row."""
+    places = torch.arange(8, dtype=torch.uint8, device=green.device)
+    is_green = (green[:, :, None] >> places & 1).flatten(1)[:, : logits.size(1)].bool()
+    return torch.where(is_green, logits + delta[:, None], logits)
 
 
 def _suppress(logits: Tensor, ids: Tensor) -> Tensor:

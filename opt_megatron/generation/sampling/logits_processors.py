@@ -2,7 +2,8 @@
 
 The functions take float32 scores and return new ones; a token that may not be chosen has the score -inf. Those that
 look at single tokens take scores [..., vocabulary], and skip ids beyond it, which cannot be chosen anyway; those from
-`apply_temperature` on compare all tokens and take scores [vocabulary], at least one of which is above -inf.
+`apply_temperature` on compare all tokens and take scores [vocabulary], at least one of which is above -inf. The
+watermark's is in `green_lists.py`.
 
 Each keeps what transformers' processor of the same purpose keeps. Two things differ: probabilities are summed in
 float64 and rounded to float32 only for the comparison with the limit, so that the result does not depend on the order
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .green_lists import prefer_green
 from .sampling_params import SamplingParams
 from .token_history import TokenHistory
 
@@ -290,6 +292,12 @@ PROCESSORS = (
         lambda scores, p, history: penalize_counts(
             scores, *history.prompt_counts(), p.prompt_presence_penalty, p.prompt_frequency_penalty
         ),
+    ),
+    # Kirchenbauer et al.: before the temperature, as in the authors' code; in transformers 5 after the filters
+    LogitsProcessor(
+        lambda p: p.watermark_delta > 0,
+        lambda scores, p, history: prefer_green(scores, p, history.tokens),
+        is_batched=True,
     ),
 )
 

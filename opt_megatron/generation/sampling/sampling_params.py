@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ...options import check_ranges, convert_kinds, option
 from .stop_regex import compile_stop_regex
+from .watermark_options import WatermarkOptions
 
 MOST_LOGPROBS = 100
 MOST_CONTINUATIONS = 100_000  # of one request
@@ -15,7 +16,7 @@ MOST_ROWS = 1024  # beams or candidates of one request, which run at the same ti
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(WatermarkOptions):
     """How one request is continued. The processors and their order are in `logits_processors.py`.
 
     Values may be of numpy, tuples may be given as lists, one string as itself, and `logit_bias` as a dict.
@@ -265,6 +266,7 @@ class SamplingParams:
         _check_continuations(self)
         _check_biases(self)
         _check_texts(self)
+        self.check_is_marked()
         if self.logprob_token_ids:
             _check(self.logprobs is not None, "logprobs", None, "given with logprob_token_ids")
         if self.num_beams > 1:
