@@ -27,6 +27,8 @@ from .checkpoint.conversion_options import ConversionOptions
 from .errors import UserError
 from .generation.request import Completion, Request
 from .generation.sampling.sampling_params import SamplingParams
+from .generation.sampling.watermark_detector import WatermarkDetection, WatermarkDetector
+from .generation.sampling.watermark_options import DetectionOptions
 from .inputs import Tokens, layer_numbers, pair_to_item, prompt_ids, scored_pair, token_ids
 from .loaded_model import LoadedModel
 from .model.hook_points import Hook
@@ -146,6 +148,32 @@ class OPT(LoadedModel):
         )
         self._inspector.raise_hook_errors()
         return scores
+
+    def detect(self, texts: str | Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[WatermarkDetection]:
+        """Whether texts (or their ids, as `generate` takes prompts) without their prompts carry a watermark.
+
+            options = {"watermark_key": 271828183}
+            text = opt.generate("The king", max_new_tokens=100, watermark_delta=2.0, **options)[0].text
+            opt.detect(text, **options)[0].z_score
+
+        Args:
+            options: of `DetectionOptions`: the key, gamma, scheme and vocabulary that generated the texts, the
+                threshold ...
+
+        Raises:
+            UserError: a text has too few tokens, or an option is wrong.
+        """
+        try:
+            detector = WatermarkDetector(DetectionOptions(**options), self.config.vocab_size, self.config.bos_token_id)
+        except TypeError as error:
+            raise UserError(f"detect: {str(error).removeprefix('DetectionOptions.__init__() ')}") from None
+        found = []
+        items: Sequence[str | Sequence[int]] = [texts] if isinstance(texts, str) else texts
+        for number, text in enumerate(items, 1):
+            ids = self.tokenizer.encode(text, add_bos=False) if isinstance(text, str) else prompt_ids(text)
+            self.config.check_token_ids(ids, f"text {number}")
+            found.append(detector.detect(ids, f"text {number}"))
+        return found
 
     def logits(self, tokens: Tokens) -> Tensor:
         """[b, s, vocab_size] for ids [b, s] (or one sequence [s]); padding rows of the vocabulary included."""

@@ -43,7 +43,9 @@ def read_prompts(texts: list[str] | None, file: str | None, token_lists: list[st
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are given; use one of them")
     if token_lists:
-        return [Prompt(tokens=_tokens(text, number)) for number, text in enumerate(token_lists, 1)]
+        return [
+            Prompt(tokens=parse_ids(text, f"--prompt-tokens {number}")) for number, text in enumerate(token_lists, 1)
+        ]
     if texts:
         prompts = [Prompt(text=text) for text in texts]
     elif file is not None:
@@ -60,13 +62,21 @@ def read_prompts(texts: list[str] | None, file: str | None, token_lists: list[st
     return prompts
 
 
-def _tokens(text: str, number: int) -> tuple[int, ...]:
+def parse_ids(text: str, where: str) -> tuple[int, ...]:
+    """The ids in a text such as "2 15 7".
+
+    Args:
+        where: how messages begin.
+
+    Raises:
+        UserError: something else is in it, or nothing.
+    """
     try:
         tokens = tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
-        raise UserError(f"--prompt-tokens {number}: {text[:60]!r} is not a list of whole numbers") from None
+        raise UserError(f"{where}: {text[:60]!r} is not a list of whole numbers") from None
     if not tokens:
-        raise UserError(f"--prompt-tokens {number}: is empty; give at least one id")
+        raise UserError(f"{where}: is empty; give at least one id")
     return tokens
 
 
