@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingPackageError, UserError, first_line, print_notice
 from ..generation.engine_options import EngineOptions
-from ..options import Options, Size, option
+from ..generation.sampling.watermark_options import WatermarkOptions
+from ..options import Options, Size, from_arguments, option
 from .arguments import GenerationConfigOptions, ModelOptions, RuntimeOptions
 from .engine_options import check_engine_options, engine_options
 from .loading import open_model, print_notices, start_ranks
@@ -88,7 +89,14 @@ class LimitOptions(Options):
 
 
 _ON_ALL_RANKS: Groups = {"": (ModelOptions, RuntimeOptions, GenerationConfigOptions), "engine": (EngineOptions,)}
-OPTIONS: Groups = {**_ON_ALL_RANKS, "server": (ServerOptions,), "limits": (LimitOptions,)}
+OPTIONS: Groups = {
+    **_ON_ALL_RANKS,
+    "watermark (of every text, and requests cannot change it; without --watermark-delta, each request has its own)": (
+        WatermarkOptions,
+    ),
+    "server": (ServerOptions,),
+    "limits": (LimitOptions,),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     check_engine_options(args)
     _check_origins(args.allowed_origins or ())
     _check_packages()
+    _watermark(args)
     limits, key = _limits(args), _api_key(args)
     engines: list[AsyncEngine] = []  # the leader's, once there is one
     parallel = start_ranks(args, _ON_ALL_RANKS, lambda message: _end_engine_or_process(engines, message))
@@ -199,7 +208,12 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
 
     opt = open_model(args, parallel, use_generation_config=not args.no_generation_config, engine=engine_options(args))
     print_notices(args, opt)
-    served = ServedModel(opt.engine, opt.tokenizer, opt.config, _names(args), opt.pretrained.generation_config)
+    watermark = _watermark(args)
+    if watermark.watermark_delta > 0:
+        watermark.check_lists(opt.config.vocab_size)
+    served = ServedModel(
+        opt.engine, opt.tokenizer, opt.config, _names(args), opt.pretrained.generation_config, watermark
+    )
     if parallel.is_leader:
         print_notice(_describe_cache(opt.engine, parallel))
     # Collections while a large request is parsed would visit every object of the program: 0.8 s instead of 0.2 s.
@@ -239,6 +253,12 @@ def _limits(args: argparse.Namespace) -> Limits:
         step_seconds=args.step_timeout,
         drain_seconds=args.shutdown_timeout,
     )
+
+
+def _watermark(args: argparse.Namespace) -> WatermarkOptions:
+    watermark = from_arguments(WatermarkOptions, args)
+    watermark.check_is_marked()
+    return watermark
 
 
 def _allow_connections(connections: int) -> None:

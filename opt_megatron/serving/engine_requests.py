@@ -65,6 +65,7 @@ async def make_engine_requests(model: ServedModel, body: CompletionRequest | Met
         ApiError: the model cannot continue one of the prompts, or options contradict each other.
     """
     options = body.sampling_options() | model.generation_config.with_defaults(body.given_options())
+    options |= _watermark(model, body)
     options["bad_word_ids"] = model.tokenizer.bad_word_ids(options.get("bad_words", ()))
     requests: list[EngineRequest] = []
     num_logprobs = 0
@@ -80,6 +81,22 @@ async def make_engine_requests(model: ServedModel, body: CompletionRequest | Met
             )
         await asyncio.sleep(0)  # let the event loop send other requests' tokens between two of many prompts
     return requests
+
+
+def _watermark(model: ServedModel, body: CompletionRequest | MetaseqRequest) -> dict[str, Any]:
+    """The options of the server's own watermark, if it has one.
+
+    Raises:
+        ApiError: a request has such an option, too.
+    """
+    if model.watermark.watermark_delta == 0:
+        return {}
+    options = model.watermark.watermark()
+    for name in options.keys() & body.given_options().keys():
+        raise bad_request(
+            f"{name} is given, but this server marks every text with its own watermark: leave it out", name
+        )
+    return options
 
 
 def _num_logprobs(request: Request) -> int:

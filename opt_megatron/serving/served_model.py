@@ -10,6 +10,7 @@ from typing import Any
 from ..config import OPTConfig
 from ..generation.core.engine import Engine
 from ..generation.generation_config import GenerationConfig
+from ..generation.sampling.watermark_options import WatermarkOptions
 from ..tokenizer import BOS_TOKEN, OPTTokenizer
 from .errors import ApiError
 
@@ -21,6 +22,7 @@ class ServedModel:
     Attributes:
         names: accepted in the field `model` of requests; responses carry the first.
         generation_config: has the sampling options of requests that do not give them.
+        watermark: of every text, if its delta is above 0; requests cannot change it.
     """
 
     engine: Engine
@@ -28,6 +30,7 @@ class ServedModel:
     config: OPTConfig
     names: tuple[str, ...]
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
+    watermark: WatermarkOptions = field(default_factory=WatermarkOptions)
 
     @property
     def name(self) -> str:
