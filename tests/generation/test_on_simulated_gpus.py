@@ -35,6 +35,10 @@ KINDS: list[dict[str, Any]] = [
     {"best_of": 3, "n": 2},
     {"num_beams": 3},
     {"penalty_alpha": 0.6, "top_k": 4},
+    {"watermark_delta": 3.0, "top_k": 60},
+    {"watermark_delta": 3.0, "temperature": 0, "watermark_vocab_size": 400},
+    {"watermark_delta": 3.0, "watermark_scheme": "selfhash", "watermark_context_width": 3},
+    {"watermark_delta": 3.0, "num_beams": 2},
 ]
 
 Pools = Callable[[int], RankPool]
@@ -82,6 +86,7 @@ def test_speculation(
     directory, oracle = model
     draft = save(_near(oracle), tmp_path) if has_draft else None
     kinds = [{"temperature": 0}, {"top_p": 0.9}, {"temperature": 0.9, "repetition_penalty": 1.2, "top_k": 50}]
+    kinds += [{"temperature": 0, "watermark_delta": 2.0}, {"watermark_delta": 2.0, "watermark_scheme": "selfhash"}]
     requests = requests_for(oracle, kinds, count=12)
     expected = ranks(1).run(rank_jobs.speculate, directory, draft, 1, 1, requests)[0]
     for completions in simulated_gpus(tp * pp).run(rank_jobs.speculate, directory, draft, tp, pp, requests):

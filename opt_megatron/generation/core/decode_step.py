@@ -44,6 +44,7 @@ class DecodeState:
 
     Args:
         unused_block: of the cache, where rows without a sequence write.
+        chooses: the next tokens are chosen on this rank.
 
     Attributes:
         first_blocks, positions, increments: [MAX_ROWS] int64; a row without a sequence stays at position 0.
@@ -52,7 +53,8 @@ class DecodeState:
         has_watermark: some row has a watermark; its newest token must be known to the leader (`SamplingGroup`).
     """
 
-    def __init__(self, unused_block: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, unused_block: int, vocab_size: int, device: torch.device, *, chooses: bool) -> None:
+        self._chooses = chooses
         self._device, self._unused_block, self._vocab_size = device, unused_block, vocab_size
         self._fields = torch.zeros(_FIELDS, MAX_ROWS, dtype=torch.int64, device=device)
         self.first_blocks, self.positions, self._given, self.increments = self._fields[:4]
@@ -97,6 +99,8 @@ class DecodeState:
         self._num_numbers_left = 0
 
     def _describe_green_lists(self, rows: list[SamplingRow], newest: list[int]) -> None:
+        if not self._chooses:
+            return
         green = green_bits_of_rows(rows, newest, self._vocab_size)
         self.has_watermark = green is not None
         if green is not None:
@@ -146,7 +150,9 @@ class DecodeStep:
         self._model, self._cache, self._newest = model, cache, newest
         self._chooser, self._transfer, self._parallel = chooser, transfer, parallel
         self._graphs = graphs
-        self._state = DecodeState(cache.scratch_block, chooser.vocab_size, parallel.device)
+        self._state = DecodeState(
+            cache.scratch_block, chooser.vocab_size, parallel.device, chooses=parallel.is_last_stage
+        )
         self._previous: StepInput | None = None  # the last step, if it was run here
 
     def forget(self) -> None:

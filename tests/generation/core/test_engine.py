@@ -7,6 +7,7 @@ import pytest
 import rank_jobs
 import torch
 from factory import divides, oracle_greedy, prompts_for, random_model, save
+from transformers.generation import WatermarkingConfig
 
 from opt_megatron.api import OPT
 from opt_megatron.checkpoint.load import load_model
@@ -311,3 +312,22 @@ def test_a_bad_request_ends_no_rank_and_hangs_none(models, ranks):
 def test_a_caller_may_stop_listening(models, ranks):
     first, second = ranks(2).run(rank_jobs.abandoned_stream, models["pre-norm"][0], 2)
     assert len(first) == 2 and second == []
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("scheme", ["lefthash", "selfhash"])
+def test_marked_searches_are_transformers_at_every_layout(models, ranks, scheme, options):
+    directory, oracle = models["post-norm"]
+    prompt = prompts_for(oracle)[1]
+    config = WatermarkingConfig(bias=3.0, greenlist_ratio=0.5, hashing_key=77, seeding_scheme=scheme, context_width=2)
+    expected = oracle.generate(
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, watermarking_config=config, eos_token_id=None,
+        **options,
+    )  # fmt: skip
+    marked = {"watermark_delta": 3.0, "watermark_gamma": 0.5, "watermark_key": 77, "watermark_scheme": scheme}
+    params = SamplingParams(
+        max_new_tokens=24, temperature=0, ignore_eos=True, watermark_context_width=2, **marked, **options
+    )
+    for tp, pp in ((1, 1), (2, 1), (1, 2)):
+        for completions in ranks(tp * pp).run(rank_jobs.generate, directory, tp, pp, [Request(prompt, params)]):
+            assert [completion.tokens for completion in completions] == [tuple(expected[0, len(prompt) :].tolist())]

@@ -1,5 +1,7 @@
 """Sampling of all rows at once against the choice for one row at a time."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from opt_megatron.generation.sampling.batch_sampler import (
     SamplingRow,
     SamplingTensors,
     argmax_rows,
+    green_bits_of_rows,
     row_of,
     sample_rows,
 )
@@ -34,7 +37,8 @@ def sampled(logits, params, numbers, suppressed=NO_IDS) -> list[int]:
     rows = [row_of(ProcessorChain(one), 0, 0) for one in params]
     tensors = SamplingTensors.of(torch.tensor([sampling_numbers(row) for row in rows]).T, logits.size(-1))
     given_numbers = torch.tensor(numbers, dtype=torch.float64) * tensors.is_sampled
-    return sample_rows(logits, tensors, given_numbers, suppressed).tolist()
+    green = green_bits_of_rows(rows, history().tokens[-1:] * len(rows), logits.size(-1))
+    return sample_rows(logits, tensors, given_numbers, suppressed, green).tolist()
 
 
 PARAMS = st.builds(
@@ -43,6 +47,7 @@ PARAMS = st.builds(
     top_k=st.sampled_from([0, 1, 2, 3, 7, 50, 1000]),
     top_p=st.sampled_from([1e-300, 0.05, 0.3, 0.5, 0.9, 0.95, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.2, 0.9, 1.0]),
+    watermark_delta=st.sampled_from([0.0, 0.0, 2.5, 100.0]),
 )
 NUMBERS = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
 KINDS = st.sampled_from(["normal", "equal", "few values", "few possible", "huge", "infinite", "impossible", "nan"])
@@ -91,6 +96,7 @@ def test_rows_get_the_tokens_that_they_would_get_alone(cases, size, suppresses):
 def test_a_whole_vocabulary():
     logits = torch.stack([logits_of("normal", seed, 50272) for seed in range(4)])
     params = [SamplingParams(**o) for o in ({"top_p": 0.9}, {"top_k": 50}, {"temperature": 1.3}, {"min_p": 0.01})]
+    params[1] = replace(params[1], watermark_delta=2.0, watermark_vocab_size=50265)
     numbers = [0.1, 0.7, 0.99, 0.4]
     chosen = sampled(logits, params, numbers)
     assert chosen == [expected(*case, NO_IDS) for case in zip(logits, params, numbers, strict=True)]
@@ -103,6 +109,9 @@ def test_what_needs_the_host_has_no_row():
         {"typical_p": 0.5},
         {"banned_tokens": (1,)},
         {"temperature": 0, "logit_bias": ((1, 2.0),)},
+        {"watermark_delta": 2.0, "watermark_scheme": "selfhash"},
+        {"watermark_delta": 2.0, "watermark_context_width": 2},
+        {"watermark_delta": 2.0, "repetition_penalty": 2.0},
     )
     assert all(row_of(ProcessorChain(SamplingParams(**options)), 0, 0) is None for options in host)
     assert row_of(ProcessorChain(SamplingParams(temperature=0.5, top_k=3)), 4, 2) == SamplingRow(0.5, 3, 1.0, 0.0, 4, 2)
