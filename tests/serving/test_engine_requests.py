@@ -10,7 +10,9 @@ from running_server import TOKENIZER
 from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.config import OPTConfig
 from opt_megatron.generation.generation_config import GenerationConfig
+from opt_megatron.generation.sampling.watermark_options import WatermarkOptions
 from opt_megatron.serving.engine_requests import decode, encode, engine_error, make_engine_requests
+from opt_megatron.serving.errors import ApiError
 from opt_megatron.serving.protocol import CompletionRequest, MetaseqRequest
 from opt_megatron.serving.served_model import ServedModel
 
@@ -47,6 +49,8 @@ def test_long_prompts_are_refused_or_cut(server):
         ({"prompt": "", "add_special_tokens": False}, "the prompt has no tokens"),
         ({"stop_token_ids": [4095, 4096]}, "stop_token_ids has 4096, but"),
         ({"logit_bias": {"4095": 1, "4096": 1}}, "logit_bias has 4096, but"),
+        ({"watermark_key": 7}, "watermark_key is 7, but watermark_delta is 0"),
+        ({"watermark_delta": 1, "watermark_scheme": "right"}, "watermark_scheme"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -67,6 +71,21 @@ def test_options_that_are_not_given_are_the_models():
         (made,) = asyncio.run(make_engine_requests(model, kind.model_validate({"prompt": PROMPT, **given})))
         params = made.request.params
         assert (params.temperature, params.top_p, params.top_k, params.max_new_tokens) == (0.5, 1.0, 7, 16)
+
+
+def test_a_servers_watermark_is_every_requests():
+    config, mark = (
+        OPTConfig.from_file(EMBEDDED_DIRECTORY / "config.json"),
+        WatermarkOptions(watermark_delta=2.0, watermark_key=31),
+    )
+    model = ServedModel(SimpleNamespace(check=lambda *_: None), TOKENIZER, config, ("story",), watermark=mark)
+    for kind in (CompletionRequest, MetaseqRequest):
+        (made,) = asyncio.run(make_engine_requests(model, kind.model_validate({"prompt": PROMPT})))
+        assert made.request.params.watermark() == mark.watermark()
+    for name, value in (("watermark_delta", 0), ("watermark_key", 7)):
+        with pytest.raises(ApiError, match=f"{name} is given, but this server marks every text") as refused:
+            asyncio.run(make_engine_requests(model, CompletionRequest.model_validate({"prompt": PROMPT, name: value})))
+        assert refused.value.param == name
 
 
 def test_the_engines_words_become_the_apis():

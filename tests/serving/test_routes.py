@@ -28,6 +28,7 @@ def test_every_option_reaches_the_engine(server, offline):
     both = {
         "temperature": 1.3, "top_k": 60, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5,
         "presence_penalty": 0.3, "frequency_penalty": 0.2, "ignore_eos": True,
+        "watermark_delta": 1.5, "watermark_gamma": 0.4, "watermark_key": 2**40 + 1, "watermark_scheme": "selfhash",
     }  # fmt: skip
     body = server.complete(
         prompt=PROMPT, max_tokens=30, min_tokens=30, logit_bias={"262": -100, "15": 4}, stop_token_ids=[4000], **both
