@@ -84,17 +84,18 @@ class GreenLists:
         bits = green_bits(seed, self.num_listed, self._num_green)
         return token < self.num_listed and bool(bits[token >> 3] >> (token & 7) & 1)
 
-    def green_ids(self, tokens: Sequence[int], scores: Tensor) -> Tensor:
-        """The ids to prefer after `tokens`, int64; with self hash only those of the likeliest tokens by `scores`."""
+    def green_mask(self, tokens: Sequence[int], scores: Tensor) -> Tensor:
+        """Which ids to prefer after `tokens`, [vocabulary] bool; with self hash only likely ones by `scores`."""
+        mask = np.zeros(len(scores), dtype=bool)
         if len(tokens) < self._width:
-            return torch.empty(0, dtype=torch.int64)
-        if not self._is_self_hash:
+            return torch.from_numpy(mask)
+        if self._is_self_hash:
+            before = list(tokens[len(tokens) - self._width + 1 :])
+            mask[[token for token in _likeliest(scores) if self.is_green([*before, token])]] = True
+        else:
             bits = green_bits(left_hash_seed(self._key, tokens[-1]), self.num_listed, self._num_green)
-            return torch.from_numpy(np.unpackbits(bits, bitorder="little").nonzero()[0])
-        before = list(tokens[len(tokens) - self._width + 1 :])
-        return torch.tensor(
-            [token for token in _likeliest(scores) if self.is_green([*before, token])], dtype=torch.int64
-        )
+            mask[: self.num_listed] = np.unpackbits(bits, count=self.num_listed, bitorder="little")
+        return torch.from_numpy(mask)
 
 
 def _likeliest(scores: Tensor) -> list[int]:
@@ -106,5 +107,5 @@ def _likeliest(scores: Tensor) -> list[int]:
 
 def prefer_green(scores: Tensor, options: WatermarkOptions, tokens: Sequence[int]) -> Tensor:
     """Add the watermark to scores [vocabulary] of the token that follows `tokens`; nothing where they are too few."""
-    green = GreenLists(options, len(scores)).green_ids(tokens, scores).to(scores.device)
-    return scores.index_copy(0, green, scores[green] + options.watermark_delta)
+    mask = GreenLists(options, len(scores)).green_mask(tokens, scores).to(scores.device)
+    return torch.where(mask, scores + options.watermark_delta, scores)
