@@ -28,6 +28,8 @@ PUBLIC = (
     ("opt_megatron", ("OPT",)),
     ("opt_megatron.weights", ("Weights",)),
     ("opt_megatron.generation.sampling.sampling_params", ("SamplingParams",)),
+    ("opt_megatron.generation.sampling.watermark_options", ("DetectionOptions",)),
+    ("opt_megatron.generation.sampling.watermark_detector", ("WatermarkDetection",)),
     ("opt_megatron.generation.request", ("Request", "TokenEvent", "Completion")),
     ("opt_megatron.generation.core.engine", ("Engine",)),
     ("opt_megatron.generation.core.request_queue", ("RequestQueue",)),
