@@ -209,7 +209,7 @@ def _load(args: argparse.Namespace, parallel: ParallelContext) -> ServedModel:
     opt = open_model(args, parallel, use_generation_config=not args.no_generation_config, engine=engine_options(args))
     print_notices(args, opt)
     watermark = _watermark(args)
-    if watermark.watermark_delta > 0:
+    if watermark.mark > 0:
         watermark.check_lists(opt.config.vocab_size)
     served = ServedModel(
         opt.engine, opt.tokenizer, opt.config, _names(args), opt.pretrained.generation_config, watermark

@@ -157,7 +157,7 @@ def check_request(request: Request, config: OPTConfig, what: str = "the prompt")
             raise UserError(
                 f"{what}: {name} has {', '.join(map(str, foreign[:8]))}, but ids go from 0 to {config.vocab_size - 1}"
             )
-    if request.params.watermark_delta > 0:
+    if request.params.mark > 0:
         request.params.check_lists(config.vocab_size, f"{what}: ")
     _check_length(length, request.params, limit, what)
     if (request.params.stop or request.params.stop_regex) and request.decoder is None:

@@ -89,7 +89,7 @@ def _watermark(model: ServedModel, body: CompletionRequest | MetaseqRequest) -> 
     Raises:
         ApiError: a request has such an option, too.
     """
-    if model.watermark.watermark_delta == 0:
+    if model.watermark.mark == 0:
         return {}
     options = model.watermark.watermark()
     for name in options.keys() & body.given_options().keys():

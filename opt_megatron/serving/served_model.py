@@ -22,7 +22,7 @@ class ServedModel:
     Attributes:
         names: accepted in the field `model` of requests; responses carry the first.
         generation_config: has the sampling options of requests that do not give them.
-        watermark: of every text, if its delta is above 0; requests cannot change it.
+        watermark: of every text, if it has a delta; requests cannot change it.
     """
 
     engine: Engine

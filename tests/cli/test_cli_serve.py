@@ -19,7 +19,7 @@ from opt_megatron.cli import main
         (["--api-key", ""], "is empty"),
         (["--allowed-origins", "page.example"], "must be * or scheme, host and port alone"),
         (["--load", "/nowhere", "--port", "0"], "there is no such directory"),
-        (["--watermark-key", "7"], "watermark_key is 7, but watermark_delta is 0"),
+        (["--watermark-key", "7"], "watermark_key is 7, but nothing is marked"),
         (["--max-batch-size", "0"], "--max-batch-size is 0"),
         (["--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
     ],

@@ -49,7 +49,7 @@ def test_long_prompts_are_refused_or_cut(server):
         ({"prompt": "", "add_special_tokens": False}, "the prompt has no tokens"),
         ({"stop_token_ids": [4095, 4096]}, "stop_token_ids has 4096, but"),
         ({"logit_bias": {"4095": 1, "4096": 1}}, "logit_bias has 4096, but"),
-        ({"watermark_key": 7}, "watermark_key is 7, but watermark_delta is 0"),
+        ({"watermark_key": 7}, "watermark_key is 7, but nothing is marked"),
         ({"watermark_delta": 1, "watermark_scheme": "right"}, "watermark_scheme"),
     ],
 )

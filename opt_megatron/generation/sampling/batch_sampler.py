@@ -118,12 +118,12 @@ def row_of(chain: ProcessorChain, seed: int, choice: int) -> SamplingRow | None:
     row = GREEDY
     if not chain.is_greedy:
         row = SamplingRow(params.temperature, params.top_k, params.top_p, params.min_p, seed, choice)
-    if params.watermark_delta == 0:
+    if params.mark == 0:
         return row
     if params.watermark_scheme != LEFT_HASH or params.watermark_context_width > 1:
         return None  # the list depends on more than the newest token
     return row._replace(
-        delta=params.watermark_delta,
+        delta=params.mark,
         gamma=params.watermark_gamma,
         key=params.watermark_key,
         num_listed=params.watermark_vocab_size or 0,

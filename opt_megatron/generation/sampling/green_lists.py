@@ -108,4 +108,4 @@ def _likeliest(scores: Tensor) -> list[int]:
 def prefer_green(scores: Tensor, options: WatermarkOptions, tokens: Sequence[int]) -> Tensor:
     """Add the watermark to scores [vocabulary] of the token that follows `tokens`; nothing where they are too few."""
     mask = GreenLists(options, len(scores)).green_mask(tokens, scores).to(scores.device)
-    return torch.where(mask, scores + options.watermark_delta, scores)
+    return torch.where(mask, scores + options.mark, scores)

@@ -295,7 +295,7 @@ PROCESSORS = (
     ),
     # Kirchenbauer et al.: before the temperature, as in the authors' code; in transformers 5 after the filters
     LogitsProcessor(
-        lambda p: p.watermark_delta > 0,
+        lambda p: p.mark > 0,
         lambda scores, p, history: prefer_green(scores, p, history.tokens),
         is_batched=True,
     ),

@@ -92,22 +92,28 @@ class GreenListOptions:
 class WatermarkOptions(GreenListOptions):
     """A watermark of generated text."""
 
-    watermark_delta: float = option(
-        0.0,
+    watermark_delta: float | None = option(
+        None,
         help="watermark: added to the logits of green ids before they are filtered; 0 is off, 2 the usual value",
         minimum=0,
         maximum=100,
+        default_text="0",
         must="be from 0 (no watermark) to 100",
         api_name="watermark_delta",
     )
 
+    @property
+    def mark(self) -> float:
+        """What is added to the logits of green ids; 0 without a watermark."""
+        return self.watermark_delta or 0.0
+
     def check_is_marked(self) -> None:
-        """Raise UserError where an option of a watermark is given, and nothing is marked."""
+        """Raise UserError where options of a watermark are given without a delta, so that nothing would be marked."""
         for name, declared in options_of(WatermarkOptions).items():
             value = getattr(self, name)
-            if self.watermark_delta == 0 and value != declared.default:
+            if self.watermark_delta is None and value != declared.default:
                 raise UserError(
-                    f"{name} is {value}, but watermark_delta is 0, which marks nothing: set it, or leave both out"
+                    f"{name} is {value}, but nothing is marked without watermark_delta: set it too (0 is off)"
                 )
 
     def watermark(self) -> dict[str, object]:

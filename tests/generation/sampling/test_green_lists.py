@@ -70,7 +70,7 @@ def test_equal_scores_and_impossible_tokens():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"watermark_gamma": 0.5}, "watermark_gamma is 0.5, but watermark_delta is 0, which marks nothing"),
+        ({"watermark_gamma": 0.5}, "watermark_gamma is 0.5, but nothing is marked"),
         ({"watermark_delta": -1}, "watermark_delta is -1, but must be from 0"),
         ({"watermark_delta": 1, "watermark_gamma": 1.0}, "watermark_gamma is 1.0, but must be above 0 and below 1"),
         ({"watermark_delta": 1, "watermark_key": 0}, "watermark_key is 0, but must be from 1"),
@@ -89,5 +89,6 @@ def test_mistakes(options, message):
 
 
 def test_the_options_of_the_mark_alone():
+    assert SamplingParams(watermark_key=7, watermark_delta=0).mark == SamplingParams().mark == 0
     params = SamplingParams(watermark_delta=1.5, watermark_key=7, top_p=0.5)
     assert WatermarkOptions(**params.watermark()).watermark() == params.watermark()
