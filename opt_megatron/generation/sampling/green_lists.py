@@ -34,7 +34,7 @@ def green_bits(seed: int, num_listed: int, num_green: int) -> np.ndarray:
     """
     generator = torch.Generator().manual_seed(seed)
     is_green = np.zeros(num_listed, dtype=np.uint8)
-    is_green[torch.randperm(num_listed, generator=generator)[:num_green].numpy()] = 1
+    is_green[torch.randperm(num_listed, generator=generator, device="cpu")[:num_green].numpy()] = 1
     return np.packbits(is_green, bitorder="little")
 
 
@@ -53,7 +53,7 @@ def self_hash_seed(key: int, tokens: Sequence[int]) -> int:
 @lru_cache(8)
 def _hash_table(key: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(key)
-    return torch.randperm(_TABLE_SIZE, generator=generator).numpy() + 1
+    return torch.randperm(_TABLE_SIZE, generator=generator, device="cpu").numpy() + 1
 
 
 class GreenLists:
