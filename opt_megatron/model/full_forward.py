@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import POSITION_OFFSET
 from ..parallel.context import ParallelContext
+from .incremental_forward import IncrementalForward
 from .opt_model import OPTModel
 
 
@@ -39,6 +41,46 @@ def stage_forward(model: OPTModel, parallel: ParallelContext, tokens: Tensor) ->
     if not parallel.is_last_stage:
         dist.send(hidden.contiguous(), parallel.rank + parallel.pipeline_stride)
     return hidden
+
+
+class CausalAttention:
+    """Attention of a batch of whole sequences, for `IncrementalForward.run_layers`: nothing is cached.
+
+    Args:
+        shape: b and s; the rows of a step are those of [b, s].
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = shape
+
+    def attend(self, layer: int, query_key_value: Tensor) -> Tensor:
+        """[b * s, n, 3, d] -> [b * s, n * d]"""
+        query, key, value = query_key_value.unflatten(0, self._shape).permute(3, 0, 2, 1, 4)  # [b, n, s, d]
+        output = scaled_dot_product_attention(query, key, value, is_causal=True)
+        return output.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def packed_stage_forward(forward: IncrementalForward, parallel: ParallelContext, tokens: Tensor) -> Tensor:
+    """`stage_forward` by the functions of generation: biases, ReLU and residuals are parts of the products.
+
+    Args:
+        forward: of a model whose weights are packed.
+        tokens: [b, s] as for `stage_forward`.
+
+    Returns:
+        As `stage_forward`, [s, b, H].
+    """
+    if parallel.is_first_stage:
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        hidden = forward.embed(tokens.flatten(), positions.flatten())
+    else:
+        shape = (tokens.numel(), forward.hidden_size)
+        hidden = torch.empty(shape, dtype=forward.dtype, device=parallel.device)
+        dist.recv(hidden, parallel.rank - parallel.pipeline_stride)
+    hidden = forward.run_layers(hidden, CausalAttention(tokens.shape))
+    if not parallel.is_last_stage:
+        dist.send(hidden.contiguous(), parallel.rank + parallel.pipeline_stride)
+    return hidden.unflatten(0, tokens.shape).transpose(0, 1)
 
 
 def local_logits(model: OPTModel, hidden: Tensor) -> Tensor:

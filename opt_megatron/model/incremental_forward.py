@@ -42,6 +42,10 @@ class IncrementalForward:
     Args:
         model: its weights are packed by a linear method (`OPTModel.prepare_inference`).
         skip_silent_neurons: fc2's weights of neurons that ReLU has silenced need not be read.
+
+    Attributes:
+        num_layers: of this pipeline stage.
+        hidden_size, dtype: H, and the dtype of hidden states.
     """
 
     def __init__(self, model: OPTModel, parallel: ParallelContext, *, skip_silent_neurons: bool = True) -> None:
@@ -59,6 +63,7 @@ class IncrementalForward:
         final_norm = model.decoder.final_layernorm
         self._final_norm = None if final_norm is None else _bound_norm(final_norm)
         self.num_layers = len(self._layers)
+        self.hidden_size, self.dtype = model.opt_config.hidden_size, model.params_dtype
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

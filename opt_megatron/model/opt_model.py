@@ -117,6 +117,11 @@ class OPTModel(GPTModel):
     def _any_parameter(self) -> nn.Parameter:
         return next(parameter for parameter in self.parameters() if parameter.device.type != "meta")
 
+    @property
+    def is_packed(self) -> bool:
+        """A linear method stores the weights of all linear layers, so that they can be run and not trained."""
+        return all(module.packed is not None for module in self.modules() if isinstance(module, PackableLinear))
+
     def prepare_inference(self) -> None:
         """Let the linear method that is the fastest here store the weights (linear_methods/), one layer at a time.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -22,10 +23,12 @@ from ..config import OPTConfig
 from ..errors import UserError
 from ..parallel.collectives import Collectives, tensor_parallel_collectives
 from ..parallel.context import ParallelContext
-from .full_forward import local_logits, stage_forward
+from .full_forward import local_logits, packed_stage_forward, stage_forward
+from .incremental_forward import IncrementalForward
 from .opt_model import OPTModel
 
-_MOST_LOGITS = 2**24  # numbers at a time: 64 MiB in float32
+_MOST_LOGITS = 2**25  # numbers at a time: 128 MiB in float32
+_ROWS_IN_CACHE = 8  # of OPT's vocabulary: 1.6 MB
 
 
 @dataclass(frozen=True)
@@ -115,29 +118,42 @@ def score(
     ordered = [items[index] for index in order]
     sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.input_tokens)]
     collectives = tensor_parallel_collectives(parallel)
+    forward = _stage_forward(model, parallel)
     results: list[Tensor] = []
     for begin in range(0, len(sequences), batch_size):
         batch = sequences[begin : begin + batch_size]
-        results.append(_score_batch(model, parallel, collectives, batch))
+        results.append(_score_batch(model, parallel, collectives, batch, forward))
         if on_batch:
             on_batch(sum(map(len, batch)))
     scores = _scores(ordered, _from_last_stage(parallel, results, ordered))
     return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
 
 
+def _stage_forward(model: OPTModel, parallel: ParallelContext) -> Callable[[Tensor], Tensor]:
+    """From ids [b, s] to the hidden states [s, b, H] of this rank's stage; hooks need the modules' own forward pass."""
+    if model.is_packed and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return partial(packed_stage_forward, IncrementalForward(model, parallel), parallel)
+    return partial(stage_forward, model, parallel)
+
+
 @torch.inference_mode()
 def _score_batch(
-    model: OPTModel, parallel: ParallelContext, collectives: Collectives, batch: Sequence[list[Item]]
+    model: OPTModel,
+    parallel: ParallelContext,
+    collectives: Collectives,
+    batch: Sequence[list[Item]],
+    forward: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """[R, 2]: log-probability and whether it is the likeliest token; empty except on the last stage.
 
     Args:
         batch: for each sequence the items whose input it is; the longest sequence first.
+        forward: of `_stage_forward`.
     """
     inputs = [alike[0].input_tokens for alike in batch]
     padding = model.opt_config.pad_token_id  # has no effect: the scored positions are to its left
     tokens = torch.tensor([ids + (padding,) * (len(inputs[0]) - len(ids)) for ids in inputs])
-    hidden = stage_forward(model, parallel, tokens.to(parallel.device))
+    hidden = forward(tokens.to(parallel.device))
     if not parallel.is_last_stage:
         return torch.empty(0, 2)
     items = [(row, item) for row, alike in enumerate(batch) for item in alike]
@@ -155,16 +171,23 @@ def _score_batch(
 
 
 def _log_probabilities(local: Tensor, targets: Tensor, first: int, collectives: Collectives) -> Tensor:
-    """[R, 2] from logits [R, V], whose first column is the id `first`, and targets [R]."""
+    """[R, 2] from logits [R, V], which are overwritten, and targets [R]; `first` is the id of the first column."""
     mine = (targets >= first) & (targets < first + local.size(1))
     column = (targets - first).where(mine, 0)[:, None]
     own = local.gather(1, column)[:, 0].masked_fill(~mine, -torch.inf)
-    best, index = local.max(-1)
-    every = collectives.all_gather(torch.stack((local.logsumexp(-1), own, best, (index + first).float()), dim=-1))
+    # Some rows at a time, so that they stay in the processor's cache from one pass to the next.
+    sums, best, index = map(torch.cat, zip(*map(_reduced, local.split(_ROWS_IN_CACHE)), strict=True))
+    every = collectives.all_gather(torch.stack((sums, own, best, (index + first).float()), dim=-1))
     sums, owns, bests, ids = every.unflatten(-1, (-1, 4)).unbind(-1)  # each [R, ranks]
     winner = bests.argmax(-1, keepdim=True)  # the first, hence the lowest ids, of equal ones
     is_best = ids.gather(1, winner)[:, 0] == targets
     return torch.stack((owns.amax(-1) - sums.logsumexp(-1), is_best.float()), dim=-1)
+
+
+def _reduced(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm of the sum of exponentials of each row, its largest number, and that one's index: each [rows]."""
+    best, index = logits.max(-1)
+    return logits.sub_(best[:, None]).exp_().sum(-1).log_().add_(best), best, index
 
 
 def _from_last_stage(parallel: ParallelContext, results: list[Tensor], items: Sequence[Item]) -> Tensor:

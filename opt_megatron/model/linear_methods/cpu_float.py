@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from ..cpu_kernels import FORMATS, TiledWeight, empty_in_huge_pages, in_tiles, library
-from .base import EmbeddingRows, LinearMethod
+from ..cpu_kernels import FORMATS, TILE, TiledWeight, empty_in_huge_pages, in_tiles, library
+from .base import EmbeddingRows, LinearMethod, apply_epilogue
+
+_MANY_TOKENS = 512  # as many as only evaluation and long prompts have: torch's products are a third faster from here on
+_TILES_AT_ONCE = 8
+_OUTPUTS_AT_ONCE = _TILES_AT_ONCE * TILE
 
 
 class CPUFloatRows(EmbeddingRows):
@@ -52,7 +56,23 @@ class CPUFloatLinear(LinearMethod):
         skip_zeros: bool = False,
     ) -> Tensor:
         """[T, I] -> [T, O]"""
+        if len(x) >= _MANY_TOKENS:
+            return self._multiply_many(x, bias, relu, residual)
         return self._weight.multiply(x, bias, relu=relu, residual=residual, skip_zeros=skip_zeros)
+
+    def _multiply_many(self, x: Tensor, bias: Tensor | None, relu: bool, residual: Tensor | None) -> Tensor:
+        """By torch's product, with some tiles at a time as an ordinary float32 matrix."""
+        num_outputs, num_inputs = self._weight.shape
+        output = x.new_empty(len(x), num_outputs)
+        for first, tiles in enumerate(self._weight.values.split(_TILES_AT_ONCE)):
+            columns = slice(first * _OUTPUTS_AT_ONCE, min((first + 1) * _OUTPUTS_AT_ONCE, num_outputs))
+            weight = torch.empty(num_inputs, len(tiles), TILE, dtype=x.dtype).copy_(tiles.transpose(0, 1)).flatten(1)
+            weight, product = weight[:, : columns.stop - columns.start], output[:, columns]
+            if bias is None:
+                torch.mm(x, weight, out=product)
+            else:
+                torch.addmm(bias[columns].to(x.dtype), x, weight, out=product)
+        return apply_epilogue(output, relu, residual)
 
     def unpack(self) -> Tensor:
         """The weight in its ordinary order, a new tensor."""
