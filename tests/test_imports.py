@@ -14,7 +14,7 @@ PACKAGE = "opt_megatron"
 LAYERS = (
     {"version", "errors"},
     {"files"},
-    {"added_tokens", "config", "options"},
+    {"added_tokens", "config", "options", "philox"},
     {"parallel", "tokenizer"},
     {"data", "model"},
     {"checkpoint"},

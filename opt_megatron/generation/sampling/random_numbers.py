@@ -1,26 +1,20 @@
 """Random numbers that are a function of a request's seed and of what they are for, and so need no state.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", doi:10.1145/2063384.2063405) in
-integer arithmetic that is exact on every device: a token's number has the same bits on a CPU and on a GPU, alone and in
-any batch, and at any layout.
+Philox (`philox.py`) makes them: a token's number has the same bits on a CPU and on a GPU, alone and in any batch, and at
+any layout.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
-_ROUNDS = 10
-_WORD = 0xFFFFFFFF
-_CHUNK = 64  # numbers of one request that are made at a time
+from ...philox import WORD_MASK, Word, philox
 
-Word = TypeVar("Word", Tensor, np.ndarray)  # 64-bit integers, of which 32 bits are used
+_CHUNK = 64  # numbers of one request that are made at a time
 
 
 class Purpose(IntEnum):
@@ -32,23 +26,6 @@ class Purpose(IntEnum):
     RESIDUAL = 3  # the choice of a token in place of a rejected proposal
 
 
-def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10 of counters and keys, 32-bit numbers in 64-bit integers that broadcast."""
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for number in range(_ROUNDS):
-        if number:
-            k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _WORD, (k1 + _KEY_INCREMENTS[1]) & _WORD
-        # The products wrap at 64 bits, whose upper half the shift brings down with the sign.
-        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (right >> 32 & _WORD) ^ c1 ^ k0,
-            right & _WORD,
-            (left >> 32 & _WORD) ^ c3 ^ k1,
-            left & _WORD,
-        )
-    return c0, c1, c2, c3
-
-
 def uniform(seeds: Tensor, choices: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
     """Numbers from 0 up to but not including 1, float64 of 53 random bits; the arguments broadcast.
 
@@ -58,7 +35,7 @@ def uniform(seeds: Tensor, choices: Tensor, positions: Tensor, purpose: Purpose)
         positions: int64, of the token that is chosen, counted from the beginning of its sequence.
     """
     zero = torch.zeros_like(positions)
-    words = philox((positions, choices + zero, zero + int(purpose), zero), (seeds & _WORD, seeds >> 32 & _WORD))
+    words = philox((positions, choices + zero, zero + int(purpose), zero), (seeds & WORD_MASK, seeds >> 32 & WORD_MASK))
     return _upper_bits(words[0], words[1]).double() * 2.0**-53
 
 
@@ -76,7 +53,7 @@ class RandomNumbers:
     """
 
     def __init__(self, seed: int, choice: int = 0) -> None:
-        self._key = np.array([seed & _WORD]), np.array([seed >> 32 & _WORD])
+        self._key = np.array([seed & WORD_MASK]), np.array([seed >> 32 & WORD_MASK])
         self._choice = np.array([choice])
         self._chunks: dict[Purpose, tuple[int, list[float]]] = {}  # the last one made: its number, and its contents
 

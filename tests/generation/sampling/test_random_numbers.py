@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from opt_megatron.generation.sampling.random_numbers import Purpose, RandomNumbers, philox, uniform
+from opt_megatron.generation.sampling.random_numbers import Purpose, RandomNumbers, uniform
+from opt_megatron.philox import philox
 
 # Random123 1.14, tests/kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
