@@ -22,7 +22,15 @@ from .checkpoint import Checkpoint
 from .checkpoint_facts import checkpoint_facts
 from .formats.registry import open_checkpoint
 from .locate import locate
-from .parameter_mapping import ParameterMapping, Split, block_view, component_view, even_stage_parameters, rank_block
+from .parameter_mapping import (
+    ParameterMapping,
+    Split,
+    block_view,
+    component_view,
+    even_stage_parameters,
+    rank_block,
+    row_pieces,
+)
 from .storage.blocks import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -166,13 +174,9 @@ def read_parameter(target: Tensor, checkpoint: Checkpoint, parameter: ParameterM
         view = block_view(target, index, count, checkpoint.config.head_dim, block)
         if count == 1:
             target[len(view) :].zero_()  # padding of the vocabulary
-        rows = (block[0].stop - block[0].start) // max(1, len(view))  # of each index of the view: 1, or a head's
-        step = max(1, BLOCK_BYTES // max(1, view[:1].numel() * checkpoint.tensors[name].dtype.itemsize))
-        for first in range(0, len(view), step):  # few rows at a time are still in the processor's cache when copied
-            part = view[first : first + step]
-            start = block[0].start + first * rows
-            values = checkpoint.read(name, (slice(start, start + len(part) * rows), *block[1:]))
-            part.copy_(values.reshape(part.shape))
+        # Few rows at a time are still in the processor's cache when they are copied.
+        for part, part_block in row_pieces(view, block, BLOCK_BYTES // checkpoint.tensors[name].dtype.itemsize):
+            part.copy_(checkpoint.read(name, part_block).reshape(part.shape))
 
 
 @torch.no_grad()

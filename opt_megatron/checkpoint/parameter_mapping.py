@@ -183,6 +183,20 @@ def block_view(parameter: Tensor, index: int, count: int, head_dim: int, block: 
     return view[: block[0].stop - block[0].start] if count == 1 else view
 
 
+def row_pieces(view: Tensor, block: Block, max_elements: int) -> Iterator[tuple[Tensor, Block]]:
+    """Parts of a view (`block_view`) of a few rows each, with the part of `block` that each of them holds.
+
+    Args:
+        max_elements: of a part, unless one row (of q, k or v a head's rows) has more.
+    """
+    rows = (block[0].stop - block[0].start) // max(1, len(view))  # of each index of the view: 1, or a head's
+    step = max(1, max_elements // max(1, view[:1].numel()))
+    for first in range(0, len(view), step):
+        part = view[first : first + step]
+        start = block[0].start + first * rows
+        yield part, (slice(start, start + len(part) * rows), *block[1:])
+
+
 def _parameters(module: ModuleMapping, megatron_prefix: str, canonical_prefix: str) -> Iterator[ParameterMapping]:
     for kind, split in (("weight", module.weight), ("bias", module.bias)):
         if split is not None:

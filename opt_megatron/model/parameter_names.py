@@ -28,3 +28,10 @@ def local_name(name: str) -> str:
 def local_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model of either spec, under their names in the local one."""
     return {local_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def whole_model_name(name: str, first_layer: int) -> str:
+    """A name of a pipeline stage that begins with layer `first_layer`, with the layer's number in the whole model."""
+    before, _, after = name.partition(".layers.")
+    number, _, rest = after.partition(".")
+    return f"{before}.layers.{int(number) + first_layer}.{rest}"

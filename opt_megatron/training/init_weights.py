@@ -7,7 +7,6 @@ and the model does not depend on how it is divided.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -23,8 +22,9 @@ from ..checkpoint.parameter_mapping import (
     rank_block,
 )
 from ..config import POSITION_OFFSET, OPTConfig
+from ..model.initial_values import initial_lora_a, tensor_seed
 from ..model.lora import adapted_layers
-from ..model.parameter_names import local_parameters
+from ..model.parameter_names import local_parameters, whole_model_name
 from ..parallel.context import ParallelContext
 from .recipe import INIT_STD
 
@@ -84,7 +84,7 @@ def normal_rows(name: str, shape: tuple[int, int], rows: slice, seed: int) -> Te
     blocks = []
     for number in range(first, last):
         size = min(_ROWS_PER_BLOCK, shape[0] - number * _ROWS_PER_BLOCK)
-        generator = torch.Generator().manual_seed(_seed_of(name, number, seed))
+        generator = torch.Generator().manual_seed(tensor_seed(name, number, seed))
         blocks.append(torch.randn(size, shape[1], generator=generator))
     start = first * _ROWS_PER_BLOCK
     return torch.cat(blocks)[rows.start - start : rows.stop - start]
@@ -92,28 +92,20 @@ def normal_rows(name: str, shape: tuple[int, int], rows: slice, seed: int) -> Te
 
 @torch.no_grad()
 def init_lora_weights(model: nn.Module, config: OPTConfig, parallel: ParallelContext, seed: int) -> None:
-    """Initialise LoRA's factors, the same at every layout: A is uniform in +-1 / sqrt(inputs), as in nn.Linear
-    (Kaiming with a = sqrt(5)), and B is 0."""
+    """Initialise LoRA's factors, the same at every layout: A as `initial_lora_a`, and B is 0."""
     first = layers_of_stage(
         config.num_layers, parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_rank
     ).start
     for name, layer in adapted_layers(model):
-        whole_name = _with_global_layer(name, first)
+        whole_name = whole_model_name(name, first)
         is_parallel = getattr(layer.lora_a, "tensor_model_parallel", False)
         divided = is_parallel and getattr(layer.lora_a, "partition_dim", -1) == 1
         parts = parallel.tensor_model_parallel_size if divided else 1
         width = layer.lora_a.size(1)
-        generator = torch.Generator().manual_seed(_seed_of(f"{whole_name}.lora_a", 0, seed))
-        whole = torch.rand(layer.lora_a.size(0), width * parts, generator=generator) * 2 - 1
+        whole = initial_lora_a(whole_name, (layer.lora_a.size(0), width * parts), seed)
         start = parallel.tensor_model_parallel_rank * width if divided else 0
-        layer.lora_a.copy_(whole[:, start : start + width] / math.sqrt(width * parts))
+        layer.lora_a.copy_(whole[:, start : start + width])
         layer.lora_b.zero_()
-
-
-def _with_global_layer(name: str, first: int) -> str:
-    before, _, after = name.partition(".layers.")
-    number, _, rest = after.partition(".")
-    return f"{before}.layers.{int(number) + first}.{rest}"
 
 
 def _padding_rows(name: str, config: OPTConfig) -> tuple[int, ...]:
@@ -121,8 +113,3 @@ def _padding_rows(name: str, config: OPTConfig) -> tuple[int, ...]:
         return (config.pad_token_id,)
     # The tables of transformers and metaseq reserve row 1 for padding. Row 0 is never used.
     return (POSITION_OFFSET - 1,) if name == POSITIONS else ()
-
-
-def _seed_of(name: str, block: int, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

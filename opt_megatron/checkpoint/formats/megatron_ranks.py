@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import CheckpointError, UserError, shorten
@@ -46,6 +48,17 @@ def iteration_directory(directory: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{directory}: {TRACKER} says {word!r}, but there is no directory {path.name}")
     return path
+
+
+def find_iteration(path: Path, is_iteration: Callable[[Path], bool]) -> Path | None:
+    """The directory itself, the one that its tracker names, or where none is named the newest, if `is_iteration`."""
+    if is_iteration(path):
+        return path
+    iterations = [directory for _, directory in iteration_directories(path)]
+    if (path / TRACKER).is_file():
+        with contextlib.suppress(CheckpointError):  # what it names is gone
+            iterations = [iteration_directory(path)]
+    return next(filter(is_iteration, iterations), None)
 
 
 def rank_files(directory: Path) -> list[list[Path]]:

@@ -13,7 +13,6 @@ extra state of layers are not looked at.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from ...config import OPTConfig
@@ -26,7 +25,7 @@ from .format import Format
 from .infer_config import directory_config, namespace_values
 from .lora_run import LORA_FILE, run_adapter
 from .megatron_args import check_arguments
-from .megatron_ranks import TRACKER, iteration_directories, iteration_directory
+from .megatron_ranks import find_iteration
 from .megatron_stages import canonical_model
 from .torch_dist_shards import read_directory
 
@@ -39,7 +38,7 @@ class TorchDistFormat(Format):
 
     def detect(self, directory: Path) -> bool:
         """Whether the directory is an iteration's, or holds one."""
-        return _iteration(directory) is not None
+        return find_iteration(directory, _is_iteration) is not None
 
     def open(self, path: Path, config: OPTConfig | None = None) -> Checkpoint:
         """Open one iteration lazily.
@@ -50,7 +49,7 @@ class TorchDistFormat(Format):
         Raises:
             CheckpointError: a file is missing or damaged, or the model is not an OPT.
         """
-        directory = _iteration(path) or path
+        directory = find_iteration(path, _is_iteration) or path
         _check_files(directory)
         home = next((path for path in (directory, directory.parent) if (path / "config.json").is_file()), directory)
         shards, common = read_directory(directory)
@@ -69,17 +68,6 @@ class TorchDistFormat(Format):
 
 
 FORMAT = TorchDistFormat()
-
-
-def _iteration(path: Path) -> Path | None:
-    """The directory itself, the one that its tracker names, or where none is named the newest; None: not torch_dist."""
-    if _is_iteration(path):
-        return path
-    iterations = [directory for _, directory in iteration_directories(path)]
-    if (path / TRACKER).is_file():
-        with contextlib.suppress(CheckpointError):  # what it names is gone
-            iterations = [iteration_directory(path)]
-    return next(filter(_is_iteration, iterations), None)
 
 
 def _is_iteration(directory: Path) -> bool:
