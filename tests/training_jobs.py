@@ -20,7 +20,8 @@ from opt_megatron.model import parameter_names
 from opt_megatron.parallel.context import ParallelContext, init_parallel
 from opt_megatron.training.checkpointing import integrity
 from opt_megatron.training.checkpointing.integrity import newest_intact_checkpoint
-from opt_megatron.training.checkpointing.manager import CheckpointManager, TrainingState
+from opt_megatron.training.checkpointing.manager import CheckpointManager
+from opt_megatron.training.checkpointing.run_checkpoints import TrainingState
 from opt_megatron.training.header import header_lines
 from opt_megatron.training.loss import forward_backward
 from opt_megatron.training.lr_schedule import LRSchedule

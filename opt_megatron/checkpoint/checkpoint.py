@@ -30,6 +30,7 @@ class Checkpoint:
         config_notes: sentences about what was inferred of the config because the files do not carry one.
         ranks: for a Megatron directory, each rank's name and what it holds.
         adapter: LoRA's factors that are added to the tensors as they are read.
+        base: where the weights are, if `path` holds only what is done to them.
         bytes_read: bytes returned by `read` so far.
     """
 
@@ -40,6 +41,7 @@ class Checkpoint:
     config_notes: list[str] = field(default_factory=list)
     ranks: list[tuple[str, str]] = field(default_factory=list)
     adapter: Adapter | None = None
+    base: Path | None = None
     bytes_read: int = 0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -26,6 +27,11 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, str]:
     config = checkpoint.config
     values = comparable_config(config) | {"dtype": config.dtype}
     return {name: str(value) for name, value in values.items()} | _tensor_facts(checkpoint.tensors)
+
+
+def facts_digest(checkpoint: Checkpoint) -> str:
+    """A hash of `checkpoint_facts`."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(checkpoint_facts(checkpoint), sort_keys=True).encode())
 
 
 def adapter_facts(adapter: Adapter) -> dict[str, str]:

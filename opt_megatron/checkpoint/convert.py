@@ -165,7 +165,9 @@ def _summary(
 def _fingerprint(checkpoint: Checkpoint, options: ConversionOptions) -> dict[str, Any]:
     """What must be the same for an interrupted run to be continued."""
     path, adapter = checkpoint.path, checkpoint.adapter
-    files = _stamps(path) + (_stamps(adapter.path) if adapter is not None else [])
+    others = [adapter.path] if adapter is not None else []
+    others += [checkpoint.base] if checkpoint.base is not None else []
+    files = [stamp for place in (path, *others) for stamp in _stamps(place)]
     return {"source": str(path.resolve()), "files": files, "config": asdict(checkpoint.config), **asdict(options)}
 
 

@@ -12,10 +12,11 @@ from ..config import released_name
 from ..data.options import DataOptions, SupervisedOptions
 from ..errors import UserError, print_notice
 from ..model.lora_options import LORA_TARGETS, LoRAOptions
-from ..options import from_arguments
+from ..options import Option, from_arguments, options_of
 from ..training.options import (
     DeviceOptions,
     ExecutionOptions,
+    MezoOptions,
     OptimizerOptions,
     SavingOptions,
     ScheduleOptions,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 HELP = "pre-train or fine-tune, on one process or under torchrun with tensor, pipeline, data and sequence parallelism"
 EXAMPLE = "opt-megatron train --load opt-125m --data-path data/corpus_text_document --save runs/mine --train-iters 1000"
 
+_OF_GRADIENTS = ("sequence_parallel", "recompute_granularity", "transformer_impl", "cross_entropy_loss_fusion")
 _WRITTEN = {"save", "tensorboard_dir", "data_cache_path"}  # paths that may not exist yet
 
 OPTIONS: Groups = {
@@ -44,6 +46,7 @@ OPTIONS: Groups = {
     "data (indexed files of preprocess, or JSON lines with src and tgt)": (DataOptions, SupervisedOptions),
     "steps (defaults: OPT's recipe)": (TrainerOptions,),
     "optimisation (defaults: OPT's recipe)": (ScheduleOptions, OptimizerOptions),
+    "MeZO (--optimizer mezo)": (MezoOptions,),
     "LoRA": (LoRAOptions,),
     "what is written": (SavingOptions,),
     "how it runs": (LayoutOptions, ExecutionOptions, DeviceOptions),
@@ -153,8 +156,32 @@ def _check_sources(args: argparse.Namespace) -> None:
         raise UserError("--eval-interval is given, but nothing to validate on: give --supervised-valid-data")
     if (args.valid_data_path or args.supervised_valid_data) and not args.eval_interval:
         raise UserError("validation data are given, but not --eval-interval")
+    _check_optimizer(args)
     if args.save is not None and not args.save.strip():
         raise UserError("--save is empty: give a directory")
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    """Refuse what the chosen optimizer would ignore."""
+    if args.optimizer != "mezo":
+        for declared in _changed(args, options_of(MezoOptions)):
+            raise UserError(f"{declared.flag} is given without --optimizer mezo")
+        return
+    if args.load is None or not args.supervised_data:
+        raise UserError("--optimizer mezo fine-tunes a trained model on answers: give --load and --supervised-data")
+    execution = options_of(ExecutionOptions)
+    for declared in _changed(args, options_of(OptimizerOptions) | {name: execution[name] for name in _OF_GRADIENTS}):
+        if declared.name != "optimizer":
+            raise UserError(f"{declared.flag} is given, which --optimizer mezo does not have: it computes no gradients")
+    if args.adapter is not None:
+        raise UserError("--optimizer mezo begins with new factors: merge --adapter into --load with convert first")
+    if args.hidden_dropout or args.attention_dropout:
+        raise UserError("--optimizer mezo trains without dropout: leave --hidden-dropout and --attention-dropout out")
+
+
+def _changed(args: argparse.Namespace, declared: dict[str, Option]) -> list[Option]:
+    """The options that are not at their defaults; run.yaml gives those too that are."""
+    return [one for one in declared.values() if one.cli and getattr(args, one.argument) != one.default]
 
 
 def _recipe(args: argparse.Namespace) -> Recipe | None:
@@ -198,6 +225,7 @@ def _options_of_run(
         adapter=adapter,
         tokenizer=tokenizer,
         lora=from_arguments(LoRAOptions, args) if args.lora_rank else None,
+        mezo=from_arguments(MezoOptions, args) if args.optimizer == "mezo" else None,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         init_std=args.init_method_std,
         run_file=write_options(_for_run_file(args), HEADER),

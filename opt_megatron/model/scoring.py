@@ -112,10 +112,44 @@ def score(
         UserError: an item does not fit the model, or `batch_size` is below 1.
     """
     check_batch_size(batch_size)
-    config = model.opt_config
-    check_items(items, config)
-    order = sorted(range(len(items)), key=lambda index: (-len(items[index].input_tokens), items[index].input_tokens))
+    check_items(items, model.opt_config)
+    order = _longest_first(items)
     ordered = [items[index] for index in order]
+    results = _score_ordered(model, parallel, ordered, batch_size, on_batch)
+    return _in_order(order, _scores(ordered, _from_last_stage(parallel, results, ordered)))
+
+
+def score_own_items(
+    model: OPTModel, parallel: ParallelContext, items: Sequence[Item], *, batch_size: int
+) -> list[Score]:
+    """Score items that are the same on the ranks of one data parallel replica alone, and are checked already.
+
+    Returns:
+        On the replica's last stage a score for each item; an empty list on the other stages.
+    """
+    order = _longest_first(items)
+    ordered = [items[index] for index in order]
+    results = _score_ordered(model, parallel, ordered, batch_size)
+    return _in_order(order, _scores(ordered, torch.cat(results))) if results and parallel.is_last_stage else []
+
+
+def _longest_first(items: Sequence[Item]) -> list[int]:
+    """The numbers of the items, so that those with the same input follow one another."""
+    return sorted(range(len(items)), key=lambda index: (-len(items[index].input_tokens), items[index].input_tokens))
+
+
+def _in_order(order: Sequence[int], scores: Sequence[Score]) -> list[Score]:
+    return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
+
+
+def _score_ordered(
+    model: OPTModel,
+    parallel: ParallelContext,
+    ordered: Sequence[Item],
+    batch_size: int,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[Tensor]:
+    """The results of all batches (`_score_batch`)."""
     sequences = [list(alike) for _, alike in groupby(ordered, key=lambda item: item.input_tokens)]
     collectives = tensor_parallel_collectives(parallel)
     forward = _stage_forward(model, parallel)
@@ -125,8 +159,7 @@ def score(
         results.append(_score_batch(model, parallel, collectives, batch, forward))
         if on_batch:
             on_batch(sum(map(len, batch)))
-    scores = _scores(ordered, _from_last_stage(parallel, results, ordered))
-    return [one for _, one in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
+    return results
 
 
 def _stage_forward(model: OPTModel, parallel: ParallelContext) -> Callable[[Tensor], Tensor]:

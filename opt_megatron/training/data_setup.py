@@ -9,6 +9,7 @@ from ..data.dataloader import SampleDataset
 from ..data.indexed_dataset import open_indexed
 from ..data.options import DataOptions, SupervisedOptions
 from ..data.pretraining_dataset import build_datasets
+from ..data.prompt_dataset import PromptDataset
 from ..data.supervised_dataset import SupervisedDataset
 from ..data.tokenizer_record import check_tokenizer
 from ..errors import UserError
@@ -78,18 +79,51 @@ def _supervised_datasets(
     num_train = trainer.train_iters * trainer.global_batch_size
 
     def read() -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        tokenizer = read_tokenizer(options)
-        if tokenizer is None:
-            raise UserError(
-                "--supervised-data needs a tokenizer: give --tokenizer DIR, or --load a checkpoint that has one"
-            )
-        length, seed = trainer.seq_length, options.seed
+        tokenizer, length, seed = _required_tokenizer(options), trainer.seq_length, options.seed
         train_data = SupervisedDataset(files.train or (), tokenizer, length, seed, num_samples=num_train)
         if not trainer.eval_interval or not files.valid:
             return train_data, None
         return train_data, SupervisedDataset(files.valid, tokenizer, length, seed)
 
     train_data, valid_data = on_all_ranks(parallel, read)
+    _report_examples(train_data, valid_data, parallel, print_line)
+    return train_data, valid_data
+
+
+def setup_prompt_data(
+    options: TrainingOptions, parallel: ParallelContext, print_line: Callable[[str], None]
+) -> tuple[PromptDataset, PromptDataset | None]:
+    """MeZO's training and validation set, example by example. Collective.
+
+    Args:
+        print_line: called with lines on the data, and on what was skipped.
+
+    Raises:
+        UserError: on every rank; the data cannot be used.
+    """
+    assert options.supervised is not None and options.mezo is not None
+    files, trainer, has_candidates = options.supervised, options.trainer, options.mezo.objective == "classification"
+    num_train = trainer.train_iters * trainer.global_batch_size
+
+    def read() -> tuple[PromptDataset, PromptDataset | None]:
+        tokenizer, length, seed = _required_tokenizer(options), trainer.seq_length, options.seed
+        train_data = PromptDataset(files.train, tokenizer, length, seed, num_train, has_candidates=has_candidates)
+        if not trainer.eval_interval or not files.valid:
+            return train_data, None
+        return train_data, PromptDataset(files.valid, tokenizer, length, seed, has_candidates=has_candidates)
+
+    train_data, valid_data = on_all_ranks(parallel, read)
+    _report_examples(train_data, valid_data, parallel, print_line)
+    return train_data, valid_data
+
+
+def _report_examples(
+    train_data: PromptDataset | SupervisedDataset,
+    valid_data: PromptDataset | SupervisedDataset | None,
+    parallel: ParallelContext,
+    print_line: Callable[[str], None],
+) -> None:
+    """Compare the examples of all ranks, and say how many there are."""
     named = {"--supervised-data": train_data, "--supervised-valid-data": valid_data}
     check_same_on_all_ranks(
         parallel.control_group, {f"examples of {name}": data.identity() for name, data in named.items() if data}
@@ -99,7 +133,15 @@ def _supervised_datasets(
             print_line(f"data: {dataset.num_examples:,} examples for {name}")
             for line in dataset.report():
                 print_line(line)
-    return train_data, valid_data
+
+
+def _required_tokenizer(options: TrainingOptions) -> OPTTokenizer:
+    tokenizer = read_tokenizer(options)
+    if tokenizer is None:
+        raise UserError(
+            "--supervised-data needs a tokenizer: give --tokenizer DIR, or --load a checkpoint that has one"
+        )
+    return tokenizer
 
 
 def read_tokenizer(options: TrainingOptions) -> OPTTokenizer | None:

@@ -92,14 +92,30 @@ def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def training_line(iteration: int, last: int, values: dict[str, Any], seconds_left: float) -> str:
-    """The progress line about the steps since the previous one."""
-    return (
-        f"iteration {iteration:>{len(str(last))}}/{last} | loss {values['loss']:.4f} | "
-        f"perplexity {perplexity_of(values['loss']):.2f} | "
-        f"lr {values['lr']:.3e} | grad norm {values['grad_norm']:.3f} | "
-        f"{values['tokens_per_second']:,.0f} tokens/s | {values['tflops_per_rank']:.3f} TFLOP/s a rank | "
-        f"{format_duration(seconds_left)} left"
-    )
+    """The progress line about the steps since the previous one: those of `_IN_LINES` that `values` has."""
+    number = f"iteration {iteration:>{len(str(last))}}/{last}"
+    return " | ".join([number, *_parts_of_line(values), f"{format_duration(seconds_left)} left"])
+
+
+def validation_line(iteration: int, values: dict[str, Any]) -> str:
+    """The line about a validation."""
+    return f"iteration {iteration}: validation {', '.join(_parts_of_line(values))}"
+
+
+_IN_LINES = {
+    "loss": "loss {:.4f}",
+    "perplexity": "perplexity {:.2f}",
+    "accuracy": "accuracy {:.3f}",
+    "lr": "lr {:.3e}",
+    "grad_norm": "grad norm {:.3f}",
+    "projected_gradient": "projected gradient {:+.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "tflops_per_rank": "{:.3f} TFLOP/s a rank",
+}
+
+
+def _parts_of_line(values: dict[str, Any]) -> list[str]:
+    return [text.format(values[name]) for name, text in _IN_LINES.items() if name in values]
 
 
 def perplexity_of(loss: float) -> float:

@@ -111,8 +111,13 @@ class ScheduleOptions(Options):
 
 @dataclass(frozen=True)
 class OptimizerOptions(Options):
-    """Adam as in OPT's recipe."""
+    """Adam as in OPT's recipe, or MeZO, whose options are `MezoOptions`."""
 
+    optimizer: str = option(
+        "adam",
+        help="adam, or mezo: fine-tuning by forward passes alone, in the memory of inference",
+        choices=("adam", "mezo"),
+    )
     weight_decay: float = option(0.1, help="weight decay of the matrices", minimum=0, must="be a number from 0 up")
     adam_beta1: float = option(0.9, help="decay rate of the mean gradient", minimum=0, below=1, must=_DECAY_RATE)
     adam_beta2: float = option(
@@ -141,6 +146,19 @@ class OptimizerOptions(Options):
     use_distributed_optimizer: bool = option(False, help="CUDA: divide Adam's state over the data-parallel ranks")
     overlap_param_gather: bool = option(
         False, help="CUDA: gather the distributed optimizer's parameters during the next forward pass"
+    )
+
+
+@dataclass(frozen=True)
+class MezoOptions(Options):
+    """MeZO: zeroth-order fine-tuning (arXiv:2305.17333). Of Adam's options it has the learning rate alone."""
+
+    mezo_epsilon: float = option(1e-3, help="size of the perturbations", above=0, must="be a positive number")
+    objective: str = option(
+        "nll",
+        help="what is minimised: the negative log-likelihood of tgt, or the cross-entropy of choosing it among the "
+        "candidates of each example",
+        choices=("nll", "classification"),
     )
 
 

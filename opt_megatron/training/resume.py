@@ -17,7 +17,9 @@ from ..files import read_bounded
 from ..parallel.context import ParallelContext
 from ..tokenizer import tokenizer_files
 from .checkpointing.integrity import newest_intact_checkpoint, saved_checkpoints
-from .checkpointing.manager import CheckpointManager, TrainingState
+from .checkpointing.manager import CheckpointManager
+from .checkpointing.mezo_checkpoints import is_mezo_checkpoint
+from .checkpointing.run_checkpoints import RunCheckpoints, TrainingState
 from .model_setup import seed_dropout
 from .optimizer import TrainingOptimizer
 from .training_options import TrainingOptions
@@ -31,12 +33,12 @@ def make_checkpoint_manager(options: TrainingOptions, parallel: ParallelContext)
         options.directory,
         parallel,
         keep=options.keep_last,
-        companions=_companions(options) if parallel.is_leader else {},
+        companions=companions_of(options) if parallel.is_leader else {},
         background=not options.no_async_save,
     )
 
 
-def _companions(options: TrainingOptions) -> dict[str, bytes]:
+def companions_of(options: TrainingOptions) -> dict[str, bytes]:
     """The files that make a checkpoint loadable: config, LoRA options, tokenizer, and how the model generates."""
     config = options.config.replace(dtype=dtype_name(options.dtype)).to_hf()
     files = {"config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
@@ -62,9 +64,30 @@ def resume(
     Raises:
         UserError: on every rank; the checkpoints belong to a run with other options, or none of them is intact.
     """
-    identity = _run_identity(options)
+    identity = run_identity(options)
     if checkpoints is None:
         return TrainingState(run=identity)
+    path = find_checkpoint(checkpoints, parallel, print_line, is_mezo=False)
+    if path is None:
+        return TrainingState(run=identity)
+    state, same_layout = checkpoints.read_state(path)
+    check_identity(state.run or {}, identity, path)
+    checkpoints.load(path, model.module, optimizer, same_layout=same_layout)
+    if not same_layout:  # random states cannot be restored, and those of the first step must not come again
+        seed_dropout(options.seed + state.iteration, parallel)
+    print_line(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")
+    state.run = identity
+    return state
+
+
+def find_checkpoint(
+    checkpoints: RunCheckpoints, parallel: ParallelContext, print_line: Callable[[str], None], *, is_mezo: bool
+) -> Path | None:
+    """The newest intact checkpoint, or None if there is none at all. Collective.
+
+    Raises:
+        UserError: on every rank; all are damaged, or the run had the other optimizer (`is_mezo`).
+    """
     checkpoints.remove_unfinished()
     path = newest_intact_checkpoint(checkpoints.directory, parallel, print_line)
     if path is None:
@@ -74,24 +97,20 @@ def resume(
                 f"--save {checkpoints.directory}: none of its {num_damaged} checkpoints is whole; "
                 "move them away to begin anew"
             )
-        return TrainingState(run=identity)
-    state, same_layout = checkpoints.read_state(path)
-    _check_identity(state.run or {}, identity, path)
-    checkpoints.load(path, model.module, optimizer, same_layout=same_layout)
-    if not same_layout:  # random states cannot be restored, and those of the first step must not come again
-        seed_dropout(options.seed + state.iteration, parallel)
-    print_line(f"resumed from {path}: iteration {state.iteration}, {state.consumed_samples} sequences")
-    state.run = identity
-    return state
+    elif is_mezo != parallel.broadcast_object(is_mezo_checkpoint(path)):
+        theirs, ours = ("Adam", "mezo") if is_mezo else ("MeZO", "adam")
+        raise UserError(f"{path}: is of a run with {theirs}: use another --save than with --optimizer {ours}")
+    return path
 
 
-def _run_identity(options: TrainingOptions) -> dict[str, Any]:
+def run_identity(options: TrainingOptions) -> dict[str, Any]:
     """What must be the same when a run is resumed: the model, and all that the order of the data depends on."""
     trainer = options.trainer
     model = options.config.to_hf()
     return {
         "config": {name: model[name] for name in sorted(model) if name not in ("dtype", "torch_dtype")},
         "lora": _lora_identity(options),
+        "mezo": asdict(options.mezo) if options.mezo else None,
         "dtype": str(options.dtype),
         "seed": options.seed,
         "seq_length": trainer.seq_length,
@@ -120,7 +139,12 @@ def _data_identity(options: TrainingOptions) -> list[Any]:
     return [*sizes, options.data.split if options.data.data_path else ""]
 
 
-def _check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def check_identity(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Compare the `run_identity` of a checkpoint with that of the run that would go on from it.
+
+    Raises:
+        UserError: they differ.
+    """
     now = json.loads(json.dumps(now))
     saved, now = ({**values, **(values.get("config") or {})} for values in (saved, now))
     different = [

@@ -23,6 +23,7 @@ from ..parallel.core_compat import prepare_training
 from .data_setup import read_tokenizer, setup_data
 from .header import header_lines
 from .metrics import MetricsLogger
+from .mezo.setup import setup_mezo_trainer
 from .model_setup import setup_model_and_optimizer
 from .options import ExecutionOptions
 from .resume import make_checkpoint_manager, resume
@@ -30,6 +31,7 @@ from .run_directory import RunDirectory
 from .run_file import write_run_file
 from .signals import SignalFlag
 from .trainer import Trainer
+from .training_loop import TrainingLoop
 from .training_options import TrainingOptions
 
 
@@ -49,27 +51,39 @@ def train(options: TrainingOptions, parallel: ParallelContext, print_line: Calla
         if options.directory is not None:
             directory = RunDirectory(options.directory)
             on_all_ranks(parallel, lambda: stack.enter_context(directory) if parallel.is_leader else None)
-        return _setup_trainer(options, parallel, print_line, terminated, stack).run()
+        return _setup_loop(options, parallel, print_line, terminated, stack).run()
+
+
+def _setup_loop(
+    options: TrainingOptions,
+    parallel: ParallelContext,
+    print_line: Callable[[str], None],
+    terminated: SignalFlag,
+    stack: contextlib.ExitStack,
+) -> TrainingLoop:
+    print_on_leader = print_line if parallel.is_leader else lambda text: None
+
+    def open_metrics(iteration: int) -> MetricsLogger | None:
+        return on_all_ranks(parallel, lambda: _open_metrics(options, iteration, stack) if parallel.is_leader else None)
+
+    setup = _setup_trainer if options.mezo is None else setup_mezo_trainer
+    return setup(options, parallel, print_on_leader, open_metrics, terminated)
 
 
 def _setup_trainer(
     options: TrainingOptions,
     parallel: ParallelContext,
     print_line: Callable[[str], None],
+    open_metrics: Callable[[int], MetricsLogger | None],
     terminated: SignalFlag,
-    stack: contextlib.ExitStack,
 ) -> Trainer:
-    print_on_leader = print_line if parallel.is_leader else lambda text: None
     header: list[str] = []
     train_data, valid_data = setup_data(options, parallel, header.append)
     model, optimizer = setup_model_and_optimizer(options, parallel)
     checkpoints = make_checkpoint_manager(options, parallel)
-    state = resume(options, model, optimizer, checkpoints, parallel, print_on_leader)
+    state = resume(options, model, optimizer, checkpoints, parallel, print_line)
     for line in [*header, *header_lines(options, parallel, model)]:
-        print_on_leader(line)
-    metrics = on_all_ranks(
-        parallel, lambda: _open_metrics(options, state.iteration, stack) if parallel.is_leader else None
-    )
+        print_line(line)
     return Trainer(
         model,
         options.config,
@@ -81,7 +95,7 @@ def _setup_trainer(
         valid_data,
         checkpoints,
         state,
-        metrics,
+        open_metrics(state.iteration),
         terminated,
     )
 
@@ -140,7 +154,7 @@ def _check_transformer_engine(options: TrainingOptions, parallel: ParallelContex
 
 def _comparable(options: TrainingOptions) -> dict[str, object]:
     """What must be the same on all ranks, by name; files are compared when they are read."""
-    declared = (options.schedule, options.trainer, options.optimizer, options.lora)
+    declared = (options.schedule, options.trainer, options.optimizer, options.lora, options.mezo)
     values = {name: value for part in declared if part is not None for name, value in vars(part).items()}
     return (
         comparable_config(options.config)

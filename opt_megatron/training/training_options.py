@@ -12,7 +12,7 @@ from ..config import OPTConfig
 from ..data.options import DataOptions, SupervisedOptions
 from ..model.lora_options import LoRALayers, LoRAOptions
 from .lr_schedule import LRSchedule
-from .options import ExecutionOptions, OptimizerOptions, SavingOptions, TrainerOptions
+from .options import ExecutionOptions, MezoOptions, OptimizerOptions, SavingOptions, TrainerOptions
 from .recipe import INIT_STD
 
 
@@ -26,6 +26,7 @@ class TrainingOptions(SavingOptions, ExecutionOptions):
         base_model: the name of `load` as others know it (a Hub repository), or its path.
         adapter: LoRA's factors that are trained further, instead of new ones (`lora`).
         tokenizer: directory whose files are copied into the checkpoints (and which supervised data need).
+        mezo: MeZO instead of Adam.
         dtype: of parameters and activations.
         run_file: the text of run.yaml, with which the run can be repeated; empty for none.
     """
@@ -42,6 +43,7 @@ class TrainingOptions(SavingOptions, ExecutionOptions):
     tokenizer: Path | None = None
     lora: LoRAOptions | None = None
     adapter: Adapter | None = None
+    mezo: MezoOptions | None = None
     dtype: torch.dtype = torch.float32
     init_std: float = INIT_STD
     run_file: str = ""

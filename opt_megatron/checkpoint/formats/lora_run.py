@@ -47,7 +47,7 @@ def run_adapter(path: Path, config: OPTConfig, stored: dict[str, LazyTensor]) ->
         CheckpointError: lora.json is damaged, or does not describe what is stored.
     """
     stored = dict(stored)
-    base_model, layers = _read_lora_file(path / LORA_FILE, config)
+    base_model, layers = read_lora_layers(path / LORA_FILE, config)
     factors: dict[str, LoRAFactors] = {}
     for parameter in stage_parameters(config, range(config.num_layers), first=True, last=True):
         module, _, kind = parameter.megatron.rpartition(".")
@@ -79,7 +79,7 @@ def _canonical_factors(
     return factors
 
 
-def _read_lora_file(path: Path, config: OPTConfig) -> tuple[str | None, LoRALayers]:
+def read_lora_layers(path: Path, config: OPTConfig) -> tuple[str | None, LoRALayers]:
     """The base model's name and the layers.
 
     Raises:

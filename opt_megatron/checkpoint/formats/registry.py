@@ -38,6 +38,7 @@ _ENTRIES = (  # in the order in which messages list them
     _Entry("flagai", to="flagai"),
     _Entry("peft", to="peft"),
     _Entry("torch_dist"),
+    _Entry("mezo_run"),
 )
 
 
@@ -143,6 +144,8 @@ def _check_size(checkpoint: Checkpoint) -> None:
     """
     declared, found = sum(tensor.num_bytes for tensor in checkpoint.tensors.values()), 2**20
     path = checkpoint.path
+    if checkpoint.base is not None:  # which was checked when it was opened
+        return
     files = [path] if path.is_file() else itertools.chain(*map(path.glob, ("*", "*/*", "*/*/*")))  # links are followed
     for file in files:
         found += file.stat().st_size if file.is_file() else 0

@@ -1,7 +1,7 @@
 """One step of MeZO on a part of a tensor, and the log of a run's steps.
 
-Malladi et al. 2023 (arXiv:2305.17333, algorithm 1), as the authors' code computes it: t are the parameters, e epsilon, l
-the learning rate, and z normal numbers that the step's seed determines.
+Malladi et al. 2023 (arXiv:2305.17333, algorithm 1), as the authors' code computes it: t are the parameters, e epsilon,
+l the learning rate, and z normal numbers that the step's seed determines.
 
     t += e z        the loss of the batch: loss+
     t -= 2 e z      the loss of the batch: loss-

@@ -1,7 +1,7 @@
 """Random numbers that are a function of a request's seed and of what they are for, and so need no state.
 
-Philox (`philox.py`) makes them: a token's number has the same bits on a CPU and on a GPU, alone and in any batch, and at
-any layout.
+Philox (`philox.py`) makes them: a token's number has the same bits on a CPU and on a GPU, alone and in any batch, and
+at any layout.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""MeZO: fine-tuning by forward passes alone (arXiv:2305.17333)."""
