@@ -59,7 +59,7 @@ setup(
     ext_modules=[
         Extension(
             "opt_megatron.model._cpu_kernels",
-            sources=["csrc/library.cpp", "csrc/linear.cpp", "csrc/attention.cpp"],
+            sources=["csrc/library.cpp", "csrc/linear.cpp", "csrc/attention.cpp", "csrc/normal.cpp"],
             depends=["csrc/kernels.h", "csrc/scratch.h", "csrc/vector.h"],
             optional=True,
         )

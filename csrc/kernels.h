@@ -51,16 +51,31 @@ struct Attention {
     float* output;  // [queries, heads * dim]
 };
 
+// Normal numbers of a block of a tensor, for each seed.
+struct NormalNumbers {
+    const uint64_t* seeds;  // [seeds_count]
+    uint64_t name;          // a hash of the tensor's
+    int32_t seeds_count;
+    int64_t first_row;
+    int64_t rows;
+    int64_t first_column;
+    int64_t columns;
+    float* output;  // [seeds_count, rows, columns]
+};
+
 // The same kernels, compiled for each instruction set. False: there was no memory, and the output is not complete.
 namespace base {
 bool linear(const Linear&);
 bool attention(const Attention&);
+void normal_numbers(const NormalNumbers&);
 }  // namespace base
 namespace avx2 {  // with FMA and F16C
 bool linear(const Linear&);
 bool attention(const Attention&);
+void normal_numbers(const NormalNumbers&);
 }  // namespace avx2
 namespace avx512 {  // F, BW, DQ, VL and VNNI
 bool linear(const Linear&);
 bool attention(const Attention&);
+void normal_numbers(const NormalNumbers&);
 }  // namespace avx512

@@ -15,15 +15,16 @@ struct KernelTable {
     const char* name;
     bool (*linear)(const Linear&);
     bool (*attention)(const Attention&);
+    void (*normal_numbers)(const NormalNumbers&);
 };
 
-const KernelTable base_kernels = {"base", base::linear, base::attention};
+const KernelTable base_kernels = {"base", base::linear, base::attention, base::normal_numbers};
 #if defined(__x86_64__)
-const KernelTable avx2_kernels = {"avx2", avx2::linear, avx2::attention};
-const KernelTable avx512_kernels = {"avx512", avx512::linear, avx512::attention};
+const KernelTable avx2_kernels = {"avx2", avx2::linear, avx2::attention, avx2::normal_numbers};
+const KernelTable avx512_kernels = {"avx512", avx512::linear, avx512::attention, avx512::normal_numbers};
 #endif
 
-constexpr int32_t INTERFACE = 3;  // to be raised with every change of the structs or functions
+constexpr int32_t INTERFACE = 4;  // to be raised with every change of the structs or functions
 constexpr uintptr_t HUGE_PAGE = 1 << 21;
 
 const KernelTable* choose(const char* wanted) {
@@ -64,6 +65,8 @@ int32_t opt_use_instruction_set(const char* name) {
 int32_t opt_linear(const Linear* call) { return !kernels->linear(*call); }
 
 int32_t opt_attention(const Attention* call) { return !kernels->attention(*call); }
+
+void opt_normal_numbers(const NormalNumbers* call) { kernels->normal_numbers(*call); }
 
 // Asks for pages of 2 MiB, where the system has them, for the whole ones within [begin, begin + size).
 void opt_ask_for_huge_pages(void* begin, uint64_t size) {

@@ -15,7 +15,8 @@ import logging
 import math
 import os
 import re
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_uint64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ INT8, INT4 = 3, 4
 _CACHE_FORMATS = FORMATS | {torch.int8: INT8}
 _VARIABLE = "OPT_MEGATRON_CPU_KERNELS"
 _HUGE_PAGE = 2**21  # bytes
-_INTERFACE = 3  # of csrc/library.cpp
+_INTERFACE = 4  # of csrc/library.cpp
 _OPENMP = re.compile(r"(/.*/lib[gi]?omp[^/\n]*)$", re.MULTILINE)  # GNU's, Intel's, LLVM's
 
 
@@ -58,6 +59,16 @@ class _Attention(Structure):
         ("scale", c_float),
         *((name, c_void_p) for name in ("query_key_value", "first_blocks", "positions")),
         *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales", "output")),
+    )
+
+
+class _NormalNumbers(Structure):
+    _fields_ = (
+        ("seeds", c_void_p),
+        ("name", c_uint64),
+        ("seeds_count", c_int32),
+        *((name, c_int64) for name in ("first_row", "rows", "first_column", "columns")),
+        ("output", c_void_p),
     )
 
 
@@ -226,6 +237,27 @@ class CPUKernels:
         )
         if self._library.opt_attention(ctypes.byref(call)):
             raise MemoryError("no memory for the scores of attention")
+        return output
+
+    def normal_numbers(self, seeds: Sequence[int], name: int, rows: slice, columns: slice) -> Tensor:
+        """Normal numbers (`checkpoint/mezo/normal_numbers.py`) of a block for each seed: [seeds, rows, columns].
+
+        Args:
+            name: the hash of the tensor's name, 64 bits, as the seeds have.
+        """
+        output = torch.empty(len(seeds), rows.stop - rows.start, columns.stop - columns.start)
+        own_seeds = (c_uint64 * len(seeds))(*seeds)
+        call = _NormalNumbers(
+            ctypes.addressof(own_seeds),
+            name,
+            len(seeds),
+            rows.start,
+            output.shape[1],
+            columns.start,
+            output.shape[2],
+            output.data_ptr(),
+        )
+        self._library.opt_normal_numbers(ctypes.byref(call))
         return output
 
     def ask_for_huge_pages(self, tensor: Tensor) -> None:

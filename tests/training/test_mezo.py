@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import mezo_jobs as jobs
 import pytest
 import torch
+from factory import random_model, save
 from ranks import RankPool
 
 from opt_megatron.checkpoint.conversion_options import ConversionOptions
@@ -85,25 +87,35 @@ def reference(model: Any, batches: list[list[Any]], kind: str, epsilon: float, l
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve questions with two candidates each."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    lines = [
-        {"src": f"The fox number {n} ran. Was it", "tgt": (" fast", " a slow one")[n % 2]} for n in range(12)
-    ]
+    lines = [{"src": f"The fox number {n} ran. Was it", "tgt": (" fast", " a slow one")[n % 2]} for n in range(12)]
     path.write_text("".join(json.dumps(line | {"candidates": [" fast", " a slow one"]}) + "\n" for line in lines))
     return path
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers with the embedded model's tokenizer."""
+    model = random_model(vocab_size=4096, num_hidden_layers=2, num_attention_heads=4)
+    directory = save(model, tmp_path_factory.mktemp("small"))
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(EMBEDDED_DIRECTORY / name, directory)
+    return directory
+
+
 @pytest.mark.parametrize("kind", ["nll", "classification"])
-def test_steps_follow_the_references_rule(ranks: Callable[[int], RankPool], pairs: Path, kind: str) -> None:
+def test_steps_follow_the_references_rule(
+    ranks: Callable[[int], RankPool], small: Path, pairs: Path, kind: str
+) -> None:
     from transformers import OPTForCausalLM
 
     from opt_megatron.data.prompt_dataset import PromptDataset
     from opt_megatron.tokenizer import OPTTokenizer
 
-    settings = jobs.mezo_settings(EMBEDDED_DIRECTORY, pairs, 3, objective=kind)
-    tokenizer = OPTTokenizer.from_directory(EMBEDDED_DIRECTORY)
+    settings = jobs.mezo_settings(small, pairs, 3, objective=kind)
+    tokenizer = OPTTokenizer.from_directory(small)
     data = PromptDataset([str(pairs)], tokenizer, 256, 1, 24, has_candidates=kind != "nll")
     batches = [[data[index] for index in range(first, first + 8)] for first in (0, 8, 16)]
-    model = OPTForCausalLM.from_pretrained(EMBEDDED_DIRECTORY, dtype="float32").eval()
+    model = OPTForCausalLM.from_pretrained(small, dtype="float32").eval()
     gradients = reference(model, batches, kind, 1e-3, 1e-5)
     steps, found, _ = ranks(1).run(jobs.run_steps, settings, 1, 1)[0]
     assert [step.projected_gradient for step in steps] == pytest.approx(gradients, abs=2e-2)
@@ -113,9 +125,15 @@ def test_steps_follow_the_references_rule(ranks: Callable[[int], RankPool], pair
 
 @pytest.mark.parametrize(("tp", "pp", "changes"), [(1, 1, {}), (2, 1, LORA)])
 def test_a_checkpoint_repeats_the_run_and_goes_on_with_it(
-    ranks: Callable[[int], RankPool], pairs: Path, tmp_path: Path, tp: int, pp: int, changes: dict[str, Any]
+    ranks: Callable[[int], RankPool],
+    small: Path,
+    pairs: Path,
+    tmp_path: Path,
+    tp: int,
+    pp: int,
+    changes: dict[str, Any],
 ) -> None:
-    settings = jobs.mezo_settings(EMBEDDED_DIRECTORY, pairs, 4, tmp_path / "run", mezo_epsilon=1e-2, **changes)
+    settings = jobs.mezo_settings(small, pairs, 4, tmp_path / "run", mezo_epsilon=1e-2, **changes)
     unsaved = replace(settings, save=None)
     world = ranks(tp * pp)
     steps, expected, _ = world.run(jobs.run_steps, unsaved, tp, pp)[0]
@@ -130,9 +148,9 @@ def test_a_checkpoint_repeats_the_run_and_goes_on_with_it(
     if not changes:
         assert all(torch.equal(checkpoint.read(name), values) for name, values in expected.items())
     else:
-        name = "model.decoder.layers.3.fc2.weight"
-        a, b = (expected[f"decoder.layers.3.mlp.linear_fc2.lora_{factor}"] for factor in "ab")
-        base = open_checkpoint(EMBEDDED_DIRECTORY).read(name).float()
+        name = "model.decoder.layers.1.fc2.weight"
+        a, b = (expected[f"decoder.layers.1.mlp.linear_fc2.lora_{factor}"] for factor in "ab")
+        base = open_checkpoint(small).read(name).float()
         assert b.any() and torch.equal(checkpoint.read(name), base + LoRAOptions(3).alpha / 3 * (b @ a))
     convert(tmp_path / "run", tmp_path / "hf", ConversionOptions(to="hf"))
     baked = open_checkpoint(tmp_path / "hf")
@@ -140,18 +158,18 @@ def test_a_checkpoint_repeats_the_run_and_goes_on_with_it(
 
 
 def test_another_base_or_optimizer_is_refused(
-    ranks: Callable[[int], RankPool], pairs: Path, four_layers: Path, tmp_path: Path
+    ranks: Callable[[int], RankPool], small: Path, pairs: Path, four_layers: Path, tmp_path: Path
 ) -> None:
     from training_jobs import refusal
 
-    settings = jobs.mezo_settings(EMBEDDED_DIRECTORY, pairs, 2, tmp_path / "run")
+    settings = jobs.mezo_settings(small, pairs, 2, tmp_path / "run")
     ranks(1).run(jobs.run_steps, replace(settings, trainer=replace(settings.trainer, exit_iters=1)), 1, 1)
     message = ranks(1).run(refusal, tmp_path / "run", replace(settings, mezo=None))[0]
     assert "is of a run with MeZO: use another --save" in message
     run = tmp_path / "run" / "iter_0000001" / "mezo.json"
     text = run.read_text()
     for base, reason in ((four_layers, "is another model"), (tmp_path / "none", "its base cannot be opened")):
-        run.write_text(text.replace(str(EMBEDDED_DIRECTORY), str(base)))
+        run.write_text(text.replace(str(small), str(base)))
         with pytest.raises(UserError, match=reason):
             open_checkpoint(tmp_path / "run")
 

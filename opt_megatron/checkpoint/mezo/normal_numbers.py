@@ -14,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ...model.cpu_kernels import library
 from ...philox import WORD_MASK, philox
 from ..storage.blocks import Block
 
@@ -38,15 +40,22 @@ def normal_block(seeds: Sequence[int], name: str, block: Block, device: torch.de
         block: of one dimension (a bias is one row) or two.
     """
     rows, columns = block if len(block) == 2 else (slice(0, 1), block[0])
+    kernels = library() if device is None or device.type == "cpu" else None
+    make = partial(_by_torch, device=device) if kernels is None else kernels.normal_numbers
+    numbers = make(seeds, _hash(name), rows, columns)
+    return numbers if len(block) == 2 else numbers[:, 0]
+
+
+def _by_torch(seeds: Sequence[int], name: int, rows: slice, columns: slice, device: torch.device | None) -> Tensor:
+    """[seeds, rows, columns]; csrc/normal.cpp gives the same bits."""
     first, last = columns.start // _LANES, -(-columns.stop // _LANES)
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     column = torch.arange(first, last, device=device)
-    words = philox((row, column, *_words([_hash(name)], device)), _words(seeds, device))
+    words = philox((row, column, *_words([name], device)), _words(seeds, device))
     pairs = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
     numbers = torch.stack(pairs, -1).flatten(2)
     start = columns.start - first * _LANES
-    numbers = numbers[..., start : start + columns.stop - columns.start]
-    return numbers if len(block) == 2 else numbers[:, 0]
+    return numbers[..., start : start + columns.stop - columns.start]
 
 
 def piece_elements(device: torch.device) -> int:
@@ -73,7 +82,9 @@ def _words(values: Sequence[int], device: torch.device | None) -> tuple[Tensor, 
 def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent normal numbers of two words."""
     uniform = ((radius_bits >> 8) + 1).float() * 2.0**-24
-    radius = (_log(uniform) * -2.0).sqrt_()
+    # Of float64, since MKL's root of float32 is not the nearest number; an error in the last bits of this one is no
+    # matter, because no root of float32 is so close to the middle of two.
+    radius = (_log(uniform) * -2.0).double().sqrt().float()
     # Two bits say which quarter of the circle the angle is in, and the others where in it.
     quarter, fraction = angle_bits >> 30, (angle_bits >> 8 & 0x3FFFFF) - 0x200000
     angle = fraction.float() * (math.pi / 2 * 2.0**-22)

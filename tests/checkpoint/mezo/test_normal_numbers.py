@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from opt_megatron.checkpoint.mezo.normal_numbers import normal_block, seed_of_step
+from opt_megatron.checkpoint.mezo.normal_numbers import _by_torch, normal_block, seed_of_step
+from opt_megatron.model.cpu_kernels import library
 from opt_megatron.philox import philox
 
 NAME = "model.decoder.layers.0.fc1.weight"
@@ -57,3 +58,18 @@ def test_they_are_normal_and_independent() -> None:
 
 def test_seeds_of_steps_differ() -> None:
     assert len({seed_of_step(seed, step) for seed in (1, 2) for step in range(1000)}) == 2000
+
+
+@pytest.mark.skipif(library() is None, reason="there was no C++ compiler when the package was installed")
+@pytest.mark.parametrize("instruction_set", ["base", "avx2", "avx512"])
+def test_the_cpu_kernel_gives_torchs_bits(instruction_set: str) -> None:
+    kernels = library()
+    assert kernels is not None
+    if not kernels.use_instruction_set(instruction_set):
+        pytest.skip(f"this processor has no {instruction_set}")
+    try:
+        for columns in (slice(0, 300), slice(3, 298)):
+            block = ([5, 2**64 - 1], 2**63 + 9, slice(10, 700), columns)
+            assert torch.equal(kernels.normal_numbers(*block), _by_torch(*block, None))
+    finally:
+        kernels.use_instruction_set(None)

@@ -56,6 +56,6 @@ def test_damaged_files_are_one_line(tmp_path: Path, name: str, content: bytes | 
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match="MeZO|steps") as error:
+    with pytest.raises(CheckpointError, match=r"MeZO|steps") as error:
         read_run(tmp_path)
     assert "\n" not in str(error.value)
