@@ -19,14 +19,20 @@ def header_lines(options: TrainingOptions, parallel: ParallelContext, model: nn.
     trained = sum(parallel.gather_objects(_num_counted(model, parallel))) if options.lora_layers else None
     name = f"{config.name}, " if config.name else ""
     share = "all trainable" if trained is None else f"{trained:,} trainable factors of LoRA"
-    tokens = trainer.train_iters * trainer.global_batch_size * trainer.seq_length
     return [
         f"model: {name}{config.num_parameters:,} parameters in {dtype_name(options.dtype)}, {share}",
         f"layout: tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
         f"data {parallel.data_parallel_size} ranks" + (", sequence parallel" if options.sequence_parallel else ""),
-        f"run: {trainer.train_iters:,} steps of {trainer.global_batch_size:,} sequences of {trainer.seq_length:,} "
-        f"tokens, {tokens:,} tokens",
+        f"run: {trainer.train_iters:,} steps of {_step_in_words(options)}",
     ]
+
+
+def _step_in_words(options: TrainingOptions) -> str:
+    trainer = options.trainer
+    if options.mezo is not None:
+        return f"{trainer.global_batch_size:,} examples of at most {trainer.seq_length:,} tokens, by MeZO"
+    tokens = trainer.train_iters * trainer.global_batch_size * trainer.seq_length
+    return f"{trainer.global_batch_size:,} sequences of {trainer.seq_length:,} tokens, {tokens:,} tokens"
 
 
 def _num_counted(model: nn.Module, parallel: ParallelContext) -> int:

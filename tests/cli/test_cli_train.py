@@ -137,6 +137,31 @@ def test_fine_tuning_on_pairs_with_lora(data: Path, tmp_path: Path, capsys: pyte
     assert len(json.loads((tmp_path / "more" / "iter_0000012" / "lora.json").read_text())["layers"]) == 16
 
 
+def test_mezo_with_lora_and_whole_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "train", "--load", "story", "--optimizer", "mezo", "--supervised-data", data / "pairs.jsonl",
+        "--supervised-valid-data", data / "pairs.jsonl", "--seq-length", 64, "--global-batch-size", 2, "--train-iters",
+        4, "--mezo-epsilon", 1e-2, "--eval-interval", 4, "--log-interval", 1,
+    )  # fmt: skip
+    ask = ("generate", "--prompt", "why", "--temperature", "0", "--max-new-tokens", "8", "--json")
+    answers = [run(capsys, *ask)[1]]
+    for name, more in (("lora", ("--lora-rank", 4, "--lr", 1e-2)), ("whole", ("--lr", 1e-3))):
+        save = tmp_path / name
+        code, out, err = run(capsys, *arguments, *more, "--save", save)
+        assert (code, out) == (0, f"{save}\n"), err
+        assert "by MeZO" in err and "| projected gradient " in err and "iteration 4: validation loss" in err
+        assert len(losses_of(save)) == 4
+        code, _, err = run(capsys, "convert", "--load", save, "--save", tmp_path / f"{name}-hf", "--to", "hf")
+        assert code == 0, err
+        answers.append(run(capsys, *ask, "--load", save)[1])
+        assert run(capsys, *ask, "--load", tmp_path / f"{name}-hf")[1] == answers[-1]
+    assert len(set(answers)) == 3
+    code, _, err = run(capsys, "convert", "--load", tmp_path / "lora", "--save", tmp_path / "peft", "--to", "peft")
+    assert code == 0, err
+    assert run(capsys, *ask, "--load", "story", "--adapter", tmp_path / "peft")[1] == answers[1]
+    assert run(capsys, "train", "--config", tmp_path / "lora" / "run.yaml")[0] == 0  # nothing is left to do
+
+
 def start(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
     """The tool in separate processes; the first one's output is read."""
     launcher = [sys.executable]
@@ -205,6 +230,8 @@ def test_sigterm_saves_and_exits_with_zero(data: Path, tmp_path: Path, uninterru
     assert losses_of(tmp_path / "run") == uninterrupted
 
 
+MEZO = ("--load", "story", "--optimizer", "mezo", "--supervised-data", "{data}/pairs.jsonl", "--train-iters", "1",
+        "--global-batch-size", "2", "--lr", "1e-3")  # fmt: skip
 MISTAKES = [
     (("--config", "{data}/config.json"), "--train-iters is missing"),
     (("--preset", "7b"), "there is no recipe for '7b'"),
@@ -233,6 +260,14 @@ MISTAKES = [
     (("--preset", "8m", "--data-path", "x", "--overlap-param-gather"), "without --use-distributed-optimizer"),
     (("--preset", "8m", "--data-path", "x", "--cross-entropy-loss-fusion"), "give --bf16 too"),
     (("--preset", "8m", "--data-path", "x", "--transformer-impl", "transformer_engine"), "this run is on a CPU"),
+    (("--preset", "8m", "--optimizer", "mezo"), "give --load and --supervised-data"),
+    (("--load", "story", "--objective", "classification"), "--objective is given without --optimizer mezo"),
+    ((*MEZO, "--adam-beta1", "0.5"), "--adam-beta1 is given, which --optimizer mezo does not have"),
+    ((*MEZO, "--sequence-parallel"), "--sequence-parallel is given, which --optimizer mezo does not have"),
+    ((*MEZO, "--mezo-epsilon", "0"), "--mezo-epsilon is 0.0, but must be a positive number"),
+    ((*MEZO, "--hidden-dropout", "0.1"), "trains without dropout"),
+    ((*MEZO, "--adapter", "{data}"), "begins with new factors"),
+    ((*MEZO, "--objective", "classification"), "has no 'candidates', a list of two or more texts"),
     (("--preset", "8m", "--tensor-model-parallel-size", "2"), "start it with torchrun --nproc-per-node 2"),
 ]
 
