@@ -172,3 +172,9 @@ def test_without_the_library_torch_computes(monkeypatch):
         monkeypatch.undo()
         library.cache_clear()
     assert CPUFloatLinear.is_available(torch.device("cpu"), torch.float32)
+
+
+def test_the_openmp_of_torch_is_found_among_the_mapped_files():
+    path = "/site-packages/torch/lib/libgomp.so.1"
+    maps = f"7f00-7f01 r-xp 0 00:00 1  {path}\n7f01-7f02 rw-p 0 00:00 0 \n7f02-7f03 rw-p 0 00:00 0 "
+    assert cpu_kernels._OPENMP.findall(maps) == [path]
