@@ -9,7 +9,16 @@ from ..errors import MissingPackageError, UserError
 from ..files import atomic_file
 from .metrics import METRICS_FILE, read_metrics
 
-MEASURES = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "loss_scale")
+MEASURES = (
+    "loss",
+    "perplexity",
+    "accuracy",
+    "lr",
+    "grad_norm",
+    "projected_gradient",
+    "tokens_per_second",
+    "loss_scale",
+)
 
 
 @dataclass
