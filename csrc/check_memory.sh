@@ -14,4 +14,5 @@ if ! nm -D opt_megatron/model/_cpu_kernels*.so | grep -q __asan; then
 fi
 # Python itself is not instrumented: the sanitizer comes first, and what Python never frees is not looked at.
 libraries=$(for name in asan ubsan stdc++; do gcc -print-file-name="lib$name.so"; done)
-LD_PRELOAD=${libraries//$'\n'/ } ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/model/test_cpu_kernels.py "$@"
+LD_PRELOAD=${libraries//$'\n'/ } ASAN_OPTIONS=detect_leaks=0 python -m pytest \
+    tests/model/test_cpu_kernels.py tests/checkpoint/mezo/test_normal_numbers.py "$@"

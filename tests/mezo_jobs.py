@@ -42,7 +42,7 @@ def _own(parallel: ParallelContext, batch: list[PromptExample]) -> list[PromptEx
 
 def _whole(parallel: ParallelContext, perturbation: Perturbation) -> dict[str, torch.Tensor]:
     """The trained tensors of all ranks; those that several ranks hold must be the same."""
-    mine = [(name, block, view.reshape(block_shape(block)).clone()) for name, view, block in perturbation._parts]
+    mine = [(name, block, view.reshape(block_shape(block)).cpu().clone()) for name, view, block in perturbation._parts]
     whole: dict[str, torch.Tensor] = {}
     for parts in parallel.gather_objects(mine):
         for name, block, values in parts:

@@ -49,6 +49,16 @@ def test_a_step_is_the_same_to_the_bit_at_every_layout(
             assert [(one.count, one.tokens) for one in sums] == [(plus.count, plus.tokens)] * 2
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_step_on_simulated_gpus_has_the_cpus_bits(
+    simulated_gpus: Callable[[int], RankPool], ranks: Callable[[int], RankPool], four_layers: Path, tp: int, pp: int
+) -> None:
+    step = (LORA, STEP, "nll", 1)
+    expected = ranks(1).run(jobs.one_step, four_layers, 1, 1, *step)[0][0]
+    for found, _ in simulated_gpus(2).run(jobs.one_step, four_layers, tp, pp, *step):
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 def reference(model: Any, batches: list[list[Any]], kind: str, epsilon: float, lr: float) -> list[float]:
     """The authors' steps on transformers' model, in their order, on this project's z; the projected gradients."""
 
