@@ -290,6 +290,15 @@ def test_a_diverging_run_says_so(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "skipped (loss" in err and "the run has diverged" in err.splitlines()[-1]
 
 
+def test_a_diverging_run_of_mezo_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--max-skipped-iters", "2", "--lora-rank", "2", "--save", str(tmp_path / "run"), "--save-interval", "1")
+    words = [word.format(data=data) for word in (*MEZO, "--train-iters", "9", "--lr", "1e30", *options)]
+    code, _, err = run(capsys, "train", *words)
+    assert code == 2
+    assert "iteration 2: skipped (loss nan" in err and "the run has diverged" in err.splitlines()[-1]
+    assert run(capsys, "inspect", tmp_path / "run" / "iter_0000002")[0] == 0  # a skipped step is repeated, too
+
+
 def test_the_embedded_tokenizer_is_kept_beside_checkpoints(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
