@@ -145,20 +145,18 @@ def test_mezo_with_lora_and_whole_weights(data: Path, tmp_path: Path, capsys: py
     )  # fmt: skip
     ask = ("generate", "--prompt", "why", "--temperature", "0", "--max-new-tokens", "8", "--json")
     answers = [run(capsys, *ask)[1]]
-    for name, more in (("lora", ("--lora-rank", 4, "--lr", 1e-2)), ("whole", ("--lr", 1e-3))):
+    for name, to, more in (("lora", "peft", ("--lora-rank", 4, "--lr", 1e-2)), ("whole", "hf", ("--lr", 1e-3))):
         save = tmp_path / name
         code, out, err = run(capsys, *arguments, *more, "--save", save)
         assert (code, out) == (0, f"{save}\n"), err
         assert "by MeZO" in err and "| projected gradient " in err and "iteration 4: validation loss" in err
         assert len(losses_of(save)) == 4
-        code, _, err = run(capsys, "convert", "--load", save, "--save", tmp_path / f"{name}-hf", "--to", "hf")
-        assert code == 0, err
         answers.append(run(capsys, *ask, "--load", save)[1])
-        assert run(capsys, *ask, "--load", tmp_path / f"{name}-hf")[1] == answers[-1]
+        code, _, err = run(capsys, "convert", "--load", save, "--save", tmp_path / to, "--to", to)
+        assert code == 0, err
+        baked = ("--load", tmp_path / to) if to == "hf" else ("--load", "story", "--adapter", tmp_path / to)
+        assert run(capsys, *ask, *baked)[1] == answers[-1]
     assert len(set(answers)) == 3
-    code, _, err = run(capsys, "convert", "--load", tmp_path / "lora", "--save", tmp_path / "peft", "--to", "peft")
-    assert code == 0, err
-    assert run(capsys, *ask, "--load", "story", "--adapter", tmp_path / "peft")[1] == answers[1]
     assert run(capsys, "train", "--config", tmp_path / "lora" / "run.yaml")[0] == 0  # nothing is left to do
 
 
