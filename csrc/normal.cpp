@@ -1,11 +1,11 @@
 // Standard normal numbers of Philox's words, to the bit those of opt_megatron/checkpoint/mezo/normal_numbers.py, which
 // says what they are: every product and sum is rounded on its own here, too.
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "kernels.h"
+#include "scratch.h"
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -90,8 +90,9 @@ void fill_row(float* output, uint64_t seed, uint64_t name, int64_t row, int64_t 
         philox(block, static_cast<uint32_t>(row), static_cast<uint32_t>(begin / WORDS), name, seed);
         box_muller(block, 0);
         box_muller(block, 2);
-        const int64_t from = std::max(begin, first_column), to = std::min(begin + COUNTERS * WORDS, end);
-        std::copy_n(&block.numbers[0][0] + (from - begin), to - from, output + (from - first_column));
+        const int64_t from = larger(begin, first_column), to = smaller<int64_t>(begin + COUNTERS * WORDS, end);
+        const size_t bytes = static_cast<size_t>(to - from) * sizeof(float);
+        std::memcpy(output + (from - first_column), &block.numbers[0][0] + (from - begin), bytes);
     }
 }
 
