@@ -24,6 +24,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint.conversion_options import ConversionOptions
+from .compression.compress import compress_pretrained
+from .compression.options import CalibrationOptions
+from .compression.recipe import Recipe, find_recipe
+from .compression.report import CompressionReport
 from .errors import UserError
 from .generation.request import Completion, Request
 from .generation.sampling.sampling_params import SamplingParams
@@ -34,6 +38,7 @@ from .loaded_model import LoadedModel
 from .model.hook_points import Hook
 from .model.inspection import Inspector
 from .model.scoring import Item, Score, score
+from .parallel.context import on_all_ranks
 from .saving import save_weights
 from .weights import Weights
 
@@ -274,6 +279,46 @@ class OPT(LoadedModel):
             dtype=dtype,
         )
         save_weights(self.weights, self.pretrained, Path(directory).expanduser(), options, force=force)
+
+    def compress(
+        self,
+        directory: str | Path,
+        recipe: str | Recipe | Mapping[str, Any] | Sequence[Any],
+        calibration: CalibrationOptions | None = None,
+        *,
+        dtype: str | None = None,
+        force: bool = False,
+        resume: bool = False,
+        on_linears: Callable[[int], object] = lambda count: None,
+    ) -> CompressionReport:
+        """Write a smoothed, pruned or quantised copy of the checkpoint that this was opened from, and its report.
+
+            opt.compress("opt-125m-gptq4", "gptq4-g128", CalibrationOptions(calibration_data="train.jsonl"))
+
+        The checkpoint is read layer by layer; nothing is loaded into this object, and what was changed in `weights` is
+        not part of it. The layout may have data parallel ranks, too.
+
+        Args:
+            recipe: a ready recipe's name, a YAML file, or the steps, as [{"quantize": {"bits": 4}}].
+            calibration: which samples; not needed for recipes of rounding to nearest or magnitude pruning.
+            dtype: of the weights that are written; by default the checkpoint's.
+            force: replace a directory that is a checkpoint already.
+            resume: continue what an interrupted run with the same source and settings has written.
+            on_linears: called with the number of linear layers, of six in a decoder layer, finished since its last call.
+
+        Raises:
+            UserError: of any kind; the same one on every rank.
+        """
+        return compress_pretrained(
+            self.pretrained,
+            Path(directory).expanduser(),
+            on_all_ranks(self.parallel, lambda: find_recipe(recipe)),
+            calibration or CalibrationOptions(),
+            dtype=dtype,
+            force=force,
+            resume=resume,
+            on_linears=on_linears,
+        )
 
     @cached_property
     def _inspector(self) -> Inspector:

@@ -13,6 +13,7 @@ from .formats.registry import all_formats, is_checkpoint
 _COMMON_NAMES = (
     r"config\.json|generation_config\.json|vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json"
     r"|special_tokens_map\.json|added_tokens\.json|opt_megatron_manifest\.json|README\.md|LICENSE[^/]*|\.gitattributes"
+    r"|compression_report\.(json|md|png)"
 )
 
 

@@ -89,14 +89,14 @@ def convert(
     files = output_files(checkpoint, options, lambda name: getattr(torch, dtypes[name]))
     on_start(sum(file.num_bytes for file in files))
     # Weights in memory may be others than the files of the checkpoint that they came from.
-    fingerprint = None if isinstance(source, Checkpoint) else _fingerprint(checkpoint, options)
+    fingerprint = None if isinstance(source, Checkpoint) else {**source_fingerprint(checkpoint), **asdict(options)}
     with PartialDirectory(target, fingerprint, resume=resume, fsync=fsync) as partial:
         _write_weights(partial, checkpoint, files, workers, progress)
         for name, text in written_format.text_files(checkpoint, files).items():
             (partial.path / name).write_text(text, encoding="utf-8")
         notes = written_format.notes(checkpoint.config, options)
         if written_format.is_whole_model:
-            written = _write_config_and_tokenizer(checkpoint, tokenizer, partial.path, options)
+            written = write_config_and_tokenizer(checkpoint, tokenizer, partial.path, options)
             notes += written_format.write_companions(partial.path, written, options)
             write_manifest(partial.path, checkpoint, written, asdict(options), dtypes, partial.done)
         partial.publish(replace=force)
@@ -135,10 +135,14 @@ def _write_weights(
     )
 
 
-def _write_config_and_tokenizer(
+def write_config_and_tokenizer(
     checkpoint: Checkpoint, tokenizer: Path | None, directory: Path, options: ConversionOptions
 ) -> OPTConfig:
-    """Write the config, which is returned, and copy the tokenizer."""
+    """Write the config, which is returned, and copy the tokenizer and the generation config.
+
+    Args:
+        tokenizer: directory of the tokenizer's files; by default the source's.
+    """
     config = checkpoint.config.replace(dtype=options.dtype or dtype_name(next(iter(checkpoint.tensors.values())).dtype))
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     source = checkpoint.directory
@@ -162,13 +166,13 @@ def _summary(
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, options: ConversionOptions) -> dict[str, Any]:
-    """What must be the same for an interrupted run to be continued."""
+def source_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What must be the same of a source for an interrupted run to be continued: files with their times, and config."""
     path, adapter = checkpoint.path, checkpoint.adapter
     others = [adapter.path] if adapter is not None else []
     others += [checkpoint.base] if checkpoint.base is not None else []
     files = [stamp for place in (path, *others) for stamp in _stamps(place)]
-    return {"source": str(path.resolve()), "files": files, "config": asdict(checkpoint.config), **asdict(options)}
+    return {"source": str(path.resolve()), "files": files, "config": asdict(checkpoint.config)}
 
 
 def _stamps(path: Path) -> list[list[Any]]:

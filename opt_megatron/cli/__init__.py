@@ -21,7 +21,7 @@ from .option_groups import complete
 
 # Each is a module of this package (with _ for -) with HELP, EXAMPLE, add_arguments and run.
 COMMANDS = (
-    "generate", "serve", "evaluate", "detect", "logit-lens", "convert", "inspect", "verify", "plan",
+    "generate", "serve", "evaluate", "detect", "logit-lens", "compress", "convert", "inspect", "verify", "plan",
     "preprocess", "train-tokenizer", "train", "plot-training",
 )  # fmt: skip
 _SECONDS_FOR_THE_LEADER = 10

@@ -108,9 +108,10 @@ class PartialDirectory:
         self._pending.append({"name": name, "hash": digest})
         self._pending_bytes += num_bytes
         if not self._fsync or self._pending_bytes >= _BYTES_PER_FSYNC:
-            self._write_pending()
+            self.flush()
 
-    def _write_pending(self) -> None:
+    def flush(self) -> None:
+        """Write what `record` has noted into the journal now; with fsync, once the data have reached the disk."""
         if self._fsync:
             self._fsync_files()
         for entry in self._pending:
@@ -142,7 +143,7 @@ class PartialDirectory:
         with self._stack:
             if is_kept:
                 with contextlib.suppress(OSError):  # a full disk: these tensors are written again
-                    self._write_pending()
+                    self.flush()
             elif not self._published:
                 shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError):

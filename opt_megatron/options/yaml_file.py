@@ -127,7 +127,12 @@ def _like(key: str, known: Mapping[str, Option]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else "; see --help"
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def read_yaml_file(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: it cannot be read, or is not the plain part of YAML.
+    """
     try:
         with open_input(path) as file:
             content = file.read(_MOST_BYTES + 1)
@@ -135,15 +140,31 @@ def _read(path: Path) -> dict[Any, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > _MOST_BYTES:
         raise UserError(f"{path}: has more than {_MOST_BYTES:,} bytes and is no file of options")
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(content: str | bytes, where: str) -> Any:
+    """What a YAML text holds, JSON included.
+
+    Args:
+        where: what messages begin with.
+
+    Raises:
+        UserError: it is not the plain part of YAML.
+    """
     try:
-        values = yaml.load(content, Loader=_Loader)
+        return yaml.load(content, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: {line}{error.problem}") from None
+        raise UserError(f"{where}: {line}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # characters that are no text, numbers of thousands of digits
-        raise UserError(f"{path}: is no YAML: {first_line(error, 120)}") from None
+        raise UserError(f"{where}: is no YAML: {first_line(error, 120)}") from None
     except RecursionError:
-        raise UserError(f"{path}: is nested too deeply") from None
+        raise UserError(f"{where}: is nested too deeply") from None
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    values = read_yaml_file(path)
     if values is None:
         return {}
     if not isinstance(values, dict):

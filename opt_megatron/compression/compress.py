@@ -1,0 +1,116 @@
+"""Compression of a checkpoint into another one, at any tensor x pipeline x data parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.conversion_options import ConversionOptions
+from ..config import check_dtype
+from ..errors import UserError
+from ..parallel.context import on_all_ranks
+from ..pretrained import Pretrained
+from .decoder_layer import layer_prefix
+from .layer_pass import LayerPass
+from .options import CalibrationOptions
+from .output_directory import OutputDirectory
+from .recipe import Recipe
+from .report import CompressionReport
+from .samples import CalibrationSamples, read_samples
+from .stored_layers import StoredLayers
+
+
+def compress_pretrained(
+    pretrained: Pretrained,
+    target: Path,
+    recipe: Recipe,
+    calibration: CalibrationOptions,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    on_linears: Callable[[int], object] = lambda count: None,
+) -> CompressionReport:
+    """Write a compressed copy of an opened checkpoint as a Hugging Face directory; called on every rank.
+
+    Args:
+        target: the directory to write.
+        calibration: where samples come from, if the recipe needs any. The leader reads them.
+        dtype: of the weights that are written; by default the checkpoint's.
+        force: replace a target that is a checkpoint already.
+        resume: continue what an interrupted run with the same source and settings has written.
+        on_linears: called with the number of linears that have been finished since the last call.
+
+    Returns:
+        the report, on every rank.
+
+    Raises:
+        UserError: of any kind; the same one on every rank.
+    """
+    parallel, source = pretrained.parallel, pretrained.checkpoint
+    if source is None:
+        raise UserError(f"{pretrained.name} was not opened from a checkpoint, so there is nothing to compress")
+    samples = _samples(pretrained, recipe, calibration)
+    stored_dtype = _stored_dtype(source, dtype)
+    settings = {"recipe": recipe.to_list(), "calibration": _described(samples, calibration.seed)}
+
+    def make() -> OutputDirectory:
+        return OutputDirectory(
+            source,
+            target,
+            settings,
+            dtype=stored_dtype,
+            options=ConversionOptions(to="hf", dtype=dtype),
+            tokenizer=pretrained.tokenizer_directory,
+            force=force,
+            resume=resume,
+        )
+
+    with StoredLayers.open(make, source.config, parallel, stored_dtype) as stored:
+        LayerPass(source, recipe, parallel, samples, stored, stored_dtype, on_linears).run()
+        return stored.publish()
+
+
+def _samples(pretrained: Pretrained, recipe: Recipe, calibration: CalibrationOptions) -> CalibrationSamples | None:
+    """The samples that the leader has drawn, on every rank; None if the recipe needs none."""
+    parallel = pretrained.parallel
+    if not recipe.needs_samples:
+        return None
+    if calibration.calibration_data is None:
+        raise UserError("the recipe needs calibration: give --calibration-data, a text or JSON lines")
+
+    def read() -> CalibrationSamples | None:
+        if not parallel.is_leader:
+            return None
+        samples = read_samples(calibration, pretrained.config, pretrained.tokenizer)
+        if len(samples.tokens) < parallel.data_parallel_size:
+            count = len(samples.tokens)
+            raise UserError(f"{count} calibration samples cannot be divided over {parallel.data_parallel_size} ranks")
+        return samples
+
+    drawn: CalibrationSamples = parallel.broadcast_object(on_all_ranks(parallel, read))
+    return drawn
+
+
+def _stored_dtype(source: Checkpoint, dtype: str | None) -> torch.dtype:
+    if dtype is None:
+        return source.tensors[f"{layer_prefix(0)}fc1.weight"].dtype
+    check_dtype(dtype)
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
+def _described(samples: CalibrationSamples | None, seed: int) -> dict[str, Any]:
+    if samples is None:
+        return {}
+    lengths = [len(ids) for ids in samples.tokens]
+    return {
+        "data": Path(samples.source).name,
+        "sha256": samples.sha256,
+        "samples": len(lengths),
+        "tokens": sum(lengths),
+        "seed": seed,
+    }

@@ -1,0 +1,87 @@
+"""What the methods need to know of a linear layer's inputs, summed over calibration samples on any layout.
+
+I = inputs, s = tokens of a sample. A tensor parallel rank sums its columns of the second moments, and the ranks gather
+them at the end. Sums are kept in float64, so that neither the number of ranks nor the order of samples changes a bit of
+what is made of them but in the rarest case.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UserError
+from ..parallel.context import ParallelContext
+from .decoder_layer import RowRanks
+
+_COLUMNS = 1024  # of a sample's second moments that are made at once
+
+
+class InputStatistics:
+    """Statistics of what one or more linears read; `add` every sample of this rank, then `finish`, then read.
+
+    Attributes (whole after `finish`):
+        samples: number of them.
+        tokens: of all samples.
+        largest: float32 [I], the largest |x_j|.
+        squared_norms: float64 [I], sum of x_j^2 over the tokens.
+        positive: int64 [I], tokens with x_j > 0 (of fc2: for which the neuron fires).
+        hessian: float64 [I, I], A = (2 / samples) sum x x^T; None if it is not wanted.
+    """
+
+    def __init__(self, num_inputs: int, ranks: RowRanks, device: torch.device, *, with_hessian: bool) -> None:
+        self._ranks, self._own = ranks, ranks.own(num_inputs)
+        self.samples = self.tokens = 0
+        self.largest = torch.zeros(num_inputs, device=device)
+        self.squared_norms = torch.zeros(num_inputs, dtype=torch.float64, device=device)
+        self.positive = torch.zeros(num_inputs, dtype=torch.int64, device=device)
+        self.hessian: Tensor | None = None
+        if with_hessian:
+            own_columns = self._own.stop - self._own.start
+            self.hessian = torch.zeros(num_inputs, own_columns, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs of one sample, [s, I]."""
+        self.samples += 1
+        self.tokens += len(x)
+        torch.maximum(self.largest, x.abs().amax(0), out=self.largest)
+        self.squared_norms += torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square_()
+        self.positive += (x > 0).sum(0)
+        if self.hessian is not None:
+            own = x[:, self._own]
+            for sums, columns in zip(self.hessian.split(_COLUMNS, 1), own.split(_COLUMNS, 1), strict=True):
+                sums += x.t() @ columns
+
+    def finish(self, parallel: ParallelContext) -> None:
+        """Add what the other ranks have; called once, on all ranks of a pipeline stage."""
+        if parallel.data_parallel_size > 1:
+            self._sum_over_data_parallel_ranks()
+        if self.hessian is not None:
+            self.hessian *= 2 / self.samples
+            self.hessian = self._ranks.gather(self.hessian)
+
+    def _sum_over_data_parallel_ranks(self) -> None:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_data_parallel_group()
+        counts = torch.tensor([self.samples, self.tokens], device=self.largest.device)
+        for sums in (counts, self.squared_norms, self.positive, self.hessian):
+            if sums is not None:
+                dist.all_reduce(sums, group=group)
+        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX, group=group)
+        self.samples, self.tokens = counts.tolist()
+
+    @property
+    def firing(self) -> float:
+        """Share of all inputs of all tokens that are above zero."""
+        return float(self.positive.sum()) / (self.tokens * len(self.positive))
+
+    def check_finite(self, what: str) -> None:
+        """Raise UserError, which names `what` has these inputs, if one of them was not a finite number."""
+        broken = int((~self.squared_norms.isfinite()).sum())
+        if broken:
+            raise UserError(
+                f"{what}: {broken:,} of its {len(self.squared_norms):,} inputs are not finite over the calibration "
+                "samples: the checkpoint is damaged, or does not work in float32"
+            )
