@@ -28,6 +28,7 @@ class LinearReport:
 
     Attributes:
         name: the end of its canonical name, as fc1.
+        size: number of its weights.
         error: as GPTQ's and SparseGPT's programs report it; None of methods that make no such error.
         zeros: share of zeros.
         change: norm of the weights' change over the norm of the weights.
@@ -35,6 +36,7 @@ class LinearReport:
     """
 
     name: str
+    size: int
     error: float | None
     zeros: float
     change: float
@@ -156,6 +158,7 @@ def _report(
     total, zeros, count, changed, norm = sums.tolist()
     return LinearReport(
         name=name,
+        size=int(count),
         error=None if error is None else total,
         zeros=zeros / count,
         change=(changed / norm) ** 0.5 if norm else 0.0,

@@ -2,8 +2,8 @@
 
 Megatron divides out_proj and fc2 by columns and sums the products, so that the last bits of a layer's output, and with
 them the codes of weights that lie between two values, depend on the number of ranks. The methods here need whole rows,
-and the statistics need the whole inputs of these matrices in any case: with the inputs gathered, each output is one
-product of the same numbers at every layout.
+and the statistics need the whole inputs of these matrices in any case. With the inputs gathered, and products of as many
+rows as a head has, which every layout divides by, each output comes from the same call with the same numbers.
 
 s = tokens of one sample, H = hidden_size, F = ffn_hidden_size.
 """
@@ -138,7 +138,9 @@ class DecoderLayer:
         return self._ranks.gather(self._own_rows("fc2", neurons))
 
     def _own_rows(self, name: str, x: Tensor) -> Tensor:
-        return linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+        size = self._config.head_dim  # of a product: how a library sums may depend on the number of rows
+        weights, biases = (self.tensors[f"{name}.{kind}"].split(size) for kind in ("weight", "bias"))
+        return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]

@@ -157,7 +157,9 @@ class LayerPass:
         config, device = self._source.config, self._parallel.device
         widths = dict.fromkeys(READERS, config.hidden_size) | {"fc2": config.ffn_hidden_size}
         inputs = {
-            name: InputStatistics(width, self._ranks, device, with_hessian=with_hessian)
+            name: InputStatistics(
+                width, self._ranks, device, with_hessian=with_hessian, columns_at_once=config.head_dim
+            )
             for name, width in widths.items()
         }
         layer = DecoderLayer(config, tensors, self._ranks)

@@ -48,9 +48,9 @@ class CompressionReport:
 
     @property
     def zeros(self) -> float:
-        """Mean share of zeros in the linears."""
-        shares = [linear.zeros for layer in self.layers for linear in layer.linears]
-        return sum(shares) / len(shares) if shares else 0.0
+        """Share of zeros in all linears."""
+        linears = [linear for layer in self.layers for linear in layer.linears]
+        return sum(linear.zeros * linear.size for linear in linears) / sum(linear.size for linear in linears)
 
     @property
     def seconds(self) -> float:

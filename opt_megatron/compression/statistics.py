@@ -15,11 +15,13 @@ from ..errors import UserError
 from ..parallel.context import ParallelContext
 from .decoder_layer import RowRanks
 
-_COLUMNS = 1024  # of a sample's second moments that are made at once
-
 
 class InputStatistics:
     """Statistics of what one or more linears read; `add` every sample of this rank, then `finish`, then read.
+
+    Args:
+        with_hessian: sum the second moments, too.
+        columns_at_once: of them, in a product; one that every layout divides by makes the same products at each.
 
     Attributes (whole after `finish`):
         samples: number of them.
@@ -30,8 +32,10 @@ class InputStatistics:
         hessian: float64 [I, I], A = (2 / samples) sum x x^T; None if it is not wanted.
     """
 
-    def __init__(self, num_inputs: int, ranks: RowRanks, device: torch.device, *, with_hessian: bool) -> None:
-        self._ranks, self._own = ranks, ranks.own(num_inputs)
+    def __init__(
+        self, num_inputs: int, ranks: RowRanks, device: torch.device, *, with_hessian: bool, columns_at_once: int
+    ) -> None:
+        self._ranks, self._own, self._columns = ranks, ranks.own(num_inputs), columns_at_once
         self.samples = self.tokens = 0
         self.largest = torch.zeros(num_inputs, device=device)
         self.squared_norms = torch.zeros(num_inputs, dtype=torch.float64, device=device)
@@ -50,7 +54,7 @@ class InputStatistics:
         self.positive += (x > 0).sum(0)
         if self.hessian is not None:
             own = x[:, self._own]
-            for sums, columns in zip(self.hessian.split(_COLUMNS, 1), own.split(_COLUMNS, 1), strict=True):
+            for sums, columns in zip(self.hessian.split(self._columns, 1), own.split(self._columns, 1), strict=True):
                 sums += x.t() @ columns
 
     def finish(self, parallel: ParallelContext) -> None:
