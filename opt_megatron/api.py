@@ -304,7 +304,7 @@ class OPT(LoadedModel):
             dtype: of the weights that are written; by default the checkpoint's.
             force: replace a directory that is a checkpoint already.
             resume: continue what an interrupted run with the same source and settings has written.
-            on_linears: called with the number of linear layers, of six in a decoder layer, finished since its last call.
+            on_linears: called with the number of linear layers finished since its last call, six in a decoder layer.
 
         Raises:
             UserError: of any kind; the same one on every rank.

@@ -20,7 +20,7 @@ LAYERS = (
     {"checkpoint"},
     {"generation", "training"},
     {"pretrained", "weights", "inputs"},
-    {"loaded_model", "saving"},
+    {"loaded_model", "saving", "compression"},
     {"api"},
     {"analysis", "evaluation", "flagai", "serving"},
     {"cli"},
@@ -30,7 +30,8 @@ GENERATION_LAYERS = ({"engine_options", "sampling"}, {"generation_config", "requ
 # Modules that import neither torch nor Megatron-core, so that --help and the checks of arguments are instant.
 WITHOUT_TORCH = ("cli", "options", "config", "checkpoint.conversion_options", "checkpoint.formats.registry",
                  "checkpoint.memory_estimate", "generation.sampling.sampling_params", "model.linear_methods.registry",
-                 "training.options", "training.run_file", "data.jsonl", "data.options", "parallel.launch_environment",
+                 "training.options", "training.run_file", "compression.recipe", "compression.options",
+                 "data.jsonl", "data.options", "parallel.launch_environment",
                  "parallel.layout")  # fmt: skip
 
 

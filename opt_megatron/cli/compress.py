@@ -15,7 +15,7 @@ from .loading import lost_rank_policy, print_notices
 from .option_groups import Groups, add_groups, comparable_options
 
 HELP = "smooth, prune or quantise a checkpoint's weights by SmoothQuant, SparseGPT, Wanda or GPTQ"
-EXAMPLE = "opt-megatron compress --load opt-125m --save opt-125m-gptq4 --recipe gptq4-g128 --calibration-data train.jsonl"
+EXAMPLE = "opt-megatron compress --load opt-125m --save gptq4 --recipe gptq4-g128 --calibration-data train.jsonl"
 
 _MINUTES = 24 * 60  # that a pipeline stage may wait for those before it; lost ranks are noticed by their heartbeat
 

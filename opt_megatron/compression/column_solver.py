@@ -17,7 +17,6 @@ from torch import Tensor
 from ..errors import UserError
 from .recipe import BLOCK_COLUMNS
 
-
 _CHUNK = 2**20  # numbers that are reversed at once
 _INVERTED_COLUMNS = 512
 _PERMUTED_ROWS = 256

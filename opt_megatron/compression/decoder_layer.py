@@ -1,9 +1,9 @@
-"""One decoder layer in float32, of which a tensor parallel rank holds rows of every matrix, those of out_proj and fc2 too.
+"""One decoder layer in float32, of which a tensor parallel rank holds rows of every matrix, of out_proj and fc2 too.
 
 Megatron divides out_proj and fc2 by columns and sums the products, so that the last bits of a layer's output, and with
 them the codes of weights that lie between two values, depend on the number of ranks. The methods here need whole rows,
-and the statistics need the whole inputs of these matrices in any case. With the inputs gathered, and products of as many
-rows as a head has, which every layout divides by, each output comes from the same call with the same numbers.
+and the statistics need the whole inputs of these matrices in any case. With the inputs gathered, and products of as
+many rows as a head has, which every layout divides by, each output comes from the same call with the same numbers.
 
 s = tokens of one sample, H = hidden_size, F = ffn_hidden_size.
 """
@@ -20,7 +20,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.parameter_mapping import EMBEDDING, POSITIONS, PREFIX, canonical_shapes
 from ..checkpoint.storage.blocks import Block, whole
 from ..checkpoint.write import row_blocks
-from ..config import POSITION_OFFSET, OPTConfig
+from ..config import LAYERNORM_EPSILON, POSITION_OFFSET, OPTConfig
 from ..parallel.collectives import tensor_parallel_collectives
 from ..parallel.context import ParallelContext
 
@@ -33,7 +33,7 @@ READERS = {
 }
 LINEARS = tuple(name for names in READERS.values() for name in names)
 PROJECT_IN = f"{PREFIX}project_in.weight"
-_NORM_EPS = 1e-5
+
 
 # Called with the name of what is read, and its values [s, I].
 Observe = Callable[[str, Tensor], object]
@@ -123,9 +123,9 @@ class DecoderLayer:
 
     def _attention(self, x: Tensor, observe: Observe) -> Tensor:
         observe("attention", x)
-        scale = self._config.head_dim**-0.5
         query, key, value = (self._own_rows(f"self_attn.{name}_proj", x) for name in "qkv")
-        q, k, v = (tensor.unflatten(1, (-1, self._config.head_dim)).transpose(0, 1) for tensor in (query * scale, key, value))
+        query *= self._config.head_dim**-0.5
+        q, k, v = (tensor.unflatten(1, (-1, self._config.head_dim)).transpose(0, 1) for tensor in (query, key, value))
         heads = scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=1.0)[0]  # [n, s, d]
         values = self._ranks.gather(heads.transpose(0, 1).flatten(1))
         observe("out_proj", values)
@@ -144,7 +144,7 @@ class DecoderLayer:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        return layer_norm(x, (x.size(-1),), weight, bias, _NORM_EPS)
+        return layer_norm(x, (x.size(-1),), weight, bias, LAYERNORM_EPSILON)
 
 
 def embed(checkpoint: Checkpoint, samples: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -163,6 +163,4 @@ def embed(checkpoint: Checkpoint, samples: list[Tensor], device: torch.device) -
     if checkpoint.config.has_embedding_projection:
         table = linear(table, checkpoint.read(PROJECT_IN).float())
     positions = checkpoint.read(POSITIONS)[POSITION_OFFSET:].float()
-    return [
-        (table[torch.searchsorted(ids, sample.long())] + positions[: len(sample)]).to(device) for sample in samples
-    ]
+    return [(table[torch.searchsorted(ids, sample.long())] + positions[: len(sample)]).to(device) for sample in samples]

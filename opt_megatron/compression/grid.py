@@ -40,6 +40,16 @@ class Grid:
         zero = torch.full_like(scale, (highest + 1) / 2) if symmetric else (-low / scale).round_()
         return cls(scale, zero, highest)
 
+    @classmethod
+    def absmax(cls, weight: Tensor, bits: int) -> Grid:
+        """The grid of int8 kernels and SmoothQuant's program: the largest |w| of weights [..., n] on the largest value.
+
+        It is symmetric, and code 0 is not used.
+        """
+        half = 2 ** (bits - 1)
+        scale = weight.abs().amax(-1, keepdim=True).clamp_(min=1e-5) / (half - 1)
+        return cls(scale, torch.full_like(scale, half), 2 * half - 1)
+
     def codes(self, weight: Tensor) -> Tensor:
         """The codes of the nearest values, as floats, [..., n]."""
         return (weight / self.scale).round_().add_(self.zero).clamp_(0, self.highest)
@@ -84,8 +94,14 @@ def columns_per_group(quantize: Quantize, num_inputs: int) -> int:
 def round_to_nearest(weight: Tensor, quantize: Quantize) -> tuple[Tensor, GroupedGrids]:
     """Round every weight [O, I] by itself, and return the grids too."""
     parts = weight.split(columns_per_group(quantize, weight.size(1)), dim=1)
-    grids = [Grid.covering(part, quantize.bits, symmetric=quantize.symmetric) for part in parts]
+    grids = [_grid_of(part, quantize) for part in parts]
     rounded = torch.cat([grid.round(part) for grid, part in zip(grids, parts, strict=True)], 1)
     sizes = torch.tensor([part.size(1) for part in parts])
     group_of = torch.arange(len(parts)).repeat_interleave(sizes).to(weight.device)
     return rounded, GroupedGrids.join(grids, group_of, quantize.bits)
+
+
+def _grid_of(weight: Tensor, quantize: Quantize) -> Grid:
+    if quantize.method == "absmax":
+        return Grid.absmax(weight, quantize.bits)
+    return Grid.covering(weight, quantize.bits, symmetric=quantize.symmetric)

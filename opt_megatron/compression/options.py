@@ -41,7 +41,7 @@ class SavingOptions(Options):
 
     save: str = option(help="directory to write", metavar="DIR", required=True, is_path=True)
     recipe: str = option(
-        help="a ready recipe's name, a YAML file, or the steps: '[{\"quantize\": {\"bits\": 4}}]'",
+        help='a ready recipe\'s name, a YAML file, or the steps: \'[{"quantize": {"bits": 4}}]\'',
         metavar="RECIPE",
         required=True,
     )

@@ -70,7 +70,12 @@ class Prune(Options):
 class Quantize(Options):
     """Round weights to a grid of 2^bits values in every row, or in every group of a row's inputs."""
 
-    method: str = option("gptq", help="how weights are rounded", choices=("rtn", "gptq"))
+    method: str = option(
+        "gptq",
+        help="how weights are rounded: gptq, rtn (to nearest), or absmax, to nearest on the symmetric grid of int8 "
+        "kernels, which has no value for the lowest code",
+        choices=("rtn", "gptq", "absmax"),
+    )
     bits: int = option(4, help="bits of a weight", choices=(2, 3, 4, 8))
     group_size: int = option(WHOLE_ROW, help="inputs that share a grid; -1: a whole row")
     symmetric: bool = option(False, help="grids around zero")
@@ -82,8 +87,8 @@ class Quantize(Options):
         super().__post_init__()
         if self.group_size < 1 and self.group_size != WHOLE_ROW:
             raise UserError(f"group_size is {self.group_size}, but must be at least 1, or -1 for whole rows")
-        if self.method == "rtn" and (self.act_order or self.static_groups):
-            raise UserError("act_order and static_groups belong to gptq: rtn rounds every weight by itself")
+        if self.method != "gptq" and (self.act_order or self.static_groups):
+            raise UserError(f"act_order and static_groups belong to gptq: {self.method} rounds every weight by itself")
         if self.static_groups and self.group_size == WHOLE_ROW:
             raise UserError("static_groups needs a group_size")
 
@@ -108,7 +113,9 @@ class Recipe:
         if self.smooth is None and self.prune is None and self.quantize is None:
             raise UserError(f"the recipe has no step; there are {', '.join(_STEPS)}")
         if self._prunes_by("sparsegpt") and self.quantize is not None and self.quantize.act_order:
-            raise UserError("act_order cannot be combined with sparsegpt, which goes through the columns in their order")
+            raise UserError(
+                "act_order cannot be combined with sparsegpt, which goes through the columns in their order"
+            )
 
     def _prunes_by(self, method: str) -> bool:
         return self.prune is not None and self.prune.method == method
@@ -144,8 +151,8 @@ class Recipe:
 
 
 READY: dict[str, Recipe] = {
-    "int8-rtn": Recipe(quantize=Quantize(method="rtn", bits=8, symmetric=True)),
-    "int8-smooth": Recipe(smooth=Smooth(), quantize=Quantize(method="rtn", bits=8, symmetric=True)),
+    "int8": Recipe(quantize=Quantize(method="absmax", bits=8)),
+    "int8-smooth": Recipe(smooth=Smooth(), quantize=Quantize(method="absmax", bits=8)),
     "rtn4-g128": Recipe(quantize=Quantize(method="rtn", group_size=128)),
     "gptq4": Recipe(quantize=Quantize()),
     "gptq4-g128": Recipe(quantize=Quantize(group_size=128)),

@@ -1,8 +1,8 @@
 """Calibration samples, drawn as the methods' own programs draw them (IST-DASLab/gptq and sparsegpt, locuslab/wanda).
 
-    a text, or JSON lines with "text"    joined by blank lines and tokenised as one text; starts drawn with a seed
-    JSON lines with "tokens"             each a window of ids, used as it is, the first ones
-    a directory like C4's                a document drawn until one is long enough, then a start in it
+a text, or JSON lines with "text"    joined by blank lines and tokenised as one text; starts drawn with a seed
+JSON lines with "tokens"             each a window of ids, used as it is, the first ones
+a directory like C4's                a document drawn until one is long enough, then a start in it
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _from_text(text: str, length: int, options: CalibrationOptions, tokenizer: O
     ids = tokenizer.encode(text)
     if len(ids) < length + 2:  # as the references draw: the last start leaves a token
         raise UserError(
-            f"--calibration-data {options.calibration_data} has {len(ids):,} tokens, too few for samples of {length:,}: "
-            "give more text, or a smaller --calibration-length"
+            f"--calibration-data {options.calibration_data} has {len(ids):,} tokens, too few for samples of "
+            f"{length:,}: give more text, or a smaller --calibration-length"
         )
     generator = random.Random(options.seed)
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(options.num_samples)]
@@ -122,13 +122,13 @@ def _documents_of(directory: Path, options: CalibrationOptions) -> list[str]:
     training = [file for file in names if "train" in file.name] or names
     if not training:
         raise UserError(f"--calibration-data {directory}: has no .json or .jsonl files (or .gz of them)")
+    file, key = str(training[0]), options.json_key
     try:
-        read = parse_lines([str(training[0])], lambda line: get_string(parse_object(line), options.json_key), BadLines())
-        documents = list(read)
+        documents = list(parse_lines([file], lambda line: get_string(parse_object(line), key), BadLines()))
     except OSError as error:
-        raise UserError(f"--calibration-data {training[0]}: cannot be read: {error.strerror}") from None
+        raise UserError(f"--calibration-data {file}: cannot be read: {error.strerror}") from None
     if not documents:
-        raise UserError(f"--calibration-data {training[0]}: no line is an object with a text under {options.json_key!r}")
+        raise UserError(f"--calibration-data {file}: no line has a text under {key!r} (--json-key names another)")
     return documents
 
 
@@ -178,6 +178,4 @@ def _text(path: Path, line: tuple[int, dict[str, Any]], key: str) -> str:
     try:
         return get_string(line[1], key)
     except ValueError as error:
-        raise UserError(
-            f"--calibration-data {path}, line {line[0]}: {error} (--json-key names another key)"
-        ) from None
+        raise UserError(f"--calibration-data {path}, line {line[0]}: {error} (--json-key names another key)") from None

@@ -1,7 +1,7 @@
 """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): weights are pruned, and rounded, with later ones making up.
 
 As in the authors' program (IST-DASLab/sparsegpt): scores come from the updated weights, a share is chosen for each
-block of 128 columns over all rows, and weights that stay are rounded in the same elimination where quantisation follows.
+block of 128 columns over all rows, and what stays is rounded in the same elimination where quantisation follows.
 """
 
 from __future__ import annotations
