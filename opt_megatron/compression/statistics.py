@@ -15,6 +15,8 @@ from ..errors import UserError
 from ..parallel.context import ParallelContext
 from .decoder_layer import RowRanks
 
+_MIRRORED = 512  # columns that are copied at once
+
 
 class InputStatistics:
     """Statistics of what one or more linears read; `add` every sample of this rank, then `finish`, then read.
@@ -53,9 +55,10 @@ class InputStatistics:
         self.squared_norms += torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square_()
         self.positive += (x > 0).sum(0)
         if self.hessian is not None:
-            own = x[:, self._own]
-            for sums, columns in zip(self.hessian.split(self._columns, 1), own.split(self._columns, 1), strict=True):
-                sums += x.t() @ columns
+            for start in range(self._own.start, self._own.stop, self._columns):
+                stop = min(start + self._columns, self._own.stop)
+                sums = self.hessian[:stop, start - self._own.start : stop - self._own.start]
+                sums += x[:, :stop].t() @ x[:, start:stop]  # the rest follows from the symmetry
 
     def finish(self, parallel: ParallelContext) -> None:
         """Add what the other ranks have; called once, on all ranks of a pipeline stage."""
@@ -64,6 +67,7 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian *= 2 / self.samples
             self.hessian = self._ranks.gather(self.hessian)
+            _mirror(self.hessian)
 
     def _sum_over_data_parallel_ranks(self) -> None:
         from megatron.core import parallel_state
@@ -89,3 +93,12 @@ class InputStatistics:
                 f"{what}: {broken:,} of its {len(self.squared_norms):,} inputs are not finite over the calibration "
                 "samples: the checkpoint is damaged, or does not work in float32"
             )
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy what is above the diagonal of a square matrix to below it, some columns at a time."""
+    for start in range(0, len(matrix), _MIRRORED):
+        own = slice(start, start + _MIRRORED)
+        matrix[own.stop :, own] = matrix[own, own.stop :].t()
+        corner = matrix[own, own]
+        corner.copy_(corner.triu() + corner.triu(1).t())

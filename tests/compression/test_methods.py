@@ -23,12 +23,12 @@ def alone(tensor):
     return tensor
 
 
-def problem(rows=24, inputs=300, seed=0):
+def problem(rows=24, inputs=600, seed=0):
     """A weight, inputs [tokens, I] of which two are dead, and their second moments."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, inputs, generator=generator)
     mixing = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
-    x = torch.randn(500, inputs, generator=generator) @ mixing
+    x = torch.randn(900, inputs, generator=generator) @ mixing
     x[:, [5, 200]] = 0
     return weight, x, 2 * (x.double().t() @ x.double())
 
@@ -81,7 +81,7 @@ def test_gptq_is_its_definition(size):
     expected, error = by_definition(weight, hessian, size=size)
     solved = gptq(weight, Curvature.of(hessian, 0.01), Quantize(bits=BITS, group_size=size or -1))
     assert agree(solved.weight, expected) and solved.error == pytest.approx(error, rel=1e-3)
-    assert solved.grids.scales.shape == (24, 1 if size is None else -(-300 // size))
+    assert solved.grids.scales.shape == (24, 1 if size is None else -(-600 // size))
     codes = solved.grids.codes(solved.weight)
     group = solved.grids.group_of
     again = (codes - solved.grids.zeros[:, group]) * solved.grids.scales[:, group]
@@ -101,7 +101,7 @@ def test_gptq_in_the_order_of_activations(static):
         expected, error = by_definition(weight[:, order], hessian[order][:, order], size=None)
         assert agree(solved.weight[:, order], expected) and solved.error == pytest.approx(error, rel=1e-3)
         return
-    assert torch.equal(solved.grids.group_of, torch.arange(300) // 64)
+    assert torch.equal(solved.grids.group_of, torch.arange(600) // 64)
     alive = weight.clone()
     alive[:, [5, 200]] = 0
     assert torch.equal(solved.grids.scales, round_to_nearest(alive, Quantize(bits=BITS, group_size=64))[1].scales)
@@ -128,7 +128,7 @@ def test_factor_of_second_moments():
     expected, dead = inverse_factor(hessian)
     made = Curvature.of(hessian.clone(), 0.01)
     assert torch.equal(made.dead, dead) and int(dead.sum()) == 2
-    assert (made.factor - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert torch.allclose(made.factor, expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(NotPositiveDefiniteError, match=r"with a damping of 0\.01: raise it"):
         upper_factor(-torch.eye(4, dtype=torch.float64), 0.01)
 
@@ -138,7 +138,7 @@ def test_wanda_and_magnitude_masks():
     norms = x.square().sum(0)
     scores = weight.abs() * norms.sqrt()
     mask = wanda_mask(weight, norms, Prune(method="wanda", sparsity=0.5))
-    assert (mask.sum(1) == 150).all()
+    assert (mask.sum(1) == 300).all()
     assert all(scores[row][mask[row]].max() <= scores[row][~mask[row]].min() for row in range(24))
     mask = magnitude_mask(weight, Prune(method="magnitude", pattern="2:4"), alone)
     assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
