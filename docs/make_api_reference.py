@@ -37,6 +37,9 @@ PUBLIC = (
     ("opt_megatron.checkpoint.formats.registry", ("open_checkpoint",)),
     ("opt_megatron.checkpoint.load", ("load_model",)),
     ("opt_megatron.checkpoint.convert", ("convert",)),
+    ("opt_megatron.compression.options", ("CalibrationOptions",)),
+    ("opt_megatron.compression.recipe", ("Recipe", "find_recipe")),
+    ("opt_megatron.compression.report", ("CompressionReport", "LayerReport")),
     ("opt_megatron.flagai", ("AutoLoader", "Predictor", "mpu")),
 )
 _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises):")
