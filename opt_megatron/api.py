@@ -286,6 +286,7 @@ class OPT(LoadedModel):
         recipe: str | Recipe | Mapping[str, Any] | Sequence[Any],
         calibration: CalibrationOptions | None = None,
         *,
+        to: str = "hf",
         dtype: str | None = None,
         force: bool = False,
         resume: bool = False,
@@ -301,7 +302,8 @@ class OPT(LoadedModel):
         Args:
             recipe: a ready recipe's name, a YAML file, or the steps, as [{"quantize": {"bits": 4}}].
             calibration: which samples; not needed for recipes of rounding to nearest or magnitude pruning.
-            dtype: of the weights that are written; by default the checkpoint's.
+            to: "hf", weights as floats that every program loads, or "gptq", integers in GPTQ's published layout.
+            dtype: of the floats that are written; by default the checkpoint's.
             force: replace a directory that is a checkpoint already.
             resume: continue what an interrupted run with the same source and settings has written.
             on_linears: called with the number of linear layers finished since its last call, six in a decoder layer.
@@ -314,6 +316,7 @@ class OPT(LoadedModel):
             Path(directory).expanduser(),
             on_all_ranks(self.parallel, lambda: find_recipe(recipe)),
             calibration or CalibrationOptions(),
+            to=to,
             dtype=dtype,
             force=force,
             resume=resume,

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from ..errors import UserError, shorten
-from .formats.format import OutputFormat
 from .formats.registry import all_formats, is_checkpoint
 
 # Files of any checkpoint's directory, besides those of its format.
@@ -54,7 +53,7 @@ def check_target(source: Path, target: Path, force: bool) -> None:
 def _strange_names(directory: Path) -> list[str]:
     """The files below a directory, as relative paths, that its format does not have: they would be lost with it."""
     found = next((known for known in all_formats() if known.detect(directory)), None)
-    known = f"{_COMMON_NAMES}|{found.file_names}" if isinstance(found, OutputFormat) else _COMMON_NAMES
+    known = f"{_COMMON_NAMES}|{found.file_names}" if found is not None and found.file_names else _COMMON_NAMES
     files = [child for child in directory.rglob("*") if child.is_symlink() or not child.is_dir()]
     names = (file.relative_to(directory).as_posix() for file in files)
     return sorted(name for name in names if not re.fullmatch(known, name))

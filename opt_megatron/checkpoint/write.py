@@ -29,7 +29,7 @@ from .storage.torch_writer import TensorPlaceholder, create_torch_file
 
 # Larger writes make the kernel look for larger pages, and take up to four times as long.
 _WRITE_BYTES = 2**18
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
             args.save,
             recipe,
             from_arguments(CalibrationOptions, args),
+            to=args.to,
             dtype=args.dtype,
             force=args.force,
             resume=args.resume,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import UserError
 from .column_solver import Curvature, NotPositiveDefiniteError
 from .decoder_layer import READERS, RowRanks
 from .gptq import Solved, gptq
-from .grid import round_to_nearest
+from .grid import GroupedGrids, round_to_nearest
 from .magnitude import magnitude_mask
 from .recipe import Prune, Recipe
 from .smoothquant import smoothing_factors
@@ -75,7 +76,8 @@ def compress_layer(
     ranks: RowRanks,
     dtype: torch.dtype,
     where: str,
-) -> list[LinearReport]:
+    scales: torch.dtype | None = None,
+) -> tuple[list[LinearReport], dict[str, GroupedGrids]]:
     """Prune and quantise the linears of a layer; called on all ranks that hold rows of them.
 
     Args:
@@ -84,20 +86,27 @@ def compress_layer(
             needs any.
         dtype: in which the weights will be stored.
         where: names the layer in messages.
+        scales: the weights will be stored as integers with scales of this dtype; None: as floats.
+
+    Returns:
+        a report of every linear, and the grids of those that were quantised.
 
     Raises:
         UserError: a Hessian cannot be factored; on all of these ranks.
     """
-    reports = []
+    reports, grids = [], {}
     for read, names in READERS.items():
         statistics = inputs.pop(read, None)
         curvature = _curvature(recipe, statistics, f"{where}, {names[0]}")
         for name in names:
             began, weight = time.monotonic(), tensors[f"{name}.weight"]
             solved = _compress_linear(weight, statistics, curvature, recipe, ranks)
-            tensors[f"{name}.weight"] = solved.weight.to(dtype).float()
+            if scales is not None and solved.grids is not None:
+                tensors[f"{name}.weight"], grids[name] = solved.grids.in_dtype(solved.weight, scales)
+            else:
+                tensors[f"{name}.weight"] = solved.weight.to(dtype).float()
             reports.append(_report(name, solved.error, weight, tensors[f"{name}.weight"], began, ranks))
-    return reports
+    return reports, grids
 
 
 def _curvature(recipe: Recipe, statistics: InputStatistics | None, where: str) -> Curvature | None:
@@ -151,8 +160,8 @@ def _report(
         error or 0.0,
         float((after == 0).sum()),
         float(after.numel()),
-        float((after - before).square().sum(dtype=torch.float64)),
-        float(before.square().sum(dtype=torch.float64)),
+        float(torch.linalg.vector_norm(after - before)) ** 2,
+        float(torch.linalg.vector_norm(before)) ** 2,
     ]
     sums = ranks.sum(torch.tensor(numbers, dtype=torch.float64, device=before.device))
     total, zeros, count, changed, norm = sums.tolist()
@@ -166,13 +175,14 @@ def _report(
     )
 
 
-def round_to_dtype(tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
-    """Round a layer's float32 tensors to the values that are stored, so that what follows is calibrated on those.
+def round_to_dtype(tensors: dict[str, Tensor], names: Iterable[str], dtype: torch.dtype, where: str) -> None:
+    """Round some float32 tensors of a layer to the values that are stored: what follows is calibrated on those.
 
     Raises:
         UserError: a value is too large for `dtype`.
     """
-    for name, tensor in tensors.items():
+    for name in names:
+        tensor = tensors[name]
         stored = tensor.to(dtype).float()
         if not stored.isfinite().all():
             largest = float(tensor.abs().max())

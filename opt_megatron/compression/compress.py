@@ -22,6 +22,7 @@ from .recipe import Recipe
 from .report import CompressionReport
 from .samples import CalibrationSamples, read_samples
 from .stored_layers import StoredLayers
+from .stored_layout import make_layout
 
 
 def compress_pretrained(
@@ -30,17 +31,19 @@ def compress_pretrained(
     recipe: Recipe,
     calibration: CalibrationOptions,
     *,
+    to: str = "hf",
     dtype: str | None = None,
     force: bool = False,
     resume: bool = False,
     on_linears: Callable[[int], object] = lambda count: None,
 ) -> CompressionReport:
-    """Write a compressed copy of an opened checkpoint as a Hugging Face directory; called on every rank.
+    """Write a compressed copy of an opened checkpoint; called on every rank.
 
     Args:
         target: the directory to write.
         calibration: where samples come from, if the recipe needs any. The leader reads them.
-        dtype: of the weights that are written; by default the checkpoint's.
+        to: "hf", weights as floats, or "gptq", as integers.
+        dtype: of the floats that are written; by default the checkpoint's.
         force: replace a target that is a checkpoint already.
         resume: continue what an interrupted run with the same source and settings has written.
         on_linears: called with the number of linears that have been finished since the last call.
@@ -54,8 +57,9 @@ def compress_pretrained(
     parallel, source = pretrained.parallel, pretrained.checkpoint
     if source is None:
         raise UserError(f"{pretrained.name} was not opened from a checkpoint, so there is nothing to compress")
+    options = ConversionOptions(to="hf", dtype=dtype)
+    layout = make_layout(to, source, _stored_dtype(source, dtype), options, recipe)
     samples = _samples(pretrained, recipe, calibration)
-    stored_dtype = _stored_dtype(source, dtype)
     settings = {"recipe": recipe.to_list(), "calibration": _described(samples, calibration.seed)}
 
     def make() -> OutputDirectory:
@@ -63,15 +67,15 @@ def compress_pretrained(
             source,
             target,
             settings,
-            dtype=stored_dtype,
-            options=ConversionOptions(to="hf", dtype=dtype),
+            layout,
+            options=options,
             tokenizer=pretrained.tokenizer_directory,
             force=force,
             resume=resume,
         )
 
-    with StoredLayers.open(make, source.config, parallel, stored_dtype) as stored:
-        LayerPass(source, recipe, parallel, samples, stored, stored_dtype, on_linears).run()
+    with StoredLayers.open(make, layout, parallel) as stored:
+        LayerPass(source, recipe, parallel, samples, stored, on_linears).run()
         return stored.publish()
 
 

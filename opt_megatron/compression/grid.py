@@ -6,7 +6,7 @@ stays exactly zero, scale and zero point are floats, and halves are rounded to e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,12 @@ class GroupedGrids:
         """uint8 [O, I], the codes of weights that are on the grids."""
         scales, zeros = self.scales[:, self.group_of], self.zeros[:, self.group_of]
         return (rounded / scales + zeros).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def in_dtype(self, rounded: Tensor, dtype: torch.dtype) -> tuple[Tensor, GroupedGrids]:
+        """Weights with the same codes on grids whose scales `dtype` holds, and these grids."""
+        grids = replace(self, scales=self.scales.to(dtype).float())
+        scales, zeros = grids.scales[:, self.group_of], self.zeros[:, self.group_of]
+        return (self.codes(rounded) - zeros) * scales, grids
 
 
 def columns_per_group(quantize: Quantize, num_inputs: int) -> int:

@@ -38,7 +38,6 @@ class LayerPass:
         source: the checkpoint that is compressed.
         samples: None if the recipe needs none.
         stored: takes the finished layers.
-        dtype: of the stored tensors.
         on_linears: called with the number of linears that have been finished since the last call.
     """
 
@@ -49,11 +48,10 @@ class LayerPass:
         parallel: ParallelContext,
         samples: CalibrationSamples | None,
         stored: StoredLayers,
-        dtype: torch.dtype,
         on_linears: Callable[[int], object],
     ) -> None:
         self._source, self._recipe, self._parallel, self._stored = source, recipe, parallel, stored
-        self._dtype, self._on_linears = dtype, on_linears
+        self._layout, self._on_linears = stored.layout, on_linears
         self._ranks = RowRanks(parallel)
         own = () if samples is None else samples.tokens[parallel.data_parallel_rank :: parallel.data_parallel_size]
         self._samples = [torch.tensor(ids) for ids in own]
@@ -110,10 +108,11 @@ class LayerPass:
     def _compress(self, number: int, stage: int) -> None:
         began = time.monotonic()
         tensors = self._read(number, stage)
-        report = on_all_ranks(
+        made = on_all_ranks(
             self._parallel, lambda: None if tensors is None else self._compress_own(number, tensors, began)
         )
-        self._stored.write(number, tensors, report, stage)
+        part, report = (None, None) if made is None else made
+        self._stored.write(number, part, report, stage)
         if tensors is not None and self._compressed is not None:
             self._advance(self._compressed, number, tensors)
 
@@ -125,7 +124,10 @@ class LayerPass:
             self._parallel, lambda: read_layer(self._source, number, self._ranks, device) if is_own else None
         )
 
-    def _compress_own(self, number: int, tensors: dict[str, Tensor], began: float) -> LayerReport:
+    def _compress_own(
+        self, number: int, tensors: dict[str, Tensor], began: float
+    ) -> tuple[dict[str, Tensor], LayerReport]:
+        """Compress this rank's part of a layer; returns what is stored of it, and the report."""
         recipe, where, firing = self._recipe, f"layer {number}", None
         inputs: dict[str, InputStatistics] = {}
         if self._original is not None:
@@ -136,9 +138,12 @@ class LayerPass:
             inputs = self._observe(self._compressed, number, tensors, with_hessian=recipe.needs_hessian)
         if inputs:
             firing = inputs["fc2"].firing
-        linears = compress_layer(tensors, inputs, recipe, self._ranks, self._dtype, where)
-        round_to_dtype(tensors, self._dtype, where)
-        return LayerReport(number, tuple(linears), firing, time.monotonic() - began)
+        layout = self._layout
+        linears, grids = compress_layer(tensors, inputs, recipe, self._ranks, layout.dtype, where, layout.scales)
+        floats = tensors.keys() - {f"{name}.weight" for name in grids if layout.scales is not None}
+        round_to_dtype(tensors, floats, layout.dtype, where)
+        report = LayerReport(number, tuple(linears), firing, time.monotonic() - began)
+        return layout.own_part(tensors, grids), report
 
     def _observe(
         self,

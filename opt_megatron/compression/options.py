@@ -45,8 +45,13 @@ class SavingOptions(Options):
         metavar="RECIPE",
         required=True,
     )
+    to: str = option(
+        "hf",
+        help="hf: weights as floats, which every program loads; gptq: packed integers in GPTQ's published layout",
+        choices=("hf", "gptq"),
+    )
     dtype: str | None = option(
-        None, help="of the weights that are written: float32, float16 or bfloat16", default_text="the checkpoint's"
+        None, help="of the floats that are written: float32, float16 or bfloat16", default_text="the checkpoint's"
     )
     force: bool = option(False, help="replace the directory if it is a checkpoint already")
     resume: bool = option(False, help="continue what an interrupted run with the same options has written")

@@ -6,29 +6,30 @@ Everything here runs on the leader alone.
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.conversion_options import ConversionOptions
 from ..checkpoint.conversion_target import check_target, resolve_target
-from ..checkpoint.convert import output_files, source_fingerprint, write_config_and_tokenizer
-from ..checkpoint.formats.huggingface import FORMAT
+from ..checkpoint.convert import source_fingerprint, write_config_and_tokenizer
+from ..checkpoint.formats import huggingface
+from ..checkpoint.formats.gptq import QUANTIZE_CONFIG
 from ..checkpoint.manifest import write_manifest
 from ..checkpoint.parameter_mapping import canonical_shapes
 from ..checkpoint.storage.lazy_tensor import wrap_tensor
-from ..checkpoint.write import create_files, write_tensors
+from ..checkpoint.write import create_files, tensor_hash, write_tensors
 from ..config import dtype_name
 from ..errors import MissingPackageError
-from ..files import PartialDirectory, recover_directory, write_text_atomically
-from .decoder_layer import layer_prefix, layer_shapes
+from ..files import PartialDirectory, read_text, recover_directory, write_text_atomically
 from .report import REPORT_JSON, CompressionReport, LayerReport, read_layers, write_report
+from .stored_layout import StoredLayout
 
 
 class OutputDirectory:
@@ -38,7 +39,7 @@ class OutputDirectory:
         source: the checkpoint that is compressed.
         target: the directory to write.
         settings: recipe and calibration, for the manifest; a run is resumed only if they are the same.
-        dtype: of the layers' tensors.
+        layout: in which form the layers are stored.
         options: of what is written besides.
         tokenizer: directory of tokenizer files to copy; by default the source's.
         force: replace a target that is a checkpoint already.
@@ -53,26 +54,31 @@ class OutputDirectory:
         source: Checkpoint,
         target: Path,
         settings: dict[str, Any],
+        layout: StoredLayout,
         *,
-        dtype: torch.dtype,
         options: ConversionOptions,
         tokenizer: Path | None,
         force: bool,
         resume: bool,
     ) -> None:
         self.layers: list[LayerReport] = []
-        self._source, self._settings, self._dtype, self._options = source, settings, dtype, options
+        self._source, self._settings, self._layout, self._options = source, settings, layout, options
         self._tokenizer, self._force = tokenizer, force
         target = resolve_target(target)
         recover_directory(target)
         check_target(source.path, target, force)
-        fingerprint = {**source_fingerprint(source), **settings, "dtype": dtype_name(dtype)}
+        fingerprint = {
+            **source_fingerprint(source),
+            **settings,
+            "dtype": dtype_name(layout.dtype),
+            "layout": layout.format.title,
+        }
         self._partial = PartialDirectory(target, fingerprint, resume=resume, fsync=True)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._partial)
-            files = output_files(self._source, self._options, self._dtype_of)
+            files = self._layout.output_files()
             self._files = files
             self._destinations, is_complete = create_files(self._partial.path, files)
             if not is_complete:
@@ -87,15 +93,16 @@ class OutputDirectory:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def write_layer(self, tensors: dict[str, Tensor], report: LayerReport) -> None:
-        """Write a layer's whole tensors, by their canonical names, and note that it is complete."""
-        self._write({name: wrap_tensor(tensor.to(self._dtype_of(name))) for name, tensor in tensors.items()})
+    def write_layer(self, sent: dict[str, Tensor], report: LayerReport) -> None:
+        """Write the next layer, from the whole tensors that `StoredLayout.sent` names, and note that it is complete."""
+        stored = self._layout.stored(len(self.layers), sent)
+        self._write({name: wrap_tensor(tensor) for name, tensor in stored.items()})
         self.layers.append(report)
         write_text_atomically(self._partial.path / REPORT_JSON, self._report().to_json())
         self._partial.flush()
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor of a layer that is complete.
+        """A whole canonical tensor of a layer that is complete.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -105,11 +112,14 @@ class OutputDirectory:
     def publish(self) -> CompressionReport:
         """Write config, tokenizer, manifest and report, and give the directory its name."""
         directory, report = self._partial.path, self._report()
-        for name, text in FORMAT.text_files(self._source, self._files).items():
+        for name, text in huggingface.FORMAT.text_files(self._source, self._files).items():
             write_text_atomically(directory / name, text)
         config = write_config_and_tokenizer(self._source, self._tokenizer, directory, self._options)
-        dtypes = {name: dtype_name(self._dtype_of(name)) for name in self._source.tensors}
-        write_manifest(directory, self._source, config, self._settings, dtypes, self._partial.done)
+        self._write_settings(directory)
+        written = self._written
+        dtypes = {name: dtype_name(tensor.dtype) for name, tensor in written.tensors.items()}
+        hashes = {name: self._partial.done.get(name) or tensor_hash(written, name) for name in written.tensors}
+        write_manifest(directory, self._source, config, self._settings, dtypes, hashes)
         try:
             write_report(report, directory)
         except MissingPackageError as error:
@@ -119,12 +129,23 @@ class OutputDirectory:
 
     @cached_property
     def _written(self) -> Checkpoint:
-        return FORMAT.open(self._partial.path, self._source.config)
+        self._write_settings(self._partial.path)
+        return self._layout.format.open(self._partial.path, self._source.config)
+
+    def _write_settings(self, directory: Path) -> None:
+        """Write what readers of integers look for, beside the weights and in config.json, if that is there."""
+        settings, config = self._layout.settings(), directory / "config.json"
+        if settings is None:
+            return
+        write_text_atomically(directory / QUANTIZE_CONFIG, json.dumps(settings, indent=2) + "\n")
+        if config.is_file():
+            content = json.loads(read_text(config)) | {"quantization_config": settings}
+            write_text_atomically(config, json.dumps(content, indent=2) + "\n")
 
     def _find_finished_layers(self) -> None:
         reports = read_layers(self._partial.path) if (self._partial.path / REPORT_JSON).is_file() else ()
         for number, report in enumerate(reports):
-            names = [layer_prefix(number) + name for name in layer_shapes(self._source.config, number)]
+            names = self._layout.stored_names(number)
             if not all(name in self._partial.done for name in names):
                 return
             self.layers.append(report)
@@ -143,11 +164,6 @@ class OutputDirectory:
             on_tensor=self._partial.record,
             progress=lambda num_bytes: None,
         )
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """In which a tensor is stored: the layers' in one dtype, the others as they were if none was asked for."""
-        is_of_layer = ".layers." in name
-        return self._dtype if is_of_layer or self._options.dtype is not None else self._source.tensors[name].dtype
 
     def _report(self) -> CompressionReport:
         settings, config = self._settings, self._source.config

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import OPTConfig
 from ..parallel.context import LEADER, ParallelContext, on_all_ranks
 from .decoder_layer import LINEARS, RowRanks, layer_prefix, layer_shapes, own_block
 from .output_directory import OutputDirectory
 from .report import CompressionReport, LayerReport
+from .stored_layout import SentTensor, StoredLayout
 
 T = TypeVar("T")
 
@@ -27,20 +27,18 @@ class StoredLayers:
 
     Args:
         output: on the leader; None on the others.
-        dtype: of the layers' tensors.
+        layout: in which form the layers are stored.
     """
 
-    def __init__(
-        self, output: OutputDirectory | None, config: OPTConfig, parallel: ParallelContext, dtype: torch.dtype
-    ) -> None:
-        self._output, self._config, self._parallel, self._dtype = output, config, parallel, dtype
+    def __init__(self, output: OutputDirectory | None, layout: StoredLayout, parallel: ParallelContext) -> None:
+        self._output, self.layout, self._parallel = output, layout, parallel
         self._ranks = RowRanks(parallel)
         self.num_finished: int = parallel.broadcast_object(len(output.layers) if output is not None else None)
 
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, make: Callable[[], OutputDirectory], config: OPTConfig, parallel: ParallelContext, dtype: torch.dtype
+        cls, make: Callable[[], OutputDirectory], layout: StoredLayout, parallel: ParallelContext
     ) -> Iterator[StoredLayers]:
         """Within the block, layers can be written and read.
 
@@ -52,13 +50,13 @@ class StoredLayers:
         """
         with contextlib.ExitStack() as stack:
             output = on_all_ranks(parallel, lambda: stack.enter_context(make()) if parallel.is_leader else None)
-            yield cls(output, config, parallel, dtype)
+            yield cls(output, layout, parallel)
 
-    def write(self, number: int, tensors: dict[str, Tensor] | None, report: LayerReport | None, stage: int) -> None:
+    def write(self, number: int, part: dict[str, Tensor] | None, report: LayerReport | None, stage: int) -> None:
         """Store a layer.
 
         Args:
-            tensors: this rank's part of it, on the ranks of its pipeline stage.
+            part: this rank's part of what `StoredLayout.sent` names, on the ranks of the layer's pipeline stage.
             report: on the same ranks.
             stage: the pipeline stage that has the layer.
 
@@ -67,11 +65,11 @@ class StoredLayers:
         """
         reports = self._parallel.gather_objects(report)
         whole: dict[str, Tensor] = {}
-        for name, shape in layer_shapes(self._config, number).items():
-            own = None if tensors is None else tensors[name].to("cpu", self._dtype).contiguous()
-            collected = self._collect(name, shape, own, stage)
+        for name, sent in self.layout.sent(number).items():
+            own = None if part is None else part.pop(name).to("cpu").contiguous()
+            collected = self._collect(sent, own, stage)
             if collected is not None:
-                whole[layer_prefix(number) + name] = collected
+                whole[name] = collected
         made = next(one for one in reports if one is not None)
         self._on_leader(lambda output: output.write_layer(whole, made))
 
@@ -81,11 +79,13 @@ class StoredLayers:
         Raises:
             CheckpointError: it cannot be read; the same one on every rank.
         """
-        names = {name: layer_prefix(number) + name for name in layer_shapes(self._config, number)}
-        read = self._on_leader(lambda output: {name: output.read(full) for name, full in names.items()})
+        shapes = layer_shapes(self.layout.config, number)
+        read = self._on_leader(lambda output: {name: output.read(layer_prefix(number) + name) for name in shapes})
         tensors = {}
-        for name, shape in layer_shapes(self._config, number).items():
-            values = torch.empty(shape, dtype=self._dtype) if read is None else read[name].contiguous()
+        for name, shape in shapes.items():
+            is_weight = name.endswith(".weight") and name.rpartition(".")[0] in LINEARS
+            dtype = self.layout.read_dtype if is_weight else self.layout.dtype
+            values = torch.empty(shape, dtype=dtype) if read is None else read[name].contiguous()
             dist.broadcast(values.view(torch.uint8), LEADER, group=self._parallel.control_group)
             if stage == self._parallel.pipeline_model_parallel_rank:
                 own = values[own_block(name, shape, self._ranks)]
@@ -106,9 +106,9 @@ class StoredLayers:
         output = self._output
         return on_all_ranks(self._parallel, lambda: None if output is None else action(output))
 
-    def _collect(self, name: str, shape: tuple[int, ...], own: Tensor | None, stage: int) -> Tensor | None:
+    def _collect(self, sent: SentTensor, own: Tensor | None, stage: int) -> Tensor | None:
         """The whole tensor on the leader, from the parts of the stage's tensor parallel ranks."""
-        size = self._ranks.size if name.rpartition(".")[0] in LINEARS else 1
+        size = self._ranks.size if sent.has_rows else 1
         first, group = stage * self._parallel.pipeline_stride, self._parallel.control_group
         parts = []
         for rank in range(first, first + size):
@@ -117,7 +117,7 @@ class StoredLayers:
             elif self._parallel.rank == rank == LEADER and own is not None:
                 parts.append(own)
             elif self._parallel.is_leader:
-                part = torch.empty((shape[0] // size, *shape[1:]), dtype=self._dtype)
+                part = torch.empty((sent.shape[0] // size, *sent.shape[1:]), dtype=sent.dtype)
                 dist.recv(part.view(torch.uint8), rank, group=group)
                 parts.append(part)
         return torch.cat(parts) if parts else None

@@ -26,9 +26,13 @@ class Format(ABC):
         detection_rank: `detect` is called in this order, lowest first, and the first format that returns
             True is used: formats with special file names come before those with general ones.
         model_file_suffixes: suffixes of a single file that is a whole model.
+        file_names: a regular expression of the files, as paths relative to its directory, that it consists of besides
+            config.json, the tokenizer's and the like. Only a directory that holds nothing else is replaced by --force,
+            and none of a format that this program does not write.
     """
 
     title: ClassVar[str]
+    file_names: ClassVar[str] = ""
     detection_rank: ClassVar[int]
     model_file_suffixes: ClassVar[tuple[str, ...]] = ()
 
@@ -53,15 +57,12 @@ class OutputFormat(Format):
     """A format that can be written, too.
 
     Attributes:
-        file_names: a regular expression of the files, as paths relative to its directory, that it consists of besides
-            config.json, the tokenizer's and the like. Only a directory that holds nothing else is replaced by --force.
         has_tensor_parts: tensors can be split into `tensor_model_parallel_size` parts.
         is_whole_model: it holds all weights, and config, tokenizer and a manifest are written with them.
         has_pipeline_stages: layers can be divided into `pipeline_model_parallel_size` stages.
         position_offsets: rows of the position table at which a sequence may begin.
     """
 
-    file_names: ClassVar[str]
     has_tensor_parts: ClassVar[bool] = True
     is_whole_model: ClassVar[bool] = True
     has_pipeline_stages: ClassVar[bool] = False

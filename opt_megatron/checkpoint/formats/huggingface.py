@@ -75,11 +75,7 @@ class HuggingFaceFormat(OutputFormat):
             StoredTensor.of_block(name, name, whole(shape), dtype_of(name))
             for name, shape in canonical_shapes(checkpoint.config).items()
         ]
-        shards = _shards(tensors, options.max_shard_size)
-        if len(shards) == 1:
-            return [OutputFile(Path("model.safetensors"), "safetensors", tuple(tensors))]
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        return [OutputFile(Path(n), "safetensors", tuple(shard)) for n, shard in zip(names, shards, strict=True)]
+        return safetensors_files(tensors, options.max_shard_size)
 
     def text_files(self, checkpoint: Checkpoint, files: list[OutputFile]) -> dict[str, str]:
         """The index, if there are several shards."""
@@ -91,6 +87,15 @@ class HuggingFaceFormat(OutputFormat):
 
 
 FORMAT = HuggingFaceFormat()
+
+
+def safetensors_files(tensors: list[StoredTensor], max_bytes: int) -> list[OutputFile]:
+    """One file of all tensors, or shards of at most `max_bytes` each."""
+    shards = _shards(tensors, max_bytes)
+    if len(shards) == 1:
+        return [OutputFile(Path(SINGLE_FILES[0]), "safetensors", tuple(tensors))]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return [OutputFile(Path(n), "safetensors", tuple(shard)) for n, shard in zip(names, shards, strict=True)]
 
 
 def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
@@ -116,11 +121,16 @@ def _weight_files(directory: Path) -> list[Path]:
         if (directory / single).is_file():  # before an index, as transformers chooses
             return [directory / single]
         if (directory / index).is_file():
-            return _indexed_files(directory / index)
+            return indexed_files(directory / index)
     raise CheckpointError(f"{directory}: there is none of {', '.join(SINGLE_FILES + INDEX_FILES)}")
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, or names files that are not there.
+    """
     try:
         weight_map = json.loads(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))

@@ -34,6 +34,7 @@ class _Entry(NamedTuple):
 _ENTRIES = (  # in the order in which messages list them
     _Entry("megatron", to="megatron"),
     _Entry("huggingface", to="hf"),
+    _Entry("gptq"),
     _Entry("metaseq", to="metaseq"),
     _Entry("flagai", to="flagai"),
     _Entry("peft", to="peft"),

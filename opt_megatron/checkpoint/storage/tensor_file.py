@@ -25,6 +25,7 @@ from .blocks import Block, block_shape, contiguous_strides
 from .lazy_tensor import LazyTensor, bytes_of, without_module_prefix
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I32": torch.int32}
 _MOST_HEADER_BYTES = 16 * 2**20  # opt-175b's 1,541 tensors take 200 kB
 _SMALL_GAP = 4096  # bytes that are read and thrown away rather than passed over by another system call
 
@@ -146,11 +147,14 @@ class FileTensor(LazyTensor):
         return self.storage.values(start, stop).as_strided(sizes, self.stride)
 
 
-def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+def open_safetensors(path: Path, *, integers: bool = False) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file by name, not yet read.
 
     The library checks the header (names, dtypes, that offsets cover the file without overlap). The data is
     read here, since the library maps the file.
+
+    Args:
+        integers: there may be tensors of int32, too.
 
     Raises:
         CheckpointError: the file is damaged or incomplete, or a tensor has a dtype that OPT is not stored in.
@@ -168,13 +172,17 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             f"{path}: is damaged or incomplete ({reason}); it has {file.size:,} bytes: fetch it again"
         ) from None
     header = json.loads(file.start(8 + length)[8:])
-    return without_module_prefix({name: _safetensors_tensor(file, name, header[name], 8 + length) for name in names})
+    dtypes = _SAFETENSORS_DTYPES | (_INTEGERS if integers else {})
+    tensors = {name: _safetensors_tensor(file, name, header[name], 8 + length, dtypes) for name in names}
+    return without_module_prefix(tensors)
 
 
-def _safetensors_tensor(file: TensorFile, name: str, entry: dict[str, Any], data_start: int) -> LazyTensor:
-    dtype, shape = _SAFETENSORS_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+def _safetensors_tensor(
+    file: TensorFile, name: str, entry: dict[str, Any], data_start: int, dtypes: dict[str, torch.dtype]
+) -> LazyTensor:
+    dtype, shape = dtypes.get(entry["dtype"]), tuple(entry["shape"])
     if dtype is None:
-        kinds = ", ".join(_SAFETENSORS_DTYPES)
+        kinds = ", ".join(dtypes)
         raise CheckpointError(f"{file.path}: {name} is stored as {entry['dtype']}; OPT is stored as {kinds}")
     storage = Storage(file, data_start + entry["data_offsets"][0], math.prod(shape), dtype)
     file.check_range(storage.start, storage.num_elements * dtype.itemsize)
