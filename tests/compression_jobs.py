@@ -66,3 +66,19 @@ def hidden_states(directory: Path, tp: int, tokens: torch.Tensor) -> list[torch.
             layer = DecoderLayer(opt.config, read_layer(checkpoint, number, ranks, device), ranks)
             states.append(layer(states[-1]))
     return states
+
+
+def logits(directory: Path, tp: int, quantization: str | None, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a model as it is loaded."""
+    return OPT.from_pretrained(
+        str(directory), tensor_model_parallel_size=tp, quantization=quantization, device="cpu"
+    ).logits(tokens)
+
+
+def load_error(directory: Path, quantization: str) -> str:
+    """The message of a mistake in loading."""
+    try:
+        OPT.from_pretrained(str(directory), quantization=quantization, device="cpu")
+    except UserError as error:
+        return str(error)
+    return "nothing was raised"

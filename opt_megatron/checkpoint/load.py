@@ -1,6 +1,6 @@
 """Loads a checkpoint into a model: each rank reads only its own slices.
 
-This is the only module of the package that depends on the model and the process groups.
+This module and `load_numbers` are the only ones of the package that depend on the model and the process groups.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .checkpoint_facts import checkpoint_facts
 from .formats.registry import open_checkpoint
+from .load_numbers import holds_numbers, read_numbers
 from .locate import locate
 from .parameter_mapping import (
     ParameterMapping,
@@ -133,7 +134,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelCon
         CheckpointError: a tensor cannot be read.
         RuntimeError: the parameter mapping and the model disagree (a bug of this project).
     """
-    from ..model.linear import DeferredWeight
+    from ..model.linear import DeferredWeight, PackableLinear
+    from ..model.linear_methods.int4_groups import Int4Method
     from ..model.lora import is_factor
 
     targets = local_parameters(model)
@@ -151,10 +153,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, parallel: ParallelCon
             if target.device.type != "meta":
                 read_parameter(target, checkpoint, parameter, rank, ranks)
             else:
-                weight = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
-                read_parameter(weight, checkpoint, parameter, rank, ranks)
-                module = model.get_submodule(parameter.megatron.removesuffix(".weight"))
-                cast(DeferredWeight, module).store_weight(weight)
+                module = cast(DeferredWeight, model.get_submodule(parameter.megatron.removesuffix(".weight")))
+                if holds_numbers(checkpoint, parameter, module.method):
+                    size = cast(type[Int4Method], module.method).group_size
+                    numbers = read_numbers(target, checkpoint, parameter, rank, ranks, size, parallel.device)
+                    cast(PackableLinear, module).store_numbers(numbers)
+                else:
+                    weight = torch.empty(target.shape, dtype=target.dtype, device=parallel.device)
+                    read_parameter(weight, checkpoint, parameter, rank, ranks)
+                    module.store_weight(weight)
             bar.update(target.nbytes)
 
 

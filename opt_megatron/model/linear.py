@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 
 from .differentiable_linear import differentiable_linear
 from .linear_methods.base import LinearMethod
+from .linear_methods.int4_groups import Int4Method, Int4Weight
 from .linear_methods.torch_linear import TorchLinear
 
 
@@ -97,6 +98,11 @@ class PackableLinear(DeferredWeight):
     def store_weight(self, weight: Tensor) -> None:
         """Store it by the layer's method."""
         self.packed = self.method(weight)
+
+    def store_numbers(self, weight: Int4Weight) -> None:
+        """As `store_weight`, of numbers that a checkpoint holds; the layer's method is one with 4 bits."""
+        assert issubclass(self.method, Int4Method)
+        self.packed = self.method.of_numbers(weight)
 
     def prepare_inference(self, method: type[LinearMethod]) -> None:
         """Let `method` store the weight, and drop the parameter if it is not needed any more."""

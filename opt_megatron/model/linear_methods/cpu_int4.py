@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..cpu_kernels import INT4, TiledWeight, empty_in_huge_pages, in_tiles
 from .cpu_int8 import CPUInt8Linear
-from .equalization import equalize_columns
 from .int4_groups import Int4Method, Int4Weight
 
 
@@ -21,15 +20,14 @@ class CPUInt4Linear(Int4Method):
         """As CPUInt8Linear, whose processors these are too."""
         return CPUInt8Linear.is_available(device, dtype)
 
-    def __init__(self, weight: Tensor) -> None:
-        weight, factors = equalize_columns(weight)
-        numbers, scales, zeros = Int4Weight.rounded(weight, self.group_size)
+    def _store(self, weight: Int4Weight, num_inputs: int, factors: Tensor | None) -> None:
+        numbers, scales, zeros = weight
         eights = in_tiles(numbers).unflatten(2, (-1, 2, 4))  # [tiles, 64, I / 8, 2, 4]
         bytes_ = (eights[..., 0, :] | eights[..., 1, :] << 4).transpose(1, 2)  # [tiles, I / 8, 64, 4]
         values = empty_in_huge_pages(tuple(bytes_.shape), torch.uint8).copy_(bytes_)
         scales, zeros = (in_tiles(each).transpose(1, 2).contiguous() for each in (scales, zeros))  # [tiles, groups, 64]
         self._weight = TiledWeight(
-            INT4, (weight.shape[0], weight.shape[1]), values, scales, zeros, factors, self.group_size
+            INT4, (numbers.shape[0], num_inputs), values, scales, zeros, factors, self.group_size
         )
 
     def __call__(

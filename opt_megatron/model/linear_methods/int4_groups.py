@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .base import LinearMethod
+from .equalization import equalize_columns
 from .quantized_method import QuantizedMethod
 
 
@@ -45,6 +47,26 @@ class Int4Method(QuantizedMethod):
     """
 
     group_size: ClassVar[int] = 128
+
+    def __init__(self, weight: Tensor) -> None:
+        weight, factors = equalize_columns(weight)
+        self._store(Int4Weight.rounded(weight, self.group_size), weight.shape[1], factors)
+
+    @classmethod
+    def of_numbers(cls, weight: Int4Weight) -> Self:
+        """Make it from numbers that a checkpoint holds, in groups of this method's size, which divides the inputs."""
+        made = cls.__new__(cls)
+        made._store(weight, weight.numbers.shape[1], None)
+        return made
+
+    @abstractmethod
+    def _store(self, weight: Int4Weight, num_inputs: int, factors: Tensor | None) -> None:
+        """Keep the numbers as the product reads them.
+
+        Args:
+            num_inputs: I, without padding.
+            factors: [I], by which inputs are multiplied; None: they are not.
+        """
 
     @classmethod
     def with_group_size(cls, group_size: int) -> type[LinearMethod]:

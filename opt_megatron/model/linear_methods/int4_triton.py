@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .equalization import equalize_columns, multiplied
+from .equalization import multiplied
 from .int4_groups import Int4Method, Int4Weight
 from .int8_triton import Int8TritonLinear
 from .triton_product import finish, is_for_triton, multiply
@@ -30,9 +30,9 @@ class Int4TritonLinear(Int4Method):
         """See `is_for_triton`."""
         return is_for_triton(device)
 
-    def __init__(self, weight: Tensor) -> None:
-        weight, self._factors = equalize_columns(weight)
-        numbers, self._scales, self._zeros = Int4Weight.rounded(weight, self.group_size)
+    def _store(self, weight: Int4Weight, num_inputs: int, factors: Tensor | None) -> None:
+        self._factors = factors
+        numbers, self._scales, self._zeros = weight
         halves = pad(numbers, (0, -numbers.shape[1] % (2 * _HALF))).unflatten(1, (-1, 2, _HALF))
         self._bytes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)  # [O, inputs / 2]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .base import apply_epilogue
-from .equalization import equalize_columns, multiplied
+from .equalization import multiplied
 from .int4_groups import Int4Method, Int4Weight
 from .int8_weight_only import Int8WeightOnlyLinear
 
@@ -22,11 +22,10 @@ class Int4WeightOnlyLinear(Int4Method):
         """True: it needs nothing but torch's linear."""
         return True
 
-    def __init__(self, weight: Tensor) -> None:
-        weight, self._factors = equalize_columns(weight)
-        numbers, self._scales, self._zeros = Int4Weight.rounded(weight, self.group_size)
+    def _store(self, weight: Int4Weight, num_inputs: int, factors: Tensor | None) -> None:
+        numbers, self._scales, self._zeros = weight
         self._bytes = numbers[:, ::2] | numbers[:, 1::2] << 4
-        self._num_inputs = weight.shape[1]
+        self._num_inputs, self._factors = num_inputs, factors
 
     def __call__(
         self,
