@@ -28,7 +28,16 @@ def compressed(
     return opened(directory, tp, pp).compress(target, recipe, calibration, **options)
 
 
-def interrupted(directory: Path, tp: int, pp: int, target: Path, recipe: Any, data: Path, layers: int) -> None:
+def interrupted(
+    directory: Path,
+    tp: int,
+    pp: int,
+    target: Path,
+    recipe: Any,
+    data: Path,
+    layers: int,
+    options: dict[str, Any] | None = None,
+) -> None:
     """Compress, and stop after some layers, as Ctrl-C does."""
     done = [0]
 
@@ -38,7 +47,7 @@ def interrupted(directory: Path, tp: int, pp: int, target: Path, recipe: Any, da
             raise KeyboardInterrupt
 
     try:
-        compressed(directory, tp, pp, target, recipe, data, {"on_linears": stop})
+        compressed(directory, tp, pp, target, recipe, data, {**(options or {}), "on_linears": stop})
     except KeyboardInterrupt:
         return
     raise AssertionError("nothing was interrupted")
