@@ -35,8 +35,8 @@ _CLI_HEAD = f"""# Commands
 `train`, `convert`, `inspect` and `verify`. A key is the option's name without the leading hyphens, with `_` or `-`
 between its words. The command line overrides the file, and the file the defaults:
 `--config FILE.yaml` reads options from a YAML file, in `generate`, `serve`, `evaluate`, `logit-lens`, `train`,
-`compress`, `convert`, `inspect` and `verify`. A key is the option's name without the leading hyphens, with `_` or `-` between its
-words. The command line overrides the file, and the file the defaults:
+`compress`, `convert`, `inspect` and `verify`. A key is the option's name without the leading hyphens, with `_` or `-`
+between its words. The command line overrides the file, and the file the defaults:
 
 ```yaml
 # generate.yaml

@@ -1,4 +1,4 @@
-"""Smooth, prune or quantise a checkpoint: `torchrun tools/compress.py ...` runs `opt-megatron compress ...` (see --help)."""
+"""Smooth, prune or quantise weights: `torchrun tools/compress.py ...` runs `opt-megatron compress ...` (see --help)."""
 
 import sys
 
