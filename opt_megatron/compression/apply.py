@@ -101,6 +101,8 @@ def compress_layer(
         for name in names:
             began, weight = time.monotonic(), tensors[f"{name}.weight"]
             solved = _compress_linear(weight, statistics, curvature, recipe, ranks)
+            if name == names[-1]:
+                curvature = None  # fc2's is the largest thing of all, and has done its work
             if scales is not None and solved.grids is not None:
                 tensors[f"{name}.weight"], grids[name] = solved.grids.in_dtype(solved.weight, scales)
             else:

@@ -57,6 +57,7 @@ def compress_pretrained(
     parallel, source = pretrained.parallel, pretrained.checkpoint
     if source is None:
         raise UserError(f"{pretrained.name} was not opened from a checkpoint, so there is nothing to compress")
+    recipe.check_fits(pretrained.config)
     options = ConversionOptions(to="hf", dtype=dtype)
     layout = make_layout(to, source, _stored_dtype(source, dtype), options, recipe)
     samples = _samples(pretrained, recipe, calibration)

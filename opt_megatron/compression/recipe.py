@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import OPTConfig
 from ..errors import UserError, shorten
 from ..options import Options, option, options_of
 from ..options.kinds import shown
@@ -134,6 +135,16 @@ class Recipe:
     def needs_samples(self) -> bool:
         """Whether calibration samples are needed at all."""
         return self.needs_inputs or self.smooth is not None
+
+    def check_fits(self, config: OPTConfig) -> None:
+        """Raise UserError unless the pattern of a pruning divides the inputs of a model's linears."""
+        group = self.prune.zeros_in_group if self.prune is not None else None
+        for size, what in ((config.hidden_size, "hidden_size"), (config.ffn_hidden_size, "ffn_hidden_size")):
+            if group is not None and size % group[1]:
+                raise UserError(
+                    f"the pattern {group[0]}:{group[1]} does not divide the model's {what} of {size}: use another "
+                    "pattern, or a sparsity"
+                )
 
     def steps(self) -> Iterator[tuple[str, Step]]:
         """The names and settings of the steps that there are, in their order."""

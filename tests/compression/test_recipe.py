@@ -2,7 +2,9 @@
 
 import pytest
 
+from opt_megatron.checkpoint.locate import EMBEDDED_DIRECTORY
 from opt_megatron.compression.recipe import READY, Prune, Quantize, Recipe, Smooth, find_recipe
+from opt_megatron.config import OPTConfig
 from opt_megatron.errors import UserError
 
 
@@ -23,6 +25,13 @@ def test_what_a_recipe_needs():
     assert find_recipe("int8-smooth").needs_samples and not find_recipe("int8-smooth").needs_inputs
     assert find_recipe("wanda50").needs_inputs and not find_recipe("wanda50").needs_hessian
     assert find_recipe("sparsegpt50").needs_hessian and find_recipe("gptq4").needs_hessian
+
+
+def test_patterns_must_divide_the_model():
+    config = OPTConfig.from_path(EMBEDDED_DIRECTORY).replace(ffn_hidden_size=1000)
+    find_recipe([{"prune": {"pattern": "4:8"}}]).check_fits(config)
+    with pytest.raises(UserError, match="the pattern 8:16 does not divide the model's ffn_hidden_size of 1000"):
+        find_recipe([{"prune": {"pattern": "8:16"}}]).check_fits(config)
 
 
 @pytest.mark.parametrize(
