@@ -32,11 +32,8 @@ _CLI_HEAD = f"""# Commands
 ## Files of options
 
 `--config FILE.yaml` reads options from a YAML file, in `generate`, `serve`, `evaluate`, `detect`, `logit-lens`,
-`train`, `convert`, `inspect` and `verify`. A key is the option's name without the leading hyphens, with `_` or `-`
-between its words. The command line overrides the file, and the file the defaults:
-`--config FILE.yaml` reads options from a YAML file, in `generate`, `serve`, `evaluate`, `logit-lens`, `train`,
-`compress`, `convert`, `inspect` and `verify`. A key is the option's name without the leading hyphens, with `_` or `-`
-between its words. The command line overrides the file, and the file the defaults:
+`compress`, `train`, `convert`, `inspect` and `verify`. A key is the option's name without the leading hyphens, with `_`
+or `-` between its words. The command line overrides the file, and the file the defaults:
 
 ```yaml
 # generate.yaml
