@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from ..compression.options import CalibrationOptions, SavingOptions
-from ..compression.recipe import READY, find_recipe
+from ..compression.recipe import find_recipe
 from ..errors import UserError, print_notice
 from ..options import Options, from_arguments, option
 from .arguments import LayoutOptions, ModelOptions, config_argument
@@ -31,7 +31,7 @@ class DeviceOptions(Options):
 
 OPTIONS: Groups = {
     "": (ModelOptions, SavingOptions),
-    f"calibration (recipes: {', '.join(READY)})": (CalibrationOptions,),
+    "calibration": (CalibrationOptions,),
     "how it runs": (LayoutOptions, DeviceOptions),
 }
 

@@ -115,12 +115,10 @@ def _curvature(recipe: Recipe, statistics: InputStatistics | None, where: str) -
     if not recipe.needs_hessian:
         return None
     assert statistics is not None and statistics.hessian is not None
-    step = recipe.prune if recipe.quantize is None or recipe.quantize.method != "gptq" else recipe.quantize
-    assert step is not None
     hessian, statistics.hessian = statistics.hessian, None
     act_order = recipe.quantize is not None and recipe.quantize.act_order
     try:
-        return Curvature.of(hessian, step.damping, largest_first=act_order)  # type: ignore[union-attr]
+        return Curvature.of(hessian, recipe.damping, largest_first=act_order)
     except NotPositiveDefiniteError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -181,10 +179,12 @@ def round_to_dtype(tensors: dict[str, Tensor], names: Iterable[str], dtype: torc
     """Round some float32 tensors of a layer to the values that are stored: what follows is calibrated on those.
 
     Raises:
-        UserError: a value is too large for `dtype`.
+        UserError: a value is not finite, or too large for `dtype`.
     """
     for name in names:
         tensor = tensors[name]
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}, {name}: holds values that are not finite: the checkpoint is damaged")
         stored = tensor.to(dtype).float()
         if not stored.isfinite().all():
             largest = float(tensor.abs().max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..options import Options, option
+from .recipe import READY
 
 NUM_SAMPLES = 128
 
@@ -41,7 +42,7 @@ class SavingOptions(Options):
 
     save: str = option(help="directory to write", metavar="DIR", required=True, is_path=True)
     recipe: str = option(
-        help='a ready recipe\'s name, a YAML file, or the steps: \'[{"quantize": {"bits": 4}}]\'',
+        help=f'{", ".join(READY)}, a YAML file, or the steps, as \'[{{"quantize": {{"bits": 4}}}}]\'',
         metavar="RECIPE",
         required=True,
     )

@@ -127,6 +127,14 @@ class Recipe:
         return self._prunes_by("sparsegpt") or (self.quantize is not None and self.quantize.method == "gptq")
 
     @property
+    def damping(self) -> float:
+        """Of the Hessian: GPTQ's, or SparseGPT's where there is no GPTQ."""
+        if self.quantize is not None and self.quantize.method == "gptq":
+            return self.quantize.damping
+        assert self.prune is not None, "no step needs a Hessian"
+        return self.prune.damping
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether a step needs statistics of the inputs of layers that follow compressed ones."""
         return self.needs_hessian or self._prunes_by("wanda")
