@@ -22,6 +22,8 @@ from .sparsegpt import sparsegpt
 from .statistics import InputStatistics
 from .wanda import wanda_mask
 
+_ROWS = 256  # of a matrix that are compared at once
+
 
 @dataclass(frozen=True)
 class LinearReport:
@@ -107,7 +109,9 @@ def compress_layer(
                 tensors[f"{name}.weight"], grids[name] = solved.grids.in_dtype(solved.weight, scales)
             else:
                 tensors[f"{name}.weight"] = solved.weight.to(dtype).float()
-            reports.append(_report(name, solved.error, weight, tensors[f"{name}.weight"], began, ranks))
+            error = solved.error
+            del solved  # a copy of the weight
+            reports.append(_report(name, error, weight, tensors[f"{name}.weight"], began, ranks))
     return reports, grids
 
 
@@ -160,7 +164,7 @@ def _report(
         error or 0.0,
         float((after == 0).sum()),
         float(after.numel()),
-        float(torch.linalg.vector_norm(after - before)) ** 2,
+        _squared_change(before, after),
         float(torch.linalg.vector_norm(before)) ** 2,
     ]
     sums = ranks.sum(torch.tensor(numbers, dtype=torch.float64, device=before.device))
@@ -173,6 +177,12 @@ def _report(
         change=(changed / norm) ** 0.5 if norm else 0.0,
         seconds=time.monotonic() - began,
     )
+
+
+def _squared_change(before: Tensor, after: Tensor) -> float:
+    """The squared norm of a matrix's change, some rows at a time."""
+    parts = zip(before.split(_ROWS), after.split(_ROWS), strict=True)
+    return sum(float(torch.linalg.vector_norm(new - old)) ** 2 for old, new in parts)
 
 
 def round_to_dtype(tensors: dict[str, Tensor], names: Iterable[str], dtype: torch.dtype, where: str) -> None:
