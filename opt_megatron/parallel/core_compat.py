@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .core_warnings import silence_core
+from .deferred_import import deferred_imports, deferred_modules
 
 _patches: list[tuple[Any, str, Any]] = []  # owner, attribute, original value: what `prepare_megatron` replaced
 _FACTORIES = ("empty", "full", "ones", "tensor", "zeros")
@@ -36,10 +37,10 @@ _TRAINING_MODULES = (
 def import_core(*modules: str) -> None:
     """Import Megatron-core (all that inference uses, and `modules`) without its import warnings.
 
-    Called before modules that import core themselves, it saves a second where there is no GPU.
+    Called before modules that import core themselves, it saves two seconds where there is no GPU.
     """
     silence_core()
-    with warnings.catch_warnings(), _without_compiler():
+    with warnings.catch_warnings(), _without_compiler(), deferred_imports():
         warnings.simplefilter("ignore")
         for name in ("megatron.core.models.gpt", *modules):
             importlib.import_module(name)
@@ -75,6 +76,7 @@ def prepare_megatron(device: torch.device) -> None:
 def prepare_training(device: torch.device) -> None:
     """`prepare_megatron`, with what training needs as well: schedules and checkpoints."""
     import_core(*_TRAINING_MODULES)
+    import_core(*deferred_modules())  # training uses some of them, and patches reach only modules that are there
     # torch.distributed's tensors that checkpoints are written from, and storages that they are read from.
     for message in (
         "TypedStorage is deprecated",
