@@ -257,11 +257,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _token_bytes(vocab: dict[str, int]) -> dict[int, bytes]:
-    alphabet = _byte_alphabet()
+    # Latin-1 encodes the characters U+0000 to U+00FF as these bytes and refuses others, as those without a byte must be.
+    no_byte = 0x100
+    alphabet = dict.fromkeys(range(0x100), no_byte) | {ord(char): value for char, value in _byte_alphabet().items()}
 
     def to_bytes(token: str) -> bytes:
-        if all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
-        return token.encode("utf-8")  # one that was added to vocab.json as plain text
+        try:
+            return token.translate(alphabet).encode("latin-1")
+        except UnicodeEncodeError:
+            return token.encode("utf-8")  # one that was added to vocab.json as plain text
 
     return {index: to_bytes(token) for token, index in vocab.items()}

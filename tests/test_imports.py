@@ -96,6 +96,30 @@ def test_commands_and_options_import_no_torch():
     assert result.stdout.strip() == "[]"
 
 
+def test_commands_on_files_import_no_megatron_core(tmp_path):
+    """Convert, inspect and verify read and write Megatron's files without Megatron-core, which takes a second to import."""
+    code = f"""
+import sys
+from {PACKAGE}.cli import main
+from {PACKAGE}.checkpoint.locate import EMBEDDED_DIRECTORY
+source, target = str(EMBEDDED_DIRECTORY), sys.argv[1]
+for command in (
+    ["convert", "--load", source, "--save", target, "--tensor-model-parallel-size", "2"],
+    ["inspect", target],
+    ["verify", target],
+    ["verify", source, target],
+):
+    try:
+        main(command)
+    except SystemExit as ended:
+        assert ended.code == 0, command
+    assert not [name for name in sys.modules if name.split(".")[0] == "megatron"], command
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "converted")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_importing_the_model_is_silent_and_patches_nothing():
     """The patches of Megatron-core are made by `init_parallel`, for the device that it chooses."""
     code = f"""
