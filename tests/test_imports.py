@@ -104,7 +104,7 @@ from {PACKAGE}.cli import main
 from {PACKAGE}.checkpoint.locate import EMBEDDED_DIRECTORY
 source, target = str(EMBEDDED_DIRECTORY), sys.argv[1]
 for command in (
-    ["convert", "--load", source, "--save", target, "--tensor-model-parallel-size", "2"],
+    ["convert", "--load", source, "--save", target, "--tensor-model-parallel-size", "2", "--no-fsync"],
     ["inspect", target],
     ["verify", target],
     ["verify", source, target],
