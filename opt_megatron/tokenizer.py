@@ -257,7 +257,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _token_bytes(vocab: dict[str, int]) -> dict[int, bytes]:
-    # Latin-1 encodes the characters U+0000 to U+00FF as these bytes and refuses others, as those without a byte must be.
+    # Latin-1 encodes the characters U+0000 to U+00FF as these bytes, and refuses others: those without a byte.
     no_byte = 0x100
     alphabet = dict.fromkeys(range(0x100), no_byte) | {ord(char): value for char, value in _byte_alphabet().items()}
 

@@ -97,7 +97,7 @@ def test_commands_and_options_import_no_torch():
 
 
 def test_commands_on_files_import_no_megatron_core(tmp_path):
-    """Convert, inspect and verify read and write Megatron's files without Megatron-core, which takes a second to import."""
+    """Convert, inspect and verify read and write Megatron's files without it: it takes a second to import."""
     code = f"""
 import sys
 from {PACKAGE}.cli import main

@@ -37,7 +37,7 @@ _TRAINING_MODULES = (
 def import_core(*modules: str) -> None:
     """Import Megatron-core (all that inference uses, and `modules`) without its import warnings.
 
-    Called before modules that import core themselves, it saves two seconds where there is no GPU.
+    Called before modules that import core themselves, it saves some two seconds where there is no GPU.
     """
     silence_core()
     with warnings.catch_warnings(), _without_compiler(), deferred_imports():

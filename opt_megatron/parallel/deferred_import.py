@@ -1,8 +1,9 @@
 """Imports of Megatron-core that are made when their names are first used. Imports neither torch nor Megatron-core.
 
 Core imports some packages at its top whose names a forward pass asks for nothing but "is this tensor one of them?".
-Within `deferred_imports`, such a `from module import Class` in core gives a `DeferredName` in place of the class, and the
-module is imported when the name is first used. `sys.modules` is left alone: whoever imports the module gets the real one.
+Within `deferred_imports`, such a `from module import Class` in core gives a `DeferredName` in place of the class, and
+the module is imported when the name is first used. `sys.modules` is left alone: whoever imports the module gets the
+real one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TORCH_FSDP = "torch.distributed.fsdp"
 _TENSORBOARD = "torch.utils.tensorboard"
 # (module of core, module that it imports) -> the module that defines the names.
 _DEFERRED = {
-    # isinstance(tensor, DTensor) in norms and sums of gradients. The module brings sympy and torch.fx's symbolic shapes.
+    # isinstance(tensor, DTensor) in norms and sums of gradients. The module brings sympy and symbolic shapes.
     ("megatron.core.utils", "torch.distributed._tensor"): _TENSOR,
     ("megatron.core.utils", "torch.distributed.tensor.placement_types"): _TENSOR,
     ("megatron.core.distributed.finalize_model_grads", "torch.distributed._tensor"): _TENSOR,
@@ -78,9 +79,7 @@ def deferred_imports() -> Iterator[None]:
         return
     original = builtins.__import__
 
-    def import_or_defer(
-        name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
-    ) -> Any:
+    def import_or_defer(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         module = _deferred_module(name, globals or {}, level)
         if module is None:
             return original(name, globals, locals, fromlist, level)
